@@ -1,0 +1,1 @@
+//! Benchmarks of `burn-peft`; the programs are in `benches/`.

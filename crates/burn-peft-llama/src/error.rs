@@ -1,0 +1,224 @@
+//! What can go wrong, in one type.
+
+use std::path::PathBuf;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LlamaError {
+    // === Tokenizer files ===
+    /// A file of the model directory could not be read.
+    #[error("cannot read `{}`: {source}\nhint: {hint}", path.display())]
+    ReadText {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+        /// What the file is for and where it comes from.
+        hint: &'static str,
+    },
+    /// A file could not be written.
+    #[error("cannot write `{}`: {source}", path.display())]
+    WriteText {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A JSON file of the tokenizer is malformed.
+    #[error("cannot parse `{}`: {source}", path.display())]
+    TokenizerJson {
+        /// The file.
+        path: PathBuf,
+        /// Where and why parsing failed.
+        source: serde_json::Error,
+    },
+    /// `tokenizer.json` was refused, or the tokenizer failed on a text.
+    #[error("tokenizer failed to {action}: {source}")]
+    Tokenizer {
+        /// What was attempted, such as "load `tokenizer.json`".
+        action: String,
+        /// What the tokenizer said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A special token is named in the configuration but is not in the vocabulary.
+    #[error("`{field}` is `{token}`, which is not in the vocabulary")]
+    UnknownSpecialToken {
+        /// The field of `tokenizer_config.json`.
+        field: &'static str,
+        /// The token's text.
+        token: String,
+    },
+    /// A special token is needed but the tokenizer names none.
+    #[error("the tokenizer has no `{field}`\nhint: name it in `tokenizer_config.json`")]
+    NoSpecialToken {
+        /// The field of `tokenizer_config.json`.
+        field: &'static str,
+    },
+
+    // === Chat ===
+    /// The model directory has no chat template.
+    #[error(
+        "no chat template: expected `chat_template.jinja` or `chat_template` in `tokenizer_config.json`, found {found}\n\
+         hint: base models have none; use the instruction-tuned model, or add a `chat_template.jinja`"
+    )]
+    NoChatTemplate {
+        /// What was found instead.
+        found: String,
+    },
+    /// The chat template is malformed or failed on these messages.
+    #[error("chat template: {source}")]
+    ChatTemplate {
+        /// What the template engine said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The chat template itself rejected the messages, with `raise_exception`.
+    #[error("the chat template rejects these messages: {message}")]
+    ChatTemplateRejected {
+        /// The template's words.
+        message: String,
+    },
+    /// A date is not written as `year-month-day`.
+    #[error("invalid date `{date}`, expected one like `2024-07-26`")]
+    InvalidDate {
+        /// What was given.
+        date: String,
+    },
+    /// A conversation to learn from does not end with an answer.
+    #[error("expected a conversation that ends with an `assistant` message, found {found}")]
+    NoAnswer {
+        /// The role of the last message, or "no messages".
+        found: String,
+    },
+    /// The rendered conversation does not begin with the rendered prompt.
+    #[error(
+        "the rendered conversation does not start with its prompt: they part at byte {at}, `{prompt}` against `{full}`\n\
+         hint: the chat template must render the messages before the answer the same way with and without it"
+    )]
+    PromptNotPrefix {
+        /// Number of equal bytes.
+        at: usize,
+        /// The prompt from there on.
+        prompt: String,
+        /// The conversation from there on.
+        full: String,
+    },
+    /// A token reaches across the border between prompt and answer.
+    #[error(
+        "the prompt is tokenised differently with its answer: expected token {expected} at {at}, found {}\n\
+         hint: the chat template should end the generation prompt with a special token or a line break",
+        found.map_or("none".into(), |id| id.to_string())
+    )]
+    TokenBoundary {
+        /// Index of the token.
+        at: usize,
+        /// The prompt's token.
+        expected: u32,
+        /// The conversation's token there; `None` past its end.
+        found: Option<u32>,
+    },
+    /// No end token follows the answer, so the model would never learn to stop.
+    #[error("the chat template puts no end token after the answer\nhint: expected the `eos_token` or another special token there")]
+    NoEndToken,
+
+    // === Batches ===
+    /// A batch of nothing.
+    #[error("expected at least one example, found none")]
+    EmptyBatch,
+    /// An example has not one label per token.
+    #[error("example {index}: expected one label per token, found {labels} labels for {tokens} tokens")]
+    LabelCount {
+        /// Number of the example.
+        index: usize,
+        /// Number of its tokens.
+        tokens: usize,
+        /// Number of its labels.
+        labels: usize,
+    },
+    /// A label is neither a token id nor the mask.
+    #[error("example {index}: expected a token id or -100 as label, found {label}")]
+    InvalidLabel {
+        /// Number of the example.
+        index: usize,
+        /// The label.
+        label: i64,
+    },
+    /// An example has no labelled token that a position predicts.
+    #[error("example {index}: no token is labelled\nhint: was its answer cut off by truncation?")]
+    NoLabels {
+        /// Number of the example.
+        index: usize,
+    },
+    /// An example is longer than allowed.
+    #[error("example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate")]
+    SequenceTooLong {
+        /// Number of the example.
+        index: usize,
+        /// Number of its tokens.
+        length: usize,
+        /// The limit.
+        max_length: usize,
+    },
+
+    // === Training ===
+    /// An option of the training has a value that makes no sense.
+    #[error("`{option}`: expected {expected}, found {found}")]
+    TrainingOption {
+        /// The field of the configuration.
+        option: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
+    /// Nothing would be trained.
+    #[error("no parameter is trainable\nhint: {hint}")]
+    NotTrainable {
+        /// Which of the two causes it is, and the remedy.
+        hint: &'static str,
+    },
+    /// The loss is infinite or not a number.
+    #[error("the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type")]
+    NonFiniteLoss {
+        /// The optimizer step, from 1.
+        step: usize,
+        /// The loss.
+        loss: f64,
+    },
+    /// A name is not one of a fixed set.
+    #[error("unknown {what} `{name}`, expected one of {expected}")]
+    UnknownName {
+        /// What the name is for.
+        what: &'static str,
+        /// What was given.
+        name: String,
+        /// The names there are.
+        expected: &'static str,
+    },
+    /// A tensor could not be read back from the device.
+    #[error("cannot read from the device: {source}")]
+    DeviceRead {
+        /// What the backend said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    // === Hub ===
+    /// A model is named neither by a directory nor by a valid hub id.
+    #[error("`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`")]
+    ModelId {
+        /// What was given.
+        model: String,
+    },
+    /// A model could not be fetched.
+    #[error("cannot fetch `{file}` of `{model}`: {source}\nhint: {hint}")]
+    Hub {
+        /// The model's id.
+        model: String,
+        /// The file.
+        file: String,
+        /// What the client said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+        /// What to try.
+        hint: &'static str,
+    },
+}

@@ -1,0 +1,276 @@
+use std::fmt;
+use std::path::PathBuf;
+
+use strsim::jaro_winkler;
+
+/// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
+///
+/// Every operation that returns this error leaves the model as it was.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum PeftError {
+    /// A configuration value is outside its range.
+    #[error("invalid `{field}`: expected {expected}, found {found}")]
+    InvalidConfig {
+        /// The field of [`LoraConfig`](crate::LoraConfig).
+        field: &'static str,
+        /// The accepted values.
+        expected: &'static str,
+        /// The value that was given.
+        found: String,
+    },
+
+    /// A configuration file asks for something that this version cannot compute.
+    #[error("unsupported `{field}` in the adapter configuration: {found}\nhint: {hint}")]
+    UnsupportedConfig {
+        /// The key of `adapter_config.json`.
+        field: String,
+        /// Its value, as JSON.
+        found: String,
+        /// What can be done instead.
+        hint: &'static str,
+    },
+
+    /// `target_modules` is a string that is not a regular expression.
+    #[error("invalid regular expression `{pattern}`")]
+    InvalidPattern {
+        /// The pattern as it was given.
+        pattern: String,
+        /// Where it goes wrong.
+        source: Box<regex::Error>,
+    },
+
+    /// No module of the model is a target.
+    #[error("no module matched `target_modules` {targets}{}", closest_hint(.closest))]
+    NoModuleMatched {
+        /// The targets as they were given.
+        targets: String,
+        /// Names of adaptable modules that resemble them most.
+        closest: Vec<String>,
+    },
+
+    /// Every target is excluded again.
+    #[error(
+        "`exclude_modules` {excluded} removed all {count} modules that `target_modules` {targets} matched\nhint: narrow `exclude_modules`"
+    )]
+    AllModulesExcluded {
+        /// The targets as they were given.
+        targets: String,
+        /// The exclusions as they were given.
+        excluded: String,
+        /// How many modules had matched.
+        count: usize,
+    },
+
+    /// Targets matched modules that cannot carry an adapter.
+    #[error(
+        "`target_modules` matched modules that cannot be adapted: {}\nhint: name linear or embedding layers, or put these into `exclude_modules`",
+        join(.modules)
+    )]
+    UnsupportedModules {
+        /// Paths of the modules.
+        modules: Vec<String>,
+    },
+
+    /// The configuration needs [`LoraLinear`](crate::LoraLinear), and these layers are plain ones.
+    #[error(
+        "`lora_dropout` > 0 acts on a layer's input, which a plain layer never shows to its adapter: {}\nhint: change the type of these fields to `LoraLinear`, exclude them, or set `lora_dropout` to 0",
+        join(.modules)
+    )]
+    DropoutNeedsLoraLinear {
+        /// Paths of the plain layers.
+        modules: Vec<String>,
+    },
+
+    /// Parameters carry another crate's reparameterization.
+    #[error(
+        "these parameters already carry another reparameterization: {}\nhint: `materialize()` the model first, which merges it into the weights",
+        join(.paths)
+    )]
+    ForeignReparameterization {
+        /// Paths of the parameters.
+        paths: Vec<String>,
+    },
+
+    /// An adapter of this name exists already.
+    #[error("adapter `{name}` already exists\nhint: delete it first, or choose another name")]
+    AdapterExists {
+        /// The name.
+        name: String,
+    },
+
+    /// No adapter has this name.
+    #[error("no adapter is named `{name}`: the model has {}", if .available.is_empty() { "none".to_string() } else { join(.available) })]
+    UnknownAdapter {
+        /// The name.
+        name: String,
+        /// The names that exist.
+        available: Vec<String>,
+    },
+
+    /// An adapter's name cannot be a component of a parameter path.
+    #[error("invalid adapter name `{name}`: expected letters, digits, `_` or `-`")]
+    InvalidAdapterName {
+        /// The name.
+        name: String,
+    },
+
+    /// A merge would have put infinities or NaNs into the weights.
+    #[error("merging adapter `{name}` gives non-finite weights at {}", join(.modules))]
+    NonFiniteMerge {
+        /// The adapter, or the adapters, joined by `+`.
+        name: String,
+        /// Paths of the layers.
+        modules: Vec<String>,
+    },
+
+    /// The tensors of an adapter file do not fit the model.
+    #[error("the adapter in `{}` does not fit the model:{}", .path.display(), problem_list(.problems))]
+    IncompatibleAdapter {
+        /// The adapter's tensor file.
+        path: PathBuf,
+        /// Every tensor that does not fit.
+        problems: Vec<TensorProblem>,
+    },
+
+    /// A directory holds no adapter that can be read.
+    #[error("no adapter in `{}`: {reason}\nhint: {hint}", .path.display())]
+    NoAdapter {
+        /// The directory.
+        path: PathBuf,
+        /// What is missing or found instead.
+        reason: String,
+        /// What can be done.
+        hint: &'static str,
+    },
+
+    /// A file or directory cannot be read or written.
+    #[error("cannot access `{}`", .path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+
+    /// A JSON file is malformed.
+    #[error("invalid JSON in `{}`", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where it goes wrong.
+        source: serde_json::Error,
+    },
+
+    /// A safetensors file is malformed.
+    #[error("invalid safetensors file `{}`", .path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// Where it goes wrong.
+        source: safetensors::SafeTensorError,
+    },
+}
+
+/// One tensor of an adapter file that does not fit the model.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TensorProblem {
+    /// The configuration asks for this tensor, and the file has none.
+    Missing {
+        /// The key in the file.
+        key: String,
+        /// The unexpected key that resembles it most.
+        closest: Option<String>,
+    },
+    /// The file has this tensor, and nothing in the model takes it.
+    Unexpected {
+        /// The key in the file.
+        key: String,
+        /// The expected key that resembles it most.
+        closest: Option<String>,
+    },
+    /// The tensor has another shape than the layer asks for.
+    Shape {
+        /// The key in the file.
+        key: String,
+        /// The shape that the layer and the configured rank ask for, in PyTorch's layout.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        found: Vec<usize>,
+    },
+    /// The tensor is not of a floating-point type that adapters can have.
+    DType {
+        /// The key in the file.
+        key: String,
+        /// The type in the file, as safetensors names it.
+        found: String,
+    },
+}
+
+impl fmt::Display for TensorProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let did_you_mean = |closest: &Option<String>| match closest {
+            Some(name) => format!(" (closest: `{name}`)"),
+            None => String::new(),
+        };
+        match self {
+            Self::Missing { key, closest } => write!(f, "missing `{key}`{}", did_you_mean(closest)),
+            Self::Unexpected { key, closest } => {
+                write!(f, "unexpected `{key}`{}", did_you_mean(closest))
+            }
+            Self::Shape { key, expected, found } => {
+                write!(f, "shape mismatch at `{key}`: expected {expected:?}, found {found:?}")
+            }
+            Self::DType { key, found } => {
+                write!(f, "type mismatch at `{key}`: expected F32, F16 or BF16, found {found}")
+            }
+        }
+    }
+}
+
+impl PeftError {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// The `count` candidates that resemble `name` most, best first; poor matches are left out.
+pub(crate) fn closest<'a>(
+    name: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+    count: usize,
+) -> Vec<String> {
+    const RESEMBLES: f64 = 0.7;
+    let mut scored: Vec<(f64, &str)> = candidates
+        .into_iter()
+        .map(|candidate| (jaro_winkler(name, candidate), candidate))
+        .filter(|(score, _)| *score >= RESEMBLES)
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+    scored.dedup_by(|a, b| a.1 == b.1);
+    scored.into_iter().take(count).map(|(_, candidate)| candidate.to_string()).collect()
+}
+
+/// Names in backticks, the first few of a long list.
+fn join(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let mut text =
+        names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
+}
+
+fn closest_hint(closest: &[String]) -> String {
+    match closest {
+        [] => "\nhint: `all-linear` adapts every linear layer".to_string(),
+        names => format!("\nhint: the closest modules are {}", join(names)),
+    }
+}
+
+fn problem_list(problems: &[TensorProblem]) -> String {
+    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+}

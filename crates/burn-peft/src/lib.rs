@@ -1,0 +1,48 @@
+//! Parameter-efficient fine-tuning for [Burn](burn): LoRA on any [`Module`](burn::module::Module), in the format of
+//! Hugging Face [PEFT](https://github.com/huggingface/peft).
+//!
+//! - [`PeftModel`] adds adapters to a model, switches, merges, saves and loads them. Every module has its methods.
+//! - [`LoraConfig`] says which modules are adapted and how, with PEFT's names and defaults.
+//! - [`LoraLinear`] is `nn::Linear` made fast for adapters: one type in the model's struct changes, nothing else.
+//!
+//! Plain `nn::Linear` and `nn::Embedding` inside a model that cannot be changed work as well, through their dense
+//! weight. Parameters, gradients, optimizers, records and devices are Burn's own; a backend is chosen by Burn's
+//! features in the program that uses this crate.
+//!
+//! # Example
+//! ```
+//! use burn::nn::transformer::TransformerEncoderConfig;
+//! use burn::tensor::Device;
+//! use burn_peft::{LoraConfig, PeftModel};
+//!
+//! # fn main() -> Result<(), burn_peft::PeftError> {
+//! let device = Device::default().autodiff();
+//! let mut encoder = TransformerEncoderConfig::new(16, 32, 4, 2).init(&device);
+//!
+//! let config = LoraConfig::new(8).with_lora_alpha(16.0).with_target_modules(["query", "value"]);
+//! let report = encoder.add_adapter("default", &config)?;
+//!
+//! assert_eq!(report.modules.len(), 4);
+//! assert_eq!(encoder.trainable_parameters().trainable, report.num_params());
+//! # Ok(())
+//! # }
+//! ```
+
+mod adapter;
+mod error;
+mod inject;
+mod lora;
+mod merge;
+mod model;
+mod seam;
+mod store;
+mod summary;
+mod target;
+
+pub use error::{PeftError, TensorProblem};
+pub use inject::{AdaptedModule, InjectionReport};
+pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraLinear};
+pub use model::{DEFAULT_ADAPTER, PeftModel};
+pub use store::LoadReport;
+pub use summary::ParameterSummary;
+pub use target::TargetModules;

@@ -1,0 +1,15 @@
+//! Low-rank adaptation.
+//!
+//! ```text
+//!            d_out                       r         d_out
+//!        ┌───────────┐                ┌─────┐   ┌───────────┐
+//!        │           │                │     │ r │     B     │   B = 0 at the start
+//!   d_in │  W frozen │ + scaling * d_in  A  │   └───────────┘
+//!        │           │                │     │        A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))
+//!        └───────────┘                └─────┘        scaling = lora_alpha / r
+//! ```
+mod config;
+mod linear;
+
+pub use config::{Bias, InitLoraWeights, LoraConfig};
+pub use linear::LoraLinear;

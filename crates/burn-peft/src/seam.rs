@@ -1,0 +1,355 @@
+//! The one place that knows how Burn carries adapters: reading every state of a model and putting edited ones back.
+//!
+//! Burn shows a parameter's reparameterization to nobody but the parameter's owner. What it does show, to visitors and
+//! mappers, are the parameters *inside* the reparameterization, and those may carry a reparameterization themselves.
+//! That is the way in: while [`Adapters`] is traversed, its first parameter carries a [`Note`]. A visitor finds the
+//! whole state in it; a mapper leaves one that tells the state to drop itself at the next `materialize()`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn::module::{
+    Devices, Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
+};
+use burn::tensor::{Device, Shape, Tensor};
+
+use crate::adapter::{Adapter, Adapters};
+use crate::error::PeftError;
+
+/// The container name under which [`LoraLinear`](crate::LoraLinear) announces itself before its inner layer.
+pub(crate) const LORA_LINEAR_MARK: &str = "Struct:LoraLinear";
+
+/// The container name that Burn gives to the traversal of a reparameterization.
+const REPARAMETERIZATION: &str = "Reparameterization";
+
+/// The states of a model by the path of their weight, `….q_proj.weight`.
+pub(crate) type States = BTreeMap<String, Adapters>;
+
+/// Whether a state still counts, or waits for `materialize()` to remove it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum AttachedState {
+    #[default]
+    Attached,
+    Dropped,
+}
+
+/// A floating-point parameter of the base model.
+#[derive(Debug, Clone)]
+pub(crate) struct BaseParameter {
+    pub(crate) path: String,
+    pub(crate) shape: Shape,
+    pub(crate) device: Device,
+    /// The container that owns it, `Struct:Linear` for example.
+    pub(crate) container: String,
+    pub(crate) requires_grad: bool,
+}
+
+/// What a model consists of, as far as adapters are concerned.
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    pub(crate) parameters: Vec<BaseParameter>,
+    pub(crate) states: States,
+    /// Paths of the modules that are [`LoraLinear`](crate::LoraLinear)s.
+    pub(crate) lora_linears: BTreeSet<String>,
+}
+
+impl Layout {
+    /// Reads a model.
+    ///
+    /// # Errors
+    /// [`PeftError::ForeignReparameterization`]: attaching over another state would lose one of the two silently.
+    pub(crate) fn of<M: Module>(model: &M) -> Result<Self, PeftError> {
+        let mut reader = Reader::default();
+        model.visit(&mut reader);
+        match reader.foreign {
+            paths if paths.is_empty() => Ok(reader.layout),
+            paths => Err(PeftError::ForeignReparameterization { paths }),
+        }
+    }
+
+    /// Reads a model of which nothing will be changed; the parameters of foreign states count as the model's own.
+    pub(crate) fn read_only<M: Module>(model: &M) -> Self {
+        let mut reader = Reader::default();
+        model.visit(&mut reader);
+        reader.layout
+    }
+}
+
+/// Replaces all states of `model` by `states`; the base keeps its bits and its parameter ids.
+///
+/// `freeze_base` stops the training of every base parameter; without it their training state is left as it is.
+pub(crate) fn attach<M: Module>(model: &mut M, states: States, freeze_base: bool) {
+    let mut bare = model.clone().map(&mut Dropper::default()).materialize();
+    if freeze_base {
+        bare = bare.no_grad();
+    }
+    *model = bare.apply_reparameterization(Table(states));
+}
+
+#[derive(Default)]
+struct Reader {
+    path: Vec<String>,
+    containers: Vec<String>,
+    layout: Layout,
+    foreign: Vec<String>,
+}
+
+impl ModuleVisitor for Reader {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if container == LORA_LINEAR_MARK {
+            self.layout.lora_linears.insert(self.path.join("."));
+        }
+        if container == REPARAMETERIZATION && name != Adapters::NAME {
+            self.foreign.push(self.path.join("."));
+        }
+        self.path.push(name.to_string());
+        self.containers.push(container.to_string());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+        self.containers.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let mut levels = self.containers.iter().zip(&self.path);
+        let inside = levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
+        match (inside, param.reparameterization::<Note>()) {
+            (Some(depth), Some(Note::Offer(state))) => {
+                self.layout.states.insert(self.path[..depth].join("."), state.clone());
+            }
+            (Some(_), _) => {}
+            (None, _) => self.layout.parameters.push(BaseParameter {
+                path: self.path.join("."),
+                shape: param.lazy_shape(),
+                device: param.lazy_device(),
+                container: self.containers.last().cloned().unwrap_or_default(),
+                // Reading the value initialises a lazy parameter, so that the clone that `attach` freezes
+                // no longer shares its initialisation with other clones of the model.
+                requires_grad: param.base().is_require_grad(),
+            }),
+        }
+    }
+}
+
+/// Marks every state of ours as dropped.
+#[derive(Default)]
+struct Dropper {
+    depth: usize,
+}
+
+impl ModuleMapper for Dropper {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if self.depth > 0 || (container == REPARAMETERIZATION && name == Adapters::NAME) {
+            self.depth += 1;
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.depth = self.depth.saturating_sub(1);
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.depth > 0 { with_note(param, Note::Drop) } else { param }
+    }
+}
+
+/// Attaches states by path.
+struct Table(States);
+
+impl Reparameterizer for Table {
+    type Reparam = Adapters;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<Adapters>) {
+        let state = self.0.remove(path).filter(|state| !state.list.is_empty());
+        (param, state)
+    }
+}
+
+/// What the first parameter of a state carries during a traversal. As a reparameterization it changes nothing.
+#[derive(Debug, Clone)]
+enum Note {
+    /// To visitors: the state itself.
+    Offer(Adapters),
+    /// From mappers: the state is to be dropped.
+    Drop,
+}
+
+impl Reparameterization for Note {
+    const NAME: &'static str = "peft_note";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        base
+    }
+}
+
+impl Module for Note {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn fork(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn to_device(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        self.clone()
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<V: ModuleVisitor>(&self, _visitor: &mut V) {}
+
+    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
+        self
+    }
+}
+
+fn with_note<const D: usize>(param: Param<Tensor<D>>, note: Note) -> Param<Tensor<D>> {
+    struct One(Option<Note>);
+
+    impl Reparameterizer for One {
+        type Reparam = Note;
+
+        fn reparameterize<const D: usize>(
+            &mut self,
+            _path: &str,
+            param: Param<Tensor<D>>,
+        ) -> (Param<Tensor<D>>, Option<Note>) {
+            (param, self.0.take())
+        }
+    }
+
+    param.apply_reparameterization(One(Some(note)))
+}
+
+/// Hands a state's parameters to a visitor, the first one with the offer of the state.
+struct Offering<'a, V> {
+    visitor: &'a mut V,
+    note: &'a mut Option<Note>,
+}
+
+impl<V: ModuleVisitor> ModuleVisitor for Offering<'_, V> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.visitor.enter_module(name, container);
+    }
+
+    fn exit_module(&mut self, name: &str, container: &str) {
+        self.visitor.exit_module(name, container);
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        self.visitor.visit_flag(flag);
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        match self.note.take() {
+            Some(note) => self.visitor.visit_float(&with_note(param.clone(), note)),
+            None => self.visitor.visit_float(param),
+        }
+    }
+}
+
+/// Hands a state's parameters to a mapper and takes its notes off again.
+struct Listening<'a, M> {
+    mapper: &'a mut M,
+    attached: &'a mut AttachedState,
+}
+
+impl<M: ModuleMapper> ModuleMapper for Listening<'_, M> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.mapper.enter_module(name, container);
+    }
+
+    fn exit_module(&mut self, name: &str, container: &str) {
+        self.mapper.exit_module(name, container);
+    }
+
+    fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
+        self.mapper.map_flag(flag)
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let param = self.mapper.map_float(param);
+        if let Some(Note::Drop) = param.reparameterization::<Note>() {
+            *self.attached = AttachedState::Dropped;
+            let (id, tensor, mapper) = param.consume();
+            return Param::from_mapped_value(id, tensor, mapper);
+        }
+        param
+    }
+}
+
+/// What [`Adapters`] calls the traversal of one adapter.
+const ADAPTER: &str = "Adapter";
+
+impl Adapters {
+    fn map_each(self, each: impl FnMut(Adapter) -> Adapter) -> Self {
+        Self { list: self.list.into_iter().map(each).collect(), ..self }
+    }
+}
+
+/// Parameters appear as `<weight>.peft.<adapter>.{a,b}`.
+impl Module for Adapters {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.list.collect_devices(devices)
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        self.map_each(|adapter| adapter.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        self.map_each(|adapter| adapter.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        self.map_each(Module::train)
+    }
+
+    fn valid(&self) -> Self {
+        Self { list: self.list.valid(), ..*self }
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        let mut note = Some(Note::Offer(self.clone()));
+        for adapter in &self.list {
+            visitor.enter_module(&adapter.info.name, ADAPTER);
+            adapter.visit(&mut Offering { visitor: &mut *visitor, note: &mut note });
+            visitor.exit_module(&adapter.info.name, ADAPTER);
+        }
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        let mut attached = self.attached;
+        let list = self
+            .list
+            .into_iter()
+            .map(|adapter| {
+                let name = adapter.info.name.clone();
+                mapper.enter_module(&name, ADAPTER);
+                let adapter = adapter.map(&mut Listening { mapper: &mut *mapper, attached: &mut attached });
+                mapper.exit_module(&name, ADAPTER);
+                adapter
+            })
+            .collect();
+        Self { list, attached }
+    }
+}

@@ -1,0 +1,176 @@
+//! Adapter directories in the format of Hugging Face PEFT.
+
+mod adapter_config;
+mod keys;
+mod tensors;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+
+use crate::adapter::Adapter;
+use crate::error::{PeftError, TensorProblem, closest};
+use crate::inject::{InjectionReport, Plan, Target};
+use crate::seam::{Layout, States};
+
+use keys::Factor;
+
+const CONFIG_FILE: &str = "adapter_config.json";
+const TENSOR_FILE: &str = "adapter_model.safetensors";
+const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// What was loaded from an adapter directory.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadReport {
+    /// What the adapter was attached to.
+    pub injection: InjectionReport,
+    /// How many tensors were read.
+    pub tensors: usize,
+    /// Keys of the configuration that this version does not know and that ask for nothing.
+    pub ignored_keys: Vec<String>,
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {} tensors loaded", self.injection, self.tensors)?;
+        if !self.ignored_keys.is_empty() {
+            write!(f, "; configuration keys without effect: {}", self.ignored_keys.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes adapter `name` of `states` to `directory`.
+pub(crate) fn save(states: &States, name: &str, directory: &Path) -> Result<(), PeftError> {
+    let mut tensors = BTreeMap::new();
+    let mut config = None;
+    for (weight, adapter) in states.iter().filter_map(|(weight, state)| Some((weight, state.get(name)?))) {
+        let module = weight.trim_end_matches(".weight");
+        let plain = adapter.valid();
+        for factor in [Factor::A, Factor::B] {
+            let value = factor.of(&plain).val().transpose();
+            tensors.insert(factor.key(module, adapter.info.kind), value);
+        }
+        config.get_or_insert_with(|| adapter.info.config.clone());
+    }
+    let Some(config) = config else {
+        return Err(PeftError::UnknownAdapter { name: name.to_string(), available: vec![] });
+    };
+    std::fs::create_dir_all(directory).map_err(PeftError::io(directory))?;
+    // The tensors first: a directory with a configuration is complete.
+    let path = directory.join(TENSOR_FILE);
+    write_whole(&path, &tensors::to_bytes(&path, &tensors)?)?;
+    let path = directory.join(CONFIG_FILE);
+    write_whole(&path, &adapter_config::to_json(&config, &path)?)
+}
+
+/// Reads the adapter in `directory` and adds it to the states of `layout` under `name`.
+pub(crate) fn load(layout: &mut Layout, name: &str, directory: &Path) -> Result<LoadReport, PeftError> {
+    let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
+    let config_text = match std::fs::read(&config_path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(PeftError::NoAdapter {
+                path: directory.into(),
+                reason: format!("there is no `{CONFIG_FILE}`"),
+                hint: "give the directory that PEFT's `save_pretrained` wrote",
+            });
+        }
+        Err(source) => return Err(PeftError::Io { path: config_path, source }),
+    };
+    let (config, ignored_keys) = adapter_config::from_json(&config_text, &config_path)?;
+    let plan = Plan::new(layout, name, &config)?;
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let has_pickle = directory.join(PICKLE_FILE).exists();
+            return Err(PeftError::NoAdapter {
+                path: directory.into(),
+                reason: if has_pickle {
+                    format!("`{PICKLE_FILE}` is a pickle, which can run code when it is read")
+                } else {
+                    format!("there is no `{TENSOR_FILE}`")
+                },
+                hint: if has_pickle {
+                    "load it in Python and save it again with `safe_serialization=True`"
+                } else {
+                    "give the directory that PEFT's `save_pretrained` wrote"
+                },
+            });
+        }
+        Err(source) => return Err(PeftError::Io { path, source }),
+    };
+    let mut stored = tensors::Reader::new(&path, &bytes)?;
+
+    let expected: Vec<(&Target, Factor, String)> = plan
+        .targets
+        .iter()
+        .flat_map(|target| {
+            [Factor::A, Factor::B].map(|factor| (target, factor, factor.key(&target.module, target.kind)))
+        })
+        .collect();
+    let mut problems = Vec::new();
+    let mut factors: BTreeMap<(&str, Factor), Tensor<2>> = BTreeMap::new();
+    for (target, factor, key) in &expected {
+        match stored.take(key, factor.stored_shape(target.dims, config.r), &target.device) {
+            Ok(tensor) => {
+                factors.insert((&target.weight, *factor), tensor.transpose());
+            }
+            Err(problem) => problems.push(problem),
+        }
+    }
+    let leftover = stored.leftover();
+    for problem in &mut problems {
+        if let TensorProblem::Missing { key, closest: nearest } = problem {
+            *nearest = closest(key, leftover.iter().map(String::as_str), 1).pop();
+        }
+    }
+    problems.extend(leftover.iter().map(|key| TensorProblem::Unexpected {
+        key: key.clone(),
+        closest: closest(key, expected.iter().map(|(_, _, key)| key.as_str()), 1).pop(),
+    }));
+    if !problems.is_empty() {
+        return Err(PeftError::IncompatibleAdapter { path, problems });
+    }
+
+    let tensors = factors.len();
+    let mut made: BTreeMap<String, Adapter> = BTreeMap::new();
+    for target in &plan.targets {
+        let a = factors.remove(&(&*target.weight, Factor::A));
+        let b = factors.remove(&(&*target.weight, Factor::B));
+        if let (Some(a), Some(b)) = (a, b) {
+            let adapter = Adapter::new(plan.name.clone(), plan.config.clone(), target.kind, a, b);
+            made.insert(target.weight.clone(), adapter);
+        }
+    }
+    plan.add_to(&mut layout.states, |target| made.remove(&target.weight));
+    Ok(LoadReport { injection: plan.into_report(), tensors, ignored_keys })
+}
+
+/// Writes a file so that a reader sees all of it or nothing: a sibling file, flushed to disk, renamed.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), PeftError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(PeftError::io(path))?;
+    file.write_all(bytes).map_err(PeftError::io(path))?;
+    file.as_file().sync_all().map_err(PeftError::io(path))?;
+    make_readable(file.as_file(), path)?;
+    file.persist(path).map_err(|error| PeftError::Io { path: path.into(), source: error.error })?;
+    Ok(())
+}
+
+/// Temporary files are private; an adapter is meant to be handed on.
+#[cfg(unix)]
+fn make_readable(file: &std::fs::File, path: &Path) -> Result<(), PeftError> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(PeftError::io(path))
+}
+
+#[cfg(not(unix))]
+fn make_readable(_file: &std::fs::File, _path: &Path) -> Result<(), PeftError> {
+    Ok(())
+}

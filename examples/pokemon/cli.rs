@@ -1,0 +1,327 @@
+//! The command line: what can be set, what it means, and what is used where nothing is set.
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::arms::Arm;
+use crate::device::DeviceName;
+
+/// What does LoRA change? Asks a language model for the types of Pokémon species it was never asked about, before and
+/// after fine-tuning: by prompting, after full fine-tuning, and after LoRA fine-tuning.
+///
+/// Without options the experiment runs on a small base model that is part of this program, on the CPU, in a few
+/// minutes. `--model` takes any LLaMA in the Hugging Face layout instead.
+#[derive(Parser, Debug)]
+#[command(name = "pokemon", version, args_conflicts_with_subcommands = true, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub experiment: ExperimentArgs,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Makes the embedded base model from scratch: text, tokenizer, training, a Hugging Face directory.
+    Pretrain(PretrainArgs),
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct PretrainArgs {
+    /// Directory to write the model to; it is made, and must be empty if it exists
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Species to write about, a CSV file; the one that is part of the program if not given
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Number of optimizer steps, 1 or more
+    #[arg(long, default_value_t = 2400, value_parser = at_least_one)]
+    pub steps: usize,
+    /// Sequences in a batch, 1 or more
+    #[arg(long, default_value_t = 16, value_parser = at_least_one)]
+    pub batch_size: usize,
+    /// Tokens in a sequence, 32 or more: documents are packed into sequences of this length
+    #[arg(long, default_value_t = 160, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(32..=4096))]
+    pub length: usize,
+    /// Peak learning rate of AdamW, above 0; cosine decay after a linear warm-up
+    #[arg(long, default_value_t = 2e-3, value_parser = positive)]
+    pub learning_rate: f64,
+    /// Steps of linear warm-up
+    #[arg(long, default_value_t = 100)]
+    pub warmup: usize,
+    /// Tokens in the vocabulary, 512 or more
+    #[arg(long, default_value_t = 2048, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(512..=65536))]
+    pub vocab_size: usize,
+    /// Width of the model, a multiple of 16 (8 attention heads of an even size)
+    #[arg(long, default_value_t = 256, value_parser = multiple_of_16)]
+    pub hidden_size: usize,
+    /// Number of blocks, 1 or more
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    pub layers: usize,
+    /// Seed of the weights and of the text
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Steps between two lines of the log, 1 or more
+    #[arg(long, default_value_t = 20, value_parser = at_least_one)]
+    pub log_every: usize,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    pub device: DeviceName,
+}
+
+/// Options of the experiment. Those without a default take the one of the base model, see [`Settings`].
+#[derive(Args, Debug, Clone)]
+pub struct ExperimentArgs {
+    /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
+    /// template) with the LLaMA architecture; the embedded base model if not given
+    #[arg(long, value_name = "DIR", help_heading = "Experiment")]
+    pub model: Option<PathBuf>,
+    /// Species: a CSV file with the columns number,name,primary,secondary,generation,family; the file that is part of
+    /// the program (all 1025 species) if not given
+    #[arg(long, value_name = "FILE", help_heading = "Experiment")]
+    pub data: Option<PathBuf>,
+    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained
+    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with = "arms")]
+    pub adapter: Option<PathBuf>,
+    /// Arms to run, separated by commas
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]
+    pub arms: Vec<Arm>,
+    /// Seed of the split, of the adapter and of the order of the training examples; with `--seeds`, the first one
+    #[arg(long, default_value_t = 0, help_heading = "Experiment")]
+    pub seed: u64,
+    /// Number of seeds to run, 1 or more; the table gives mean and range over them
+    #[arg(long, default_value_t = 1, value_parser = at_least_one, help_heading = "Experiment")]
+    pub seeds: usize,
+    /// Evaluate at most so many held-out species, 1 or more: for a quick look [default: all]
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Experiment")]
+    pub limit: Option<usize>,
+    /// Examples in the few-shot prompt, 1 to 64
+    #[arg(long, default_value_t = 8, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64), help_heading = "Experiment")]
+    pub shots: usize,
+    /// System text of every prompt [default: an instruction, which for `--model` also lists the 18 types]
+    #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
+    pub system: Option<String>,
+    /// Directory for report, plots, predictions and the adapter
+    #[arg(long, default_value = "out/pokemon", value_name = "DIR", help_heading = "Experiment")]
+    pub out: PathBuf,
+
+    /// Where to compute; everything but the CPU needs a cargo feature of that name
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Computation")]
+    pub device: DeviceName,
+    /// Floating-point type of the base model; adapters are trained in f32
+    #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
+    pub dtype: Precision,
+    /// Prompts that are answered at once, 1 or more
+    #[arg(long, default_value_t = 32, value_parser = at_least_one, value_name = "N", help_heading = "Computation")]
+    pub eval_batch_size: usize,
+
+    /// Rank of the adapter, 1 or more
+    #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
+    pub rank: usize,
+    /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank
+    #[arg(long, default_value_t = 32.0, value_parser = positive, help_heading = "LoRA")]
+    pub alpha: f64,
+    /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
+    #[arg(long, value_parser = probability, help_heading = "LoRA")]
+    pub dropout: Option<f64>,
+    /// Modules to adapt: `all-linear`, or names separated by commas such as `q_proj,v_proj`
+    #[arg(long, default_value = "all-linear", help_heading = "LoRA")]
+    pub targets: String,
+
+    /// Examples in a training batch, 1 or more
+    #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    pub batch_size: usize,
+    /// Peak learning rate of the LoRA arm, above 0 [default: 1e-3, with --model 5e-4]
+    #[arg(long, value_parser = positive, value_name = "LR", help_heading = "Training")]
+    pub learning_rate: Option<f64>,
+    /// Passes of the LoRA arm over the training species, 1 or more [default: 16, with --model 4]
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    pub epochs: Option<usize>,
+    /// Peak learning rate of full fine-tuning, above 0 [default: 1e-3, with --model 5e-5]
+    #[arg(long, value_parser = positive, value_name = "LR", help_heading = "Training")]
+    pub full_learning_rate: Option<f64>,
+    /// Passes of full fine-tuning over the training species, 1 or more [default: 6, with --model 2]
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    pub full_epochs: Option<usize>,
+    /// How the learning rate goes on after the warm-up
+    #[arg(long, value_enum, default_value_t = Decay::Linear, help_heading = "Training")]
+    pub schedule: Decay,
+    /// Steps of linear warm-up
+    #[arg(long, default_value_t = 20, value_name = "STEPS", help_heading = "Training")]
+    pub warmup: usize,
+    /// Steps between two lines of the training log, 1 or more
+    #[arg(long, default_value_t = 20, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
+    pub log_every: usize,
+    /// Steps between two measurements of the loss on held-out species, 1 or more [default: an eighth of the run]
+    #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
+    pub eval_every: Option<usize>,
+}
+
+/// Floating-point type of the base model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32 bits
+    F32,
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+}
+
+/// Course of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Decay {
+    /// In a straight line to 0
+    Linear,
+    /// Half a cosine wave to 0
+    Cosine,
+    /// No decay
+    Constant,
+}
+
+impl fmt::Display for Decay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Linear => "linear",
+            Self::Cosine => "cosine",
+            Self::Constant => "constant",
+        })
+    }
+}
+
+/// How one arm is trained.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainingSettings {
+    pub learning_rate: f64,
+    pub epochs: usize,
+    pub batch_size: usize,
+    pub warmup: usize,
+    pub decay: Decay,
+    pub log_every: usize,
+    pub eval_every: Option<usize>,
+}
+
+impl ExperimentArgs {
+    fn embedded(&self) -> bool {
+        self.model.is_none()
+    }
+
+    /// Dropout of the adapter. The embedded base is so small that dropout only slows it down.
+    pub fn lora_dropout(&self) -> f64 {
+        self.dropout.unwrap_or(if self.embedded() { 0.0 } else { 0.05 })
+    }
+
+    /// How the LoRA arm is trained.
+    pub fn lora_training(&self) -> TrainingSettings {
+        let (learning_rate, epochs) = if self.embedded() { (1e-3, 16) } else { (5e-4, 4) };
+        self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(epochs))
+    }
+
+    /// How the full fine-tuning arm is trained. On the embedded base the rate is as careless as LoRA's on purpose.
+    pub fn full_training(&self) -> TrainingSettings {
+        let (learning_rate, epochs) = if self.embedded() { (1e-3, 6) } else { (5e-5, 2) };
+        self.training(self.full_learning_rate.unwrap_or(learning_rate), self.full_epochs.unwrap_or(epochs))
+    }
+
+    fn training(&self, learning_rate: f64, epochs: usize) -> TrainingSettings {
+        TrainingSettings {
+            learning_rate,
+            epochs,
+            batch_size: self.batch_size,
+            warmup: self.warmup,
+            decay: self.schedule,
+            log_every: self.log_every,
+            eval_every: self.eval_every,
+        }
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a whole number of 1 or more".into()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn multiple_of_16(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(number) if number > 0 && number.is_multiple_of(16) => Ok(number),
+        _ => Err("expected a multiple of 16".into()),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("expected a number of at least 0 and below 1".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["pokemon"], arguments].concat())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_depend_on_the_base() {
+        let embedded = parse(&[]).unwrap().experiment;
+        assert_eq!(embedded.arms, Arm::ALL);
+        assert_eq!((embedded.lora_training().learning_rate, embedded.lora_training().epochs), (1e-3, 16));
+        assert_eq!(embedded.lora_dropout(), 0.0);
+
+        let other = parse(&["--model", "dir"]).unwrap().experiment;
+        assert_eq!((other.lora_training().learning_rate, other.lora_training().epochs), (5e-4, 4));
+        assert_eq!((other.full_training().learning_rate, other.full_training().epochs), (5e-5, 2));
+        assert_eq!(other.lora_dropout(), 0.05);
+
+        let set = parse(&["--model", "dir", "--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]);
+        let set = set.unwrap().experiment;
+        assert_eq!((set.lora_dropout(), set.lora_training().epochs), (0.0, 7));
+        assert_eq!(set.lora_training().learning_rate, 2e-4);
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_what_is_expected() {
+        for (arguments, expected) in [
+            (["--rank", "0"], "1 or more"),
+            (["--alpha", "-1"], "above 0"),
+            (["--dropout", "1"], "below 1"),
+            (["--learning-rate", "nan"], "above 0"),
+            (["--device", "tpu"], "possible values"),
+            (["--arms", "few-shot,lroa"], "possible values"),
+        ] {
+            let text = parse(&arguments).unwrap_err().to_string();
+            assert!(text.contains(expected) && text.contains(arguments[0]), "{text}");
+        }
+    }
+
+    #[test]
+    fn arms_are_a_list_and_pretrain_needs_a_directory() {
+        let cli = parse(&["--arms", "zero-shot,lora"]).unwrap();
+        assert_eq!(cli.experiment.arms, [Arm::ZeroShot, Arm::Lora]);
+        assert!(parse(&["pretrain"]).is_err());
+        assert!(parse(&["--adapter", "dir", "--arms", "lora"]).is_err());
+        let Some(Command::Pretrain(args)) = parse(&["pretrain", "--out", "x"]).unwrap().command else {
+            panic!("expected the subcommand");
+        };
+        assert_eq!(args.out, PathBuf::from("x"));
+    }
+}

@@ -1,0 +1,237 @@
+//! The species: one row of facts each, read from a CSV file, and the split by evolution family.
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+/// The file that is part of the program: all 1025 species up to generation 9.
+const EMBEDDED: &str = include_str!("data/species.csv");
+
+/// The 18 types. The order is the one of the games' type chart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Type {
+    Normal,
+    Fire,
+    Water,
+    Electric,
+    Grass,
+    Ice,
+    Fighting,
+    Poison,
+    Ground,
+    Flying,
+    Psychic,
+    Bug,
+    Rock,
+    Ghost,
+    Dragon,
+    Dark,
+    Steel,
+    Fairy,
+}
+
+impl Type {
+    pub const ALL: [Self; 18] = [
+        Self::Normal,
+        Self::Fire,
+        Self::Water,
+        Self::Electric,
+        Self::Grass,
+        Self::Ice,
+        Self::Fighting,
+        Self::Poison,
+        Self::Ground,
+        Self::Flying,
+        Self::Psychic,
+        Self::Bug,
+        Self::Rock,
+        Self::Ghost,
+        Self::Dragon,
+        Self::Dark,
+        Self::Steel,
+        Self::Fairy,
+    ];
+}
+
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+impl FromStr for Type {
+    type Err = ();
+
+    /// The type of that name, in whatever case.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|kind| kind.to_string().eq_ignore_ascii_case(text)).ok_or(())
+    }
+}
+
+/// One species.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Species {
+    /// Number in the National Pokédex.
+    pub number: u16,
+    /// English name.
+    pub name: String,
+    /// First type.
+    pub primary: Type,
+    /// Second type, if there is one.
+    pub secondary: Option<Type>,
+    /// Generation of the games it appeared in first.
+    pub generation: u8,
+    /// Evolution family: species of one family share this text.
+    pub family: String,
+}
+
+impl Species {
+    /// One or two types, the first one first.
+    pub fn types(&self) -> Vec<Type> {
+        [Some(self.primary), self.secondary].into_iter().flatten().collect()
+    }
+
+    /// `Type` or `Type/Type`.
+    pub fn answer(&self) -> String {
+        self.types().iter().map(Type::to_string).collect::<Vec<_>>().join("/")
+    }
+}
+
+/// Reads the species from `path`, or from the embedded file.
+pub fn load(path: Option<&Path>) -> Result<Vec<Species>> {
+    match path {
+        None => parse(EMBEDDED).context("the embedded species file"),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| {
+                format!("`{}` cannot be read\nhint: `--data` takes a CSV file with the columns number,name,primary,secondary,generation,family", path.display())
+            })?;
+            parse(&text).with_context(|| format!("`{}`", path.display()))
+        }
+    }
+}
+
+/// All problems of the file are collected before it is refused.
+fn parse(text: &str) -> Result<Vec<Species>> {
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.as_bytes());
+    let mut species: Vec<Species> = Vec::new();
+    let mut names = HashSet::new();
+    let mut problems = Vec::new();
+    for row in reader.deserialize::<Species>() {
+        match row {
+            Err(error) => problems.push(error.to_string()),
+            Ok(row) => {
+                let at = species.len() + problems.len() + 2;
+                if row.name.is_empty() || row.family.is_empty() {
+                    problems.push(format!("line {at}: `name` and `family` must not be empty"));
+                } else if !names.insert(row.name.clone()) {
+                    problems.push(format!("line {at}: `{}` is there twice", row.name));
+                } else if row.secondary == Some(row.primary) {
+                    problems.push(format!("line {at}: `{}` has the type {} twice", row.name, row.primary));
+                } else {
+                    species.push(row);
+                }
+            }
+        }
+    }
+    if !problems.is_empty() {
+        let more = problems.len().saturating_sub(10);
+        problems.truncate(10);
+        if more > 0 {
+            problems.push(format!("and {more} more"));
+        }
+        bail!("{}\nhint: types are {}", problems.join("\n"), list_of_types());
+    }
+    if species.iter().map(|s| &s.family).collect::<HashSet<_>>().len() < 5 {
+        bail!("expected species of at least 5 families, so that one fifth can be held out");
+    }
+    Ok(species)
+}
+
+/// `Normal, Fire, ..`, all 18.
+pub fn list_of_types() -> String {
+    Type::ALL.iter().map(Type::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Which species are trained on and which are held out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Split {
+    pub train: Vec<Species>,
+    pub test: Vec<Species>,
+}
+
+impl Split {
+    /// Holds out one fifth of the species, whole evolution families at a time: relatives often share a type, so a
+    /// relative in the training set would give the answer away. Both parts are in the order the shuffle left.
+    pub fn by_family(species: &[Species], seed: u64) -> Self {
+        let mut families: BTreeMap<&str, Vec<&Species>> = BTreeMap::new();
+        for one in species {
+            families.entry(&one.family).or_default().push(one);
+        }
+        let mut families: Vec<_> = families.into_values().collect();
+        families.shuffle(&mut StdRng::seed_from_u64(seed));
+        let held_out = species.len() / 5;
+        let (mut train, mut test) = (Vec::new(), Vec::new());
+        for family in families {
+            let part = if test.len() < held_out { &mut test } else { &mut train };
+            part.extend(family.into_iter().cloned());
+        }
+        Self { train, test }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &str = "number,name,primary,secondary,generation,family\n";
+
+    #[test]
+    fn the_embedded_file_has_every_species() {
+        let species = load(None).unwrap();
+        assert_eq!(species.len(), 1025);
+        assert!(species.iter().enumerate().all(|(index, one)| usize::from(one.number) == index + 1));
+        assert_eq!(species[0].answer(), "Grass/Poison");
+        assert_eq!(species[24].answer(), "Electric");
+        assert!(species.iter().all(|one| (1..=9).contains(&one.generation)));
+    }
+
+    #[test]
+    fn no_family_is_on_both_sides() {
+        let species = load(None).unwrap();
+        let split = Split::by_family(&species, 7);
+        assert_eq!(split.train.len() + split.test.len(), species.len());
+        assert!((205..215).contains(&split.test.len()), "{}", split.test.len());
+        let trained: HashSet<_> = split.train.iter().map(|one| &one.family).collect();
+        assert!(split.test.iter().all(|one| !trained.contains(&one.family)));
+    }
+
+    #[test]
+    fn the_seed_decides_the_split() {
+        let species = load(None).unwrap();
+        assert_eq!(Split::by_family(&species, 1), Split::by_family(&species, 1));
+        assert_ne!(Split::by_family(&species, 1), Split::by_family(&species, 2));
+    }
+
+    #[test]
+    fn problems_are_listed_with_their_line() {
+        let rows = "1,A,Fire,,1,A\n2,A,Fire,,1,A\n3,C,Fire,Fire,1,C\n4,D,Fyre,,1,D\n";
+        let text = parse(&format!("{HEADER}{rows}")).unwrap_err().to_string();
+        for expected in ["line 3: `A` is there twice", "line 4: `C` has the type Fire twice", "line: 5", "hint: types"] {
+            assert!(text.contains(expected), "{expected} in {text}");
+        }
+        let text = parse("name\nA\n").unwrap_err().to_string();
+        assert!(text.contains("number"), "{text}");
+    }
+
+    #[test]
+    fn types_are_read_in_any_case() {
+        assert_eq!("gRASS".parse(), Ok(Type::Grass));
+        assert!("Gras".parse::<Type>().is_err());
+    }
+}

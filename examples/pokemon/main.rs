@@ -1,0 +1,2 @@
+//! The Pokémon experiment.
+fn main() {}

@@ -1,0 +1,1 @@
+//! One integration binary for the whole workspace.
