@@ -72,10 +72,9 @@ impl Adapter {
                 (Start::Uniform(1.0 / (d_in as f64).sqrt()), Start::Zeros)
             }
             (_, InitLoraWeights::Gaussian) => (Start::Normal(1.0 / r as f64), Start::Zeros),
-            (_, InitLoraWeights::Random) => (
-                Start::Uniform(1.0 / (d_in as f64).sqrt()),
-                Start::Uniform(1.0 / (r as f64).sqrt()),
-            ),
+            (_, InitLoraWeights::Random) => {
+                (Start::Uniform(1.0 / (d_in as f64).sqrt()), Start::Uniform(1.0 / (r as f64).sqrt()))
+            }
         };
         Self::new(name, config, kind, a.tensor([d_in, r], device), b.tensor([r, d_out], device))
     }

@@ -256,8 +256,7 @@ pub(crate) fn closest<'a>(
 /// Names in backticks, the first few of a long list.
 fn join(names: &[String]) -> String {
     const SHOWN: usize = 8;
-    let mut text =
-        names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let mut text = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN {
         text.push_str(&format!(" and {} more", names.len() - SHOWN));
     }

@@ -98,9 +98,8 @@ impl Plan {
         let matcher = wanted.compile()?;
         let exclusions = config.exclude_modules.as_ref();
         let excluding = exclusions.map(TargetModules::compile).transpose()?;
-        let is_excluded = |module: &str| {
-            excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true))
-        };
+        let is_excluded =
+            |module: &str| excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true));
 
         let adaptable = adaptable(layout);
         let matched: Vec<&Target> = adaptable
@@ -239,11 +238,7 @@ fn module_paths(layout: &Layout) -> BTreeSet<&str> {
 fn names_without<'a>(names: &TargetModules, modules: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let TargetModules::Names(names) = names else { return vec![] };
     let modules: Vec<&str> = modules.into_iter().collect();
-    names
-        .iter()
-        .filter(|name| !modules.iter().any(|module| matches_name(module, name)))
-        .cloned()
-        .collect()
+    names.iter().filter(|name| !modules.iter().any(|module| matches_name(module, name))).cloned().collect()
 }
 
 fn closest_modules(wanted: &TargetModules, adaptable: &[Target]) -> Vec<String> {

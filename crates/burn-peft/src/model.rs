@@ -147,7 +147,8 @@ pub trait PeftModel: Module {
     fn trainable_parameters(&self) -> ParameterSummary {
         let layout = Layout::read_only(self);
         let adapters = || layout.states.values().flat_map(|state| &state.list);
-        let size = |adapter: &Adapter| adapter.a.lazy_shape().num_elements() + adapter.b.lazy_shape().num_elements();
+        let size =
+            |adapter: &Adapter| adapter.a.lazy_shape().num_elements() + adapter.b.lazy_shape().num_elements();
         let base = |only_trained: bool| -> usize {
             let counted = layout.parameters.iter().filter(|p| p.requires_grad || !only_trained);
             counted.map(|parameter| parameter.shape.num_elements()).sum()
@@ -198,4 +199,242 @@ fn require(layout: &Layout, name: &str) -> Result<(), PeftError> {
         name: name.to_string(),
         available: names.into_iter().map(str::to_string).collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::module::ParamId;
+    use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
+    use burn::nn::{Embedding, EmbeddingConfig, LinearConfig};
+    use burn::optim::{AdamWConfig, GradientsParams};
+    use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
+
+    use super::*;
+    use crate::{InitLoraWeights, LoraLinear, TargetModules};
+
+    #[derive(Module, Debug)]
+    struct Net {
+        embed: Embedding,
+        up: LoraLinear,
+        down: LoraLinear,
+    }
+
+    impl Net {
+        fn new(device: &Device) -> Self {
+            device.seed(3);
+            Self {
+                embed: EmbeddingConfig::new(11, 6).init(device),
+                up: LinearConfig::new(6, 10).init(device).into(),
+                down: LinearConfig::new(10, 4).with_bias(false).init(device).into(),
+            }
+        }
+
+        fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+            self.down.forward(self.up.forward(self.embed.forward(ids)).tanh())
+        }
+    }
+
+    fn ids(device: &Device) -> Tensor<2, Int> {
+        Tensor::from_data([[1, 5, 10], [0, 3, 7]], device)
+    }
+
+    fn config() -> LoraConfig {
+        LoraConfig::new(2)
+            .with_lora_alpha(6.0)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["up", "down", "embed"])
+    }
+
+    fn output(net: &Net) -> TensorData {
+        let net = net.valid();
+        let device = net.devices()[0].clone();
+        net.forward(ids(&device)).into_data()
+    }
+
+    fn weights(net: &Net) -> Vec<TensorData> {
+        vec![
+            net.embed.weight.base().into_data(),
+            net.up.weight.base().into_data(),
+            net.down.weight.base().into_data(),
+        ]
+    }
+
+    fn parameter_ids(net: &Net) -> Vec<ParamId> {
+        vec![net.embed.weight.id, net.up.weight.id, net.down.weight.id]
+    }
+
+    fn distance(a: &TensorData, b: &TensorData) -> f32 {
+        a.iter::<f32>().zip(b.iter::<f32>()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    #[test]
+    fn a_fresh_adapter_is_a_no_op_and_freezes_the_base() {
+        let mut net = Net::new(&Device::default().autodiff());
+        let before = output(&net);
+        let fresh = config().with_init_lora_weights(InitLoraWeights::KaimingUniform);
+        let report = net.add_adapter("default", &fresh).unwrap();
+        let paths: Vec<&str> = report.modules.iter().map(|module| &*module.path).collect();
+        assert_eq!(paths, ["embed", "up", "down"]);
+        assert_eq!(output(&net), before);
+        let expected = 2 * (11 + 6) + 2 * (6 + 10) + 2 * (10 + 4);
+        assert_eq!(net.trainable_parameters().trainable, expected);
+        assert_eq!(net.trainable_parameters().all, expected + 11 * 6 + 6 * 10 + 10 + 10 * 4);
+    }
+
+    #[test]
+    fn training_moves_the_factors_and_nothing_else() {
+        let device = Device::default().autodiff();
+        let mut net = Net::new(&device);
+        net.add_adapter("default", &config().with_init_lora_weights(InitLoraWeights::KaimingUniform))
+            .unwrap();
+        let (base, bias) = (weights(&net), net.up.bias.as_ref().unwrap().val().into_data());
+        let before = output(&net);
+        let mut optimizer = AdamWConfig::new().init();
+        for step in 0..3 {
+            let grads = net.forward(ids(&device)).powi_scalar(2).mean().backward();
+            let grads = GradientsParams::from_grads(grads, &net);
+            assert_eq!(grads.len(), 6, "step {step}");
+            net = optimizer.step(0.05, net, grads);
+        }
+        assert_eq!(weights(&net), base);
+        assert_eq!(net.up.bias.as_ref().unwrap().val().into_data(), bias);
+        assert!(distance(&output(&net), &before) > 1e-3);
+    }
+
+    #[test]
+    fn the_active_set_alone_decides_the_output() {
+        let mut net = Net::new(&Device::default().autodiff());
+        let bare = output(&net);
+        net.add_adapter("one", &config()).unwrap();
+        let one = output(&net);
+        net.add_adapter("two", &config().with_lora_alpha(3.0)).unwrap();
+        assert_eq!(output(&net), one, "a second adapter waits");
+        net.set_adapter(&["two"]).unwrap();
+        let two = output(&net);
+        assert!(distance(&one, &two) > 1e-3);
+        net.set_adapter(&["one", "two"]).unwrap();
+        assert!(distance(&output(&net), &one) > 1e-3);
+        net.set_adapter(&[]).unwrap();
+        assert_eq!(output(&net), bare);
+        net.set_adapter(&["one"]).unwrap();
+        assert_eq!(output(&net), one);
+        net.delete_adapter("two").unwrap();
+        assert_eq!(net.adapters(), [("one".to_string(), true)]);
+        assert_eq!(output(&net), one);
+    }
+
+    #[test]
+    fn merging_keeps_the_output_and_unloading_gives_the_base_back() {
+        for device in [Device::default(), Device::default().autodiff()] {
+            let mut net = Net::new(&device);
+            let (bare, base, ids) = (output(&net), weights(&net), parameter_ids(&net));
+            net.add_adapter("default", &config()).unwrap();
+            let adapted = output(&net);
+            assert!(distance(&bare, &adapted) > 1e-2);
+
+            let mut merged = net.clone();
+            merged.merge_and_unload().unwrap();
+            assert!(merged.adapters().is_empty());
+            output(&merged).assert_approx_eq::<f32>(&adapted, Tolerance::absolute(1e-5));
+            assert_eq!(parameter_ids(&merged), ids);
+
+            net.unload().unwrap();
+            assert_eq!(weights(&net), base);
+            assert_eq!(output(&net), bare);
+            assert_eq!(parameter_ids(&net), ids);
+        }
+    }
+
+    #[test]
+    fn a_merge_that_would_break_the_weights_changes_nothing() {
+        let mut net = Net::new(&Device::default());
+        net.add_adapter("default", &config().with_lora_alpha(1e300)).unwrap();
+        let base = weights(&net);
+        let error = net.merge_and_unload().unwrap_err();
+        assert!(matches!(&error, PeftError::NonFiniteMerge { name, .. } if name == "default"), "{error}");
+        assert_eq!(weights(&net), base);
+        assert_eq!(net.adapters().len(), 1);
+    }
+
+    #[test]
+    fn an_adapter_survives_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let device = Device::default().autodiff();
+        let mut net = Net::new(&device);
+        net.add_adapter("default", &config()).unwrap();
+        net.save_adapter("default", directory.path()).unwrap();
+        let adapted = output(&net);
+
+        let mut other = Net::new(&device);
+        let report = other.load_adapter("again", directory.path()).unwrap();
+        assert_eq!(report.tensors, 6);
+        assert_eq!(output(&other), adapted);
+    }
+
+    #[test]
+    fn records_carry_adapters_between_models_of_the_same_structure() {
+        let device = Device::default();
+        let mut net = Net::new(&device);
+        net.add_adapter("default", &config()).unwrap();
+        let mut other = Net::new(&device);
+        device.seed(99);
+        other.add_adapter("default", &config()).unwrap();
+        assert_ne!(output(&other), output(&net));
+        assert_eq!(output(&other.load_record(net.clone().into_record())), output(&net));
+    }
+
+    #[test]
+    fn plain_layers_of_burns_own_modules_are_adapted_through_their_weights() {
+        let device = Device::default().autodiff();
+        let mut encoder: TransformerEncoder =
+            TransformerEncoderConfig::new(8, 16, 2, 2).with_dropout(0.0).init(&device);
+        let x = Tensor::<3>::random([2, 3, 8], burn::tensor::Distribution::Default, &device);
+        let forward = |encoder: &TransformerEncoder| {
+            encoder.forward(TransformerEncoderInput::new(x.clone())).into_data()
+        };
+        let bare = forward(&encoder);
+        let all = config().with_target_modules(TargetModules::AllLinear);
+        let report = encoder.add_adapter("default", &all).unwrap();
+        assert_eq!(report.modules.len(), 2 * 6);
+        assert!(report.modules.iter().all(|module| !module.activation_space));
+        assert!(distance(&forward(&encoder), &bare) > 1e-2);
+
+        let error = encoder.add_adapter("second", &all.with_lora_dropout(0.1)).unwrap_err();
+        assert!(matches!(error, PeftError::DropoutNeedsLoraLinear { ref modules } if modules.len() == 12));
+    }
+
+    #[test]
+    fn every_misuse_is_named_and_changes_nothing() {
+        let mut net = Net::new(&Device::default());
+        let mut message = |config: LoraConfig| net.add_adapter("default", &config).unwrap_err().to_string();
+        assert_eq!(
+            message(config().with_target_modules(["dwon", "qq"])),
+            "no module matched `target_modules` [\"dwon\", \"qq\"]\nhint: the closest modules are `down`"
+        );
+        assert_eq!(
+            message(config().with_exclude_modules(["up", "down", "embed"])),
+            "`exclude_modules` [\"down\", \"embed\", \"up\"] removed all 3 modules that `target_modules` [\"down\", \"embed\", \"up\"] matched\nhint: narrow `exclude_modules`"
+        );
+        let report = net.add_adapter("default", &config().with_target_modules(["up", "side"])).unwrap();
+        assert_eq!(report.unmatched_targets, ["side"]);
+        assert_eq!(report.to_string(), "adapter `default`: 1 modules adapted; no module is named side");
+        let exists = net.add_adapter("default", &config()).unwrap_err();
+        assert!(matches!(exists, PeftError::AdapterExists { .. }));
+        assert!(matches!(net.add_adapter("a.b", &config()), Err(PeftError::InvalidAdapterName { .. })));
+        assert_eq!(
+            net.set_adapter(&["other"]).unwrap_err().to_string(),
+            "no adapter is named `other`: the model has `default`"
+        );
+    }
+
+    #[test]
+    fn another_crates_adapters_are_not_overwritten() {
+        let device = Device::default();
+        let mut net = Net::new(&device).apply_lora(burn::module::Lora::new(2, 4.0));
+        let error = net.add_adapter("default", &config()).unwrap_err();
+        assert!(
+            matches!(&error, PeftError::ForeignReparameterization { paths } if paths[0] == "embed.weight"),
+            "{error}"
+        );
+    }
 }

@@ -112,7 +112,8 @@ impl ModuleVisitor for Reader {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let mut levels = self.containers.iter().zip(&self.path);
-        let inside = levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
+        let inside =
+            levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
         match (inside, param.reparameterization::<Note>()) {
             (Some(depth), Some(Note::Offer(state))) => {
                 self.layout.states.insert(self.path[..depth].join("."), state.clone());

@@ -130,7 +130,11 @@ impl ModuleDisplay for LoraLinear {
             .iter()
             .map(|adapter| {
                 let [_, r] = adapter.a.shape().dims();
-                format!("{} (r {r}{})", adapter.info.name, if adapter.info.active { "" } else { ", inactive" })
+                format!(
+                    "{} (r {r}{})",
+                    adapter.info.name,
+                    if adapter.info.active { "" } else { ", inactive" }
+                )
             })
             .collect();
         Some(content.add("adapters", &names.join(", ")))
@@ -140,5 +144,117 @@ impl ModuleDisplay for LoraLinear {
 impl ModuleDisplayDefault for LoraLinear {
     fn content(&self, content: Content) -> Option<Content> {
         ModuleDisplayDefault::content(&self.0, content)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::LinearConfig;
+    use burn::tensor::Tolerance;
+
+    use super::*;
+    use crate::{InitLoraWeights, LoraConfig, PeftModel};
+
+    #[derive(Module, Debug)]
+    struct Model {
+        proj: LoraLinear,
+    }
+
+    fn model(device: &Device, dropout: f64) -> Model {
+        device.seed(7);
+        let mut model = Model { proj: LinearConfig::new(3, 2).init(device).into() };
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(6.0)
+            .with_lora_dropout(dropout)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["proj"]);
+        model.add_adapter("default", &config).unwrap();
+        model
+    }
+
+    fn values(tensor: Tensor<2>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    /// `y = x W + b + scaling (x A) B`, element by element.
+    fn reference(layer: &LoraLinear, x: &Tensor<2>) -> Vec<f32> {
+        let adapter = &layer.weight.reparameterization::<Adapters>().unwrap().list[0];
+        let (w, a, b) = (values(layer.weight.base()), values(adapter.a.val()), values(adapter.b.val()));
+        let bias: Vec<f32> = layer.bias.as_ref().unwrap().val().into_data().try_to_vec().unwrap();
+        let x = values(x.clone());
+        let mut y = vec![];
+        for row in x.chunks(3) {
+            for out in 0..2 {
+                let mut sum = bias[out];
+                for (i, x) in row.iter().enumerate() {
+                    sum += x * w[i * 2 + out];
+                    for r in 0..2 {
+                        sum += 3.0 * x * a[i * 2 + r] * b[r * 2 + out];
+                    }
+                }
+                y.push(sum);
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn forward_adds_the_scaled_low_rank_path() {
+        let device = Device::default();
+        let model = model(&device, 0.0);
+        let x = Tensor::<2>::from_data([[1.0, -2.0, 0.5], [0.3, 0.7, -1.1]], &device);
+        let y = model.proj.forward(x.clone());
+        let expected = Tensor::<2>::from_data(
+            burn::tensor::TensorData::new(reference(&model.proj, &x), [2, 2]),
+            &device,
+        );
+        y.clone().into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(1e-6));
+        let plain: Linear = model.proj.clone().into();
+        plain
+            .forward(x.clone())
+            .into_data()
+            .assert_approx_eq::<f32>(&y.clone().into_data(), Tolerance::absolute(1e-6));
+        let bare = linear(x, plain.weight.base(), plain.bias.map(|bias| bias.val()));
+        let moved: f32 = (bare - y).abs().max().into_scalar();
+        assert!(moved > 0.1, "the adapter moved the output by {moved} only");
+    }
+
+    #[test]
+    fn dropout_acts_on_the_adapters_input_and_only_while_training() {
+        let device = Device::default().autodiff();
+        let model = model(&device, 0.5);
+        let x = Tensor::<2>::ones([64, 3], &device);
+        let rows = values(model.proj.forward(x.clone()));
+        assert!(rows.chunks(2).any(|row| row != &rows[..2]), "every row kept the same inputs");
+        let rows = values(model.valid().proj.forward(x.inner()));
+        assert!(rows.chunks(2).all(|row| row == &rows[..2]));
+    }
+
+    #[test]
+    fn the_wrapper_adds_nothing_to_parameter_paths() {
+        #[derive(Default)]
+        struct Paths(Vec<String>, Vec<String>);
+        impl ModuleVisitor for Paths {
+            fn enter_module(&mut self, name: &str, _container: &str) {
+                self.0.push(name.to_string());
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.0.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, _param: &burn::module::Param<Tensor<D>>) {
+                self.1.push(self.0.join("."));
+            }
+        }
+        let mut paths = Paths::default();
+        model(&Device::default(), 0.0).visit(&mut paths);
+        let expected =
+            ["proj.weight", "proj.weight.peft.default.a", "proj.weight.peft.default.b", "proj.bias"];
+        assert_eq!(paths.1, expected);
+    }
+
+    #[test]
+    fn display_names_the_adapters() {
+        let text = model(&Device::default(), 0.0).to_string();
+        assert!(text.contains("default (r 2)"), "{text}");
     }
 }

@@ -12,7 +12,8 @@ use crate::target::{ALL_LINEAR, TargetModules};
 const PEFT_VERSION: &str = "0.21.2";
 
 /// What can be done about a configuration that asks for something else than LoRA as it is computed here.
-const UNSUPPORTED_HINT: &str = "merge the adapter in Python and load the merged model, or train one without this setting";
+const UNSUPPORTED_HINT: &str =
+    "merge the adapter in Python and load the merged model, or train one without this setting";
 
 /// Keys that PEFT writes and that this version supports at their neutral value only: `null`, `false`, or empty.
 const NEUTRAL_ONLY: &[&str] = &[
@@ -65,14 +66,22 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
     let entries = [
         ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(config.base_model_name_or_path)),
-        ("bias", json!(match config.bias { Bias::None => "none" })),
+        (
+            "bias",
+            json!(match config.bias {
+                Bias::None => "none",
+            }),
+        ),
         ("exclude_modules", targets_to_json(config.exclude_modules.as_ref())),
         ("inference_mode", json!(true)),
-        ("init_lora_weights", match config.init_lora_weights {
-            InitLoraWeights::KaimingUniform => json!(true),
-            InitLoraWeights::Gaussian => json!("gaussian"),
-            InitLoraWeights::Random => json!(false),
-        }),
+        (
+            "init_lora_weights",
+            match config.init_lora_weights {
+                InitLoraWeights::KaimingUniform => json!(true),
+                InitLoraWeights::Gaussian => json!("gaussian"),
+                InitLoraWeights::Random => json!(false),
+            },
+        ),
         ("lora_alpha", number(config.lora_alpha)),
         ("lora_dropout", json!(config.lora_dropout)),
         ("megatron_config", Value::Null),
@@ -98,7 +107,8 @@ pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<Str
     let mut config = LoraConfig::default();
     let mut ignored = Vec::new();
     for (key, value) in &map {
-        let unsupported = |hint| PeftError::UnsupportedConfig { field: key.clone(), found: value.to_string(), hint };
+        let unsupported =
+            |hint| PeftError::UnsupportedConfig { field: key.clone(), found: value.to_string(), hint };
         let wrong = || unsupported("the value has the wrong type for this key");
         match key.as_str() {
             "peft_type" if value == "LORA" => {}
@@ -109,7 +119,9 @@ pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<Str
             "use_rslora" => config.use_rslora = value.as_bool().ok_or_else(wrong)?,
             "target_modules" => config.target_modules = targets_from_json(value).ok_or_else(wrong)?,
             "exclude_modules" => config.exclude_modules = targets_from_json(value).ok_or_else(wrong)?,
-            "base_model_name_or_path" => config.base_model_name_or_path = text_or_null(value).ok_or_else(wrong)?,
+            "base_model_name_or_path" => {
+                config.base_model_name_or_path = text_or_null(value).ok_or_else(wrong)?
+            }
             "task_type" => config.task_type = text_or_null(value).ok_or_else(wrong)?,
             "bias" if value == "none" => config.bias = Bias::None,
             "init_lora_weights" => {
@@ -175,5 +187,42 @@ fn text_or_null(value: &Value) -> Option<Option<String>> {
         Value::Null => Some(None),
         Value::String(text) => Some(Some(text.clone())),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_are_those_that_peft_writes_in_order() {
+        let config = LoraConfig::new(8).with_lora_alpha(16.0).with_target_modules(["v_proj", "q_proj"]);
+        let json = String::from_utf8(to_json(&config, Path::new("x")).unwrap()).unwrap();
+        let map: Map<String, Value> = serde_json::from_str(&json).unwrap();
+        let keys: Vec<&String> = map.keys().collect();
+        assert_eq!(keys.len(), 41);
+        assert!(keys.is_sorted());
+        assert_eq!(map["lora_alpha"].to_string(), "16");
+        assert_eq!(map["target_modules"], json!(["q_proj", "v_proj"]));
+    }
+
+    #[test]
+    fn a_configuration_survives_its_file() {
+        let path = Path::new("x");
+        for config in [
+            LoraConfig::new(3)
+                .with_lora_alpha(0.5)
+                .with_lora_dropout(0.05)
+                .with_use_rslora(true)
+                .with_init_lora_weights(InitLoraWeights::Gaussian)
+                .with_task_type("CAUSAL_LM")
+                .with_base_model_name_or_path("owner/name")
+                .with_target_modules(TargetModules::Regex(".*q".into()))
+                .with_exclude_modules(["x"]),
+            LoraConfig::new(2).with_target_modules(TargetModules::AllLinear),
+        ] {
+            let json = to_json(&config, path).unwrap();
+            assert_eq!(from_json(&json, path).unwrap(), (config, vec![]));
+        }
     }
 }

@@ -73,7 +73,9 @@ impl<'a> Reader<'a> {
         let values: Vec<f32> = match view.dtype() {
             Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::BF16 => {
+                bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+            }
             other => {
                 return Err(TensorProblem::DType { key: key.to_string(), found: format!("{other:?}") });
             }
