@@ -1,5 +1,4 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
-use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -45,7 +44,7 @@ pub struct PretrainArgs {
     #[arg(long, default_value_t = 160, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(32..=4096))]
     pub length: usize,
     /// Peak learning rate of AdamW, above 0; cosine decay after a linear warm-up
-    #[arg(long, default_value_t = 2e-3, value_parser = positive)]
+    #[arg(long, default_value_t = 2e-3, value_parser = positive, allow_negative_numbers = true)]
     pub learning_rate: f64,
     /// Steps of linear warm-up
     #[arg(long, default_value_t = 100)]
@@ -70,13 +69,14 @@ pub struct PretrainArgs {
     pub device: DeviceName,
 }
 
-/// Options of the experiment. Those without a default take the one of the base model, see [`Settings`].
+/// Options of the experiment. Those without a default take the one of the base model, see [`ExperimentArgs::lora_training`].
 #[derive(Args, Debug, Clone)]
 pub struct ExperimentArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
-    /// template) with the LLaMA architecture; the embedded base model if not given
+    /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
+    /// base model if not given
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
-    pub model: Option<PathBuf>,
+    pub model: Option<String>,
     /// Species: a CSV file with the columns number,name,primary,secondary,generation,family; the file that is part of
     /// the program (all 1025 species) if not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
@@ -120,10 +120,10 @@ pub struct ExperimentArgs {
     #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
     pub rank: usize,
     /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank
-    #[arg(long, default_value_t = 32.0, value_parser = positive, help_heading = "LoRA")]
+    #[arg(long, default_value_t = 32.0, value_parser = positive, allow_negative_numbers = true, help_heading = "LoRA")]
     pub alpha: f64,
     /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
-    #[arg(long, value_parser = probability, help_heading = "LoRA")]
+    #[arg(long, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
     pub dropout: Option<f64>,
     /// Modules to adapt: `all-linear`, or names separated by commas such as `q_proj,v_proj`
     #[arg(long, default_value = "all-linear", help_heading = "LoRA")]
@@ -133,13 +133,13 @@ pub struct ExperimentArgs {
     #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub batch_size: usize,
     /// Peak learning rate of the LoRA arm, above 0 [default: 1e-3, with --model 5e-4]
-    #[arg(long, value_parser = positive, value_name = "LR", help_heading = "Training")]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub learning_rate: Option<f64>,
     /// Passes of the LoRA arm over the training species, 1 or more [default: 16, with --model 4]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: Option<usize>,
     /// Peak learning rate of full fine-tuning, above 0 [default: 1e-3, with --model 5e-5]
-    #[arg(long, value_parser = positive, value_name = "LR", help_heading = "Training")]
+    #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub full_learning_rate: Option<f64>,
     /// Passes of full fine-tuning over the training species, 1 or more [default: 6, with --model 2]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
@@ -169,6 +169,17 @@ pub enum Precision {
     F16,
 }
 
+impl Precision {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}
+
 /// Course of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Decay {
@@ -178,16 +189,6 @@ pub enum Decay {
     Cosine,
     /// No decay
     Constant,
-}
-
-impl fmt::Display for Decay {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Linear => "linear",
-            Self::Cosine => "cosine",
-            Self::Constant => "constant",
-        })
-    }
 }
 
 /// How one arm is trained.

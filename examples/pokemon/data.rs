@@ -222,7 +222,9 @@ mod tests {
     fn problems_are_listed_with_their_line() {
         let rows = "1,A,Fire,,1,A\n2,A,Fire,,1,A\n3,C,Fire,Fire,1,C\n4,D,Fyre,,1,D\n";
         let text = parse(&format!("{HEADER}{rows}")).unwrap_err().to_string();
-        for expected in ["line 3: `A` is there twice", "line 4: `C` has the type Fire twice", "line: 5", "hint: types"] {
+        for expected in
+            ["line 3: `A` is there twice", "line 4: `C` has the type Fire twice", "line: 5", "hint: types"]
+        {
             assert!(text.contains(expected), "{expected} in {text}");
         }
         let text = parse("name\nA\n").unwrap_err().to_string();

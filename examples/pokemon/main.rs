@@ -1,2 +1,47 @@
-//! The Pokémon experiment.
-fn main() {}
+//! The Pokémon experiment: what prompting, full fine-tuning and LoRA get out of the same base model.
+//!
+//! `cargo run --release --example pokemon` runs all of it on the embedded base model; `-- --help` lists the options.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+#![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
+
+mod arms;
+mod base;
+mod cli;
+mod corpus;
+mod data;
+mod device;
+mod evaluation;
+mod experiment;
+mod failure;
+mod forgetting;
+mod plots;
+mod pretrain;
+mod progress;
+mod prompt;
+mod report;
+mod summary;
+mod vocabulary;
+mod wordings;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Composed tensor operations allocate and free large buffers all the time; the system allocator maps and unmaps them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let result = match &cli.command {
+        Some(cli::Command::Pretrain(args)) => pretrain::run(args),
+        None => experiment::run(&cli.experiment),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("{}", failure::text(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

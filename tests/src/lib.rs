@@ -1,1 +1,7 @@
-//! What the integration tests share: tolerances and fixtures.
+//! Helpers of the integration tests: fixtures, tolerances, and parameters by name.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+pub mod fixture;
+pub mod parameters;
+pub mod tolerance;

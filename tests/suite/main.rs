@@ -1,1 +1,13 @@
-//! One integration binary for the whole workspace.
+//! The integration tests: one binary, one module for each question.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests")]
+
+mod adapter_files;
+mod common;
+mod llama_parity;
+mod lora_formula;
+mod lora_parity;
+mod real_model;
+mod state;
+mod targeting;
+mod training_parity;

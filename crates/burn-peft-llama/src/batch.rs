@@ -269,9 +269,8 @@ mod tests {
     fn what_cannot_be_learnt_from_is_an_error_that_names_the_example() {
         let device = Device::flex();
         let good = example(&[1, 2], &[-100, 2]);
-        let collate = |collator: Collator, bad: Example| {
-            collator.collate(&[good.clone(), bad], &device).unwrap_err()
-        };
+        let collate =
+            |collator: Collator, bad: Example| collator.collate(&[good.clone(), bad], &device).unwrap_err();
         assert!(matches!(Collator::new(0).collate(&[], &device), Err(LlamaError::EmptyBatch)));
         assert!(matches!(
             collate(Collator::new(0), example(&[1, 2], &[-100])),

@@ -224,11 +224,19 @@ fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
 struct Spaced;
 
 impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
@@ -357,16 +365,20 @@ pub(crate) mod tests {
 
     #[test]
     fn blocks_are_trimmed_as_by_transformers() {
-        let source = "{% for m in messages %}\n  {% if true %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n";
+        let source =
+            "{% for m in messages %}\n  {% if true %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n";
         assert_eq!(render(source, &[Message::user("a"), Message::user("b")]), "a\nb\n");
     }
 
     #[test]
     fn python_strings_loop_controls_and_undefined_tokens_work() {
         assert_eq!(render("{{ 'A b'.lower().split(' ')[1].upper() }}{{ bos_token }}", &[]), "B<s>");
-        assert_eq!(render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", &[]), "01");
+        assert_eq!(
+            render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", &[]),
+            "01"
+        );
         let bare = ChatTemplate::new("[{{ bos_token }}]{{ tools is none }}", None, None).unwrap();
-        assert_eq!(bare.render(&[], false).unwrap(), "[]true");
+        assert_eq!(bare.render(&[], false).unwrap(), "[]True");
     }
 
     #[test]

@@ -2,10 +2,106 @@
 
 use std::path::PathBuf;
 
+use crate::{ConfigProblem, WeightProblem};
+
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LlamaError {
+    // === Model files ===
+    /// `config.json`, `generation_config.json` or the index of the weights is malformed.
+    #[error("cannot parse `{}`: {source}", path.display())]
+    ConfigJson {
+        /// The file.
+        path: PathBuf,
+        /// Where and why parsing failed.
+        source: serde_json::Error,
+    },
+    /// `config.json` asks for something unsupported or impossible.
+    #[error("`{}` does not describe a supported model:{}", path.display(), lines(problems))]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// All of them.
+        problems: Vec<ConfigProblem>,
+    },
+    /// The index of the weights names a file outside the model's directory.
+    #[error("`{}`: expected the name of a file beside it, found `{name}`", path.display())]
+    ShardName {
+        /// The index.
+        path: PathBuf,
+        /// The name it holds.
+        name: String,
+    },
+    /// A file of weights breaks the safetensors format.
+    #[error("malformed weights `{}`: {source}", path.display())]
+    WeightsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: safetensors::SafeTensorError,
+    },
+    /// A file of weights is shorter or longer than its header says.
+    #[error(
+        "malformed weights `{}`: expected {expected} bytes, found {found}\nhint: was the download complete?",
+        path.display()
+    )]
+    WeightsLength {
+        /// The file.
+        path: PathBuf,
+        /// The length by the header, in bytes.
+        expected: u64,
+        /// The length, in bytes.
+        found: u64,
+    },
+    /// The weights do not fit the model that `config.json` describes.
+    #[error("the weights in `{}` do not fit `config.json`:{}", path.display(), lines(problems))]
+    Weights {
+        /// The file of weights, or the index of several.
+        path: PathBuf,
+        /// All of them.
+        problems: Vec<WeightProblem>,
+    },
+    /// A model with adapters was to be saved as if it had none.
+    #[error(
+        "the model has an adapter at `{path}`\n\
+         hint: save it with `save_adapter`, or put it into the weights with `merge_and_unload` first"
+    )]
+    AdaptersAttached {
+        /// A parameter of the adapter.
+        path: String,
+    },
+
+    // === Generation ===
+    /// A prompt has no tokens.
+    #[error("prompt {index}: expected at least one token, found none")]
+    EmptyPrompt {
+        /// Number of the prompt.
+        index: usize,
+    },
+    /// A prompt has a token that the model does not know.
+    #[error(
+        "prompt {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
+    )]
+    TokenOutOfRange {
+        /// Number of the prompt.
+        index: usize,
+        /// The token.
+        id: u32,
+        /// Number of tokens that the model knows.
+        vocab_size: usize,
+    },
+    /// An option of the sampling has a value that makes no sense.
+    #[error("`{option}`: expected {expected}, found {found}")]
+    SamplingOption {
+        /// The field of [`Sampling`](crate::Sampling).
+        option: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
+
     // === Tokenizer files ===
     /// A file of the model directory could not be read.
     #[error("cannot read `{}`: {source}\nhint: {hint}", path.display())]
@@ -221,4 +317,14 @@ pub enum LlamaError {
         /// What to try.
         hint: &'static str,
     },
+}
+
+/// One line for each problem, as many as a reader will read.
+fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
+    const MOST: usize = 20;
+    let mut text: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > MOST {
+        text += &format!("\n  and {} more", problems.len() - MOST);
+    }
+    text
 }

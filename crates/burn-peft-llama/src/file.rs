@@ -3,6 +3,7 @@
 use std::{fs, io::Write, path::Path};
 
 use serde::de::DeserializeOwned;
+use tempfile::NamedTempFile;
 
 use crate::LlamaError;
 
@@ -34,14 +35,25 @@ pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(
 
 /// Writes a text file by way of a temporary one beside it, so that no reader ever sees half of it.
 pub(crate) fn write(path: &Path, text: &str) -> Result<(), LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
+    let mut file = temporary(path)?;
+    file.write_all(text.as_bytes())
+        .map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })?;
+    persist(file, path)
+}
+
+/// Opens a temporary file that [`persist`] turns into `path`.
+pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile, LlamaError> {
     let mut builder = tempfile::Builder::new();
     // A temporary file is private to its owner; the file it becomes should follow the umask like any other.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = builder.tempfile_in(directory).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)?;
+    builder.tempfile_in(directory).map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+}
+
+/// Puts a complete temporary file in the place of `path`.
+pub(crate) fn persist(file: NamedTempFile, path: &Path) -> Result<(), LlamaError> {
+    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     Ok(())

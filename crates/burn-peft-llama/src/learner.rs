@@ -1,1 +1,196 @@
-//! Being written.
+//! Burn's own learner: the traits of burn-train for [`LlamaForCausalLm`].
+
+use burn::tensor::{ExecutionError, FloatDType, Int, Tensor, activation::log_softmax};
+use burn_train::{
+    InferenceStep, ItemLazy, TrainOutput, TrainStep,
+    metric::{AccuracyInput, Adaptor, LossInput},
+};
+
+use crate::{Batch, LlamaForCausalLm};
+
+/// What a training step gives to metrics: the loss.
+#[derive(Clone, Debug)]
+pub struct TrainingOutput {
+    /// Mean loss per labelled token, `[1]`.
+    pub loss: Tensor<1>,
+    /// Number of labelled tokens.
+    pub num_targets: usize,
+}
+
+impl Adaptor<LossInput> for TrainingOutput {
+    /// The loss once per labelled token, so that the metric's mean over batches is the mean over tokens.
+    fn adapt(&self) -> LossInput {
+        LossInput::new(self.loss.clone().expand([self.num_targets]))
+    }
+}
+
+impl ItemLazy for TrainingOutput {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        self.loss.device().flush()?;
+        Ok(Self { loss: self.loss.without_autodiff(), ..self })
+    }
+}
+
+/// What a validation step gives to metrics: the loss, and which labelled tokens would be predicted greedily.
+#[derive(Clone, Debug)]
+pub struct ValidationOutput {
+    /// Mean loss per labelled token, `[1]`.
+    pub loss: Tensor<1>,
+    /// 1 for each labelled token that has the largest logit, otherwise 0, `[n]`.
+    pub correct: Tensor<1, Int>,
+}
+
+impl Adaptor<LossInput> for ValidationOutput {
+    /// The loss once per labelled token, so that the metric's mean over batches is the mean over tokens.
+    fn adapt(&self) -> LossInput {
+        LossInput::new(self.loss.clone().expand(self.correct.dims()))
+    }
+}
+
+impl Adaptor<AccuracyInput> for ValidationOutput {
+    /// Two classes, wrong and right, of which right is expected: the logits are not kept for the metric.
+    fn adapt(&self) -> AccuracyInput {
+        let right = self.correct.clone().float().unsqueeze_dim::<2>(1);
+        let wrong = right.clone().neg().add_scalar(1.0);
+        AccuracyInput::new(Tensor::cat(vec![wrong, right], 1), self.correct.ones_like())
+    }
+}
+
+impl ItemLazy for ValidationOutput {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        self.loss.device().flush()?;
+        Ok(Self { loss: self.loss.without_autodiff(), ..self })
+    }
+}
+
+/// Lets Burn's learner train the model.
+///
+/// Two of the learner's options differ from [`fit`](crate::fit): its gradient accumulation adds up the mean losses of
+/// the batches, so tokens of short batches weigh more and the learning rate is to be divided by the number of
+/// batches; and its gradient clipping is by tensor.
+impl TrainStep for LlamaForCausalLm {
+    type Input = Batch;
+    type Output = TrainingOutput;
+
+    fn step(&self, batch: Batch) -> TrainOutput<TrainingOutput> {
+        let loss = self.loss(&batch);
+        let output = TrainingOutput { loss: loss.clone(), num_targets: batch.num_targets };
+        TrainOutput::new(self, loss.backward(), output)
+    }
+}
+
+impl InferenceStep for LlamaForCausalLm {
+    type Input = Batch;
+    type Output = ValidationOutput;
+
+    fn step(&self, batch: Batch) -> ValidationOutput {
+        let hidden: Tensor<2> = self.hidden_states(batch.input_ids, Some(batch.attention_mask)).flatten(0, 1);
+        let logits = self.logits(hidden.select(0, batch.positions)).cast(FloatDType::F32);
+        let targets = batch.targets.unsqueeze_dim::<2>(1);
+        let correct = logits.clone().argmax(1).equal(targets.clone()).int().flatten(0, 1);
+        let loss = log_softmax(logits, 1).gather(1, targets).mean().neg();
+        ValidationOutput { loss, correct }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use burn::{
+        data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
+        optim::AdamWConfig,
+        tensor::Device,
+    };
+    use burn_train::{
+        Learner, SupervisedTraining,
+        logger::InMemoryMetricLogger,
+        metric::{AccuracyMetric, LossMetric, Metric, MetricMetadata, Numeric},
+    };
+
+    use super::*;
+    use crate::{Collator, Example, LlamaConfig, LrSchedule, Schedule};
+
+    fn model(device: &Device) -> LlamaForCausalLm {
+        device.seed(3);
+        LlamaConfig::new(11, 16, 1).with_heads(2, 1).init(device)
+    }
+
+    fn examples() -> Vec<Example> {
+        let example = |i: u32| {
+            let input_ids: Vec<u32> = (0..3 + i % 3).map(|j| (i + j) % 10).collect();
+            let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
+            Example { input_ids, labels }
+        };
+        (0..24).map(example).collect()
+    }
+
+    fn batch(device: &Device) -> Batch {
+        Collator::new(10).collate(&examples()[..4], device).unwrap()
+    }
+
+    fn metadata() -> MetricMetadata {
+        let progress = burn::data::dataloader::Progress { items_processed: 1, items_total: 1, unit: None };
+        MetricMetadata { progress, iteration: None, lr: None }
+    }
+
+    #[test]
+    fn a_training_step_has_the_loss_and_a_gradient_of_each_parameter() {
+        let device = Device::flex().autodiff();
+        let model = model(&device);
+        let expected = model.loss(&batch(&device)).into_scalar::<f32>();
+        let output = TrainStep::step(&model, batch(&device));
+        assert!(output.grads.get::<2>(model.model.embed_tokens.weight.id).is_some());
+        let mut metric = LossMetric::new();
+        metric.update(&output.item.sync().unwrap().adapt(), &metadata()).unwrap();
+        assert!((metric.value().unwrap().current() - f64::from(expected)).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_validation_step_has_the_loss_and_the_greedy_accuracy() {
+        let device = Device::flex();
+        let model = model(&device);
+        let batch = batch(&device);
+        let output = InferenceStep::step(&model, batch.clone());
+        let expected = model.loss(&batch).into_scalar::<f32>();
+        assert!((output.loss.clone().into_scalar::<f32>() - expected).abs() < 1e-5);
+
+        let [b, s] = batch.shape();
+        let greedy: Tensor<1, Int> =
+            model.forward(batch.input_ids, Some(batch.attention_mask)).argmax(2).reshape([b * s]);
+        let hits = greedy.select(0, batch.positions).equal(batch.targets).int().sum().into_scalar::<i64>();
+        let mut metric = AccuracyMetric::new();
+        metric.update(&output.adapt(), &metadata()).unwrap();
+        let expected = 100.0 * hits as f64 / batch.num_targets as f64;
+        assert!(
+            (metric.value().unwrap().current() - expected).abs() < 1e-6,
+            "{hits} of {}",
+            batch.num_targets
+        );
+    }
+
+    #[test]
+    fn burns_learner_trains_it() {
+        let device = Device::flex().autodiff();
+        let model = model(&device);
+        let loader = |device: Device| {
+            let builder = DataLoaderBuilder::new(Collator::new(10)).batch_size(4).set_device(device);
+            builder.build(InMemDataset::new(examples()))
+        };
+        let before = model.loss(&batch(&device)).into_scalar::<f32>();
+        let schedule = LrSchedule::new(Schedule::Linear, 0.02, 2, 24);
+        let learner = Learner::new(model, AdamWConfig::new().with_epsilon(1e-8).init(), schedule);
+        let dir = tempfile::tempdir().unwrap();
+        let valid: Arc<_> = loader(Device::flex());
+        let result = SupervisedTraining::new(dir.path(), loader(device.clone()), valid)
+            .metric_train_numeric(LossMetric::new())
+            .metric_valid_numeric(LossMetric::new())
+            .metric_valid_numeric(AccuracyMetric::new())
+            .with_metric_logger(InMemoryMetricLogger::new())
+            .with_application_logger(None)
+            .num_epochs(4)
+            .launch(learner);
+        let after = result.model.loss(&batch(&Device::flex())).into_scalar::<f32>();
+        assert!(after < 0.7 * before, "{before} to {after}");
+    }
+}

@@ -1,28 +1,80 @@
 //! LLaMA for Burn, made for training.
+//!
+//! - [`LlamaForCausalLm`] is the model, loaded from and saved to Hugging Face directories
+//!   ([`from_pretrained`](LlamaForCausalLm::from_pretrained), [`save_pretrained`](LlamaForCausalLm::save_pretrained))
+//!   or made by [`LlamaConfig::init`]. Its parameters have the names of those checkpoints and its projections take the
+//!   adapters of [`burn_peft`].
+//! - [`Tokenizer`], [`ChatTemplate`] and [`Message`] turn conversations into tokens and labels, [`Collator`] turns
+//!   those into a [`Batch`].
+//! - [`LlamaForCausalLm::loss`] computes logits only where a label is; [`fit`] trains, [`evaluate`] measures.
+//! - [`LlamaForCausalLm::generate`] continues a batch of prompts.
+//!
+//! # Example
+//!
+//! ```
+//! use burn::tensor::{Device, Int, Tensor};
+//! use burn_peft::{LoraConfig, PeftModel};
+//! use burn_peft_llama::{GenerateOptions, LlamaConfig};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Device::flex();
+//! let mut model = LlamaConfig::new(100, 32, 2).with_heads(4, 2).init(&device);
+//!
+//! let input_ids = Tensor::<2, Int>::from_data([[1, 5, 9], [1, 7, 3]], &device);
+//! assert_eq!(model.forward(input_ids, None).dims(), [2, 3, 100]);
+//!
+//! model.add_adapter("default", &LoraConfig::new(8).with_target_modules(["q_proj", "v_proj"]))?;
+//! let options = GenerateOptions { max_new_tokens: 4, ..Default::default() };
+//! let answers = model.generate(&[vec![1, 5, 9], vec![1]], &options)?;
+//! assert!(answers.len() == 2 && answers.iter().all(|ids| ids.len() <= 4));
+//! # Ok(())
+//! # }
+//! ```
 
+mod attention;
 mod batch;
+mod block;
+mod cache;
 mod chat_template;
+mod config;
 mod conversation;
 mod error;
 mod file;
+mod generate;
 mod gradient;
 #[cfg(feature = "hub")]
 mod hub;
 #[cfg(feature = "train")]
 mod learner;
+mod loss;
+mod mlp;
+mod model;
+mod norm;
+mod rope;
+mod sampler;
 mod schedule;
 mod tokenizer;
 mod train;
+mod weights;
 
+pub use attention::LlamaAttention;
 pub use batch::{Batch, Collator, PaddingSide};
+pub use block::LlamaBlock;
 pub use chat_template::ChatTemplate;
+pub use config::{ConfigProblem, LlamaConfig};
 pub use conversation::{Example, IGNORE_INDEX, Labels, Message};
 pub use error::LlamaError;
+pub use generate::{GenerateOptions, Sampling};
 pub use gradient::clip_grad_norm;
 #[cfg(feature = "hub")]
 pub use hub::{ModelId, resolve};
 #[cfg(feature = "train")]
-pub use learner::TrainingOutput;
+pub use learner::{TrainingOutput, ValidationOutput};
+pub use mlp::LlamaMlp;
+pub use model::{Llama, LlamaForCausalLm};
+pub use norm::RmsNorm;
+pub use rope::{RopeConfig, RopeScaling};
 pub use schedule::{LrSchedule, Schedule};
 pub use tokenizer::{SpecialTokens, Tokenizer};
 pub use train::{CausalLmLoss, Evaluation, StepReport, TrainingConfig, evaluate, fit};
+pub use weights::WeightProblem;

@@ -175,7 +175,9 @@ mod tests {
     #[test]
     fn a_record_resumes_where_it_was_taken() {
         let mut one = LrSchedule::new(Schedule::Cosine, 1.0, 1, 9);
-        (0..4).for_each(|_| drop(one.step()));
+        for _ in 0..4 {
+            one.step();
+        }
         let mut two = LrSchedule::new(Schedule::Cosine, 1.0, 1, 9);
         two.load_record(one.to_record());
         assert_eq!(two.step(), one.step());

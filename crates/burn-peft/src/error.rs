@@ -206,6 +206,12 @@ pub enum TensorProblem {
         /// The type in the file, as safetensors names it.
         found: String,
     },
+    /// The file has the weight that is adapted, as PEFT adds it for embeddings and output layers, and the model has
+    /// another one.
+    OtherBase {
+        /// The key in the file.
+        key: String,
+    },
 }
 
 impl fmt::Display for TensorProblem {
@@ -225,6 +231,7 @@ impl fmt::Display for TensorProblem {
             Self::DType { key, found } => {
                 write!(f, "type mismatch at `{key}`: expected F32, F16 or BF16, found {found}")
             }
+            Self::OtherBase { key } => write!(f, "`{key}` is not the weight of this model"),
         }
     }
 }

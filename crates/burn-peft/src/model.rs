@@ -8,7 +8,7 @@ use crate::error::PeftError;
 use crate::inject::{InjectionReport, Plan};
 use crate::lora::LoraConfig;
 use crate::merge;
-use crate::seam::{Layout, attach};
+use crate::seam::{self, Layout, attach};
 use crate::store::{self, LoadReport};
 use crate::summary::ParameterSummary;
 
@@ -177,11 +177,13 @@ pub trait PeftModel: Module {
     /// - [`NoAdapter`](PeftError::NoAdapter), [`Io`](PeftError::Io), [`Json`](PeftError::Json),
     ///   [`Safetensors`](PeftError::Safetensors): the directory or a file in it
     /// - [`UnsupportedConfig`](PeftError::UnsupportedConfig): the configuration asks for more than LoRA as it is here
-    /// - [`IncompatibleAdapter`](PeftError::IncompatibleAdapter): every tensor that is missing, unexpected or misshapen
+    /// - [`IncompatibleAdapter`](PeftError::IncompatibleAdapter): every tensor that is missing, unexpected or misshapen,
+    ///   or is a weight of another base model
     /// - the errors of [`add_adapter`](Self::add_adapter)
     fn load_adapter(&mut self, name: &str, directory: impl AsRef<Path>) -> Result<LoadReport, PeftError> {
         let mut layout = Layout::of(self)?;
-        let report = store::load(&mut layout, name, directory.as_ref())?;
+        let base_weight = |path: &str| seam::base_weight(self, path);
+        let report = store::load(&mut layout, name, directory.as_ref(), base_weight)?;
         attach(self, layout.states, true);
         Ok(report)
     }

@@ -74,6 +74,37 @@ impl Layout {
     }
 }
 
+/// The weight at `path` without its adapters, if it is a matrix.
+pub(crate) fn base_weight<M: Module>(model: &M, path: &str) -> Option<Tensor<2>> {
+    struct Finder<'a> {
+        wanted: &'a str,
+        path: Vec<String>,
+        found: Option<Tensor<2>>,
+    }
+
+    impl ModuleVisitor for Finder<'_> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.path.push(name.to_string());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if D == 2 && self.path.join(".") == self.wanted {
+                let base = param.base();
+                let shape = base.shape();
+                self.found = Some(base.reshape([shape[0], shape[1]]));
+            }
+        }
+    }
+
+    let mut finder = Finder { wanted: path, path: vec![], found: None };
+    model.visit(&mut finder);
+    finder.found
+}
+
 /// Replaces all states of `model` by `states`; the base keeps its bits and its parameter ids.
 ///
 /// `freeze_base` stops the training of every base parameter; without it their training state is left as it is.

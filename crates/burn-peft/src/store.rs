@@ -69,8 +69,14 @@ pub(crate) fn save(states: &States, name: &str, directory: &Path) -> Result<(), 
     write_whole(&path, &adapter_config::to_json(&config, &path)?)
 }
 
-/// Reads the adapter in `directory` and adds it to the states of `layout` under `name`.
-pub(crate) fn load(layout: &mut Layout, name: &str, directory: &Path) -> Result<LoadReport, PeftError> {
+/// Reads the adapter in `directory` and adds it to the states of `layout` under `name`. `base_weight` gives the base
+/// model's weight at a path.
+pub(crate) fn load(
+    layout: &mut Layout,
+    name: &str,
+    directory: &Path,
+    base_weight: impl Fn(&str) -> Option<Tensor<2>>,
+) -> Result<LoadReport, PeftError> {
     let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
     let config_text = match std::fs::read(&config_path) {
         Ok(text) => text,
@@ -121,6 +127,21 @@ pub(crate) fn load(layout: &mut Layout, name: &str, directory: &Path) -> Result<
             Ok(tensor) => {
                 factors.insert((&target.weight, *factor), tensor.transpose());
             }
+            Err(problem) => problems.push(problem),
+        }
+    }
+    // PEFT adds the weight of an adapted embedding or output layer. It says nothing new, or the adapter is for another
+    // base model.
+    for target in &plan.targets {
+        let key = keys::base_layer(&target.module);
+        if !stored.has(&key) {
+            continue;
+        }
+        let Some(base) = base_weight(&target.weight) else { continue };
+        let base = if target.kind.is_linear() { base.transpose() } else { base };
+        match stored.take(&key, base.dims(), &target.device) {
+            Ok(tensor) if tensors::equal_up_to_rounding(&tensor, &base) => {}
+            Ok(_) => problems.push(TensorProblem::OtherBase { key }),
             Err(problem) => problems.push(problem),
         }
     }

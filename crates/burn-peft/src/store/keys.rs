@@ -8,6 +8,11 @@ use crate::adapter::{Adapter, LayerKind};
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
 const PREFIX: &str = "base_model.model.";
 
+/// The key of the weight that the adapter at `module` adapts.
+pub(super) fn base_layer(module: &str) -> String {
+    format!("{PREFIX}{module}.base_layer.weight")
+}
+
 /// One of the two factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Factor {

@@ -50,6 +50,10 @@ impl<'a> Reader<'a> {
         Ok(Self { file, taken: vec![] })
     }
 
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.file.tensor(key).is_ok()
+    }
+
     /// The tensor `key`, in f32, if it has the expected shape.
     pub(super) fn take(
         &mut self,
@@ -90,4 +94,20 @@ impl<'a> Reader<'a> {
         names.sort();
         names
     }
+}
+
+/// Whether two tensors differ by no more than one of them having been rounded to a 16-bit type.
+pub(super) fn equal_up_to_rounding(one: &Tensor<2>, other: &Tensor<2>) -> bool {
+    // Half of the last of bfloat16's 8 significant bits is 2^-8 of the number at worst, and f16's smallest step is 2^-24.
+    const RELATIVE: f64 = 1.0 / 256.0;
+    const ABSOLUTE: f64 = 1.0 / (1 << 24) as f64;
+    let (one, other) = (plain_f32(one), plain_f32(other));
+    let allowed = other.clone().abs().mul_scalar(RELATIVE).add_scalar(ABSOLUTE);
+    (one - other).abs().lower_equal(allowed).all().into_scalar::<bool>()
+}
+
+/// The tensor in f32, without its graph.
+fn plain_f32(tensor: &Tensor<2>) -> Tensor<2> {
+    let tensor = tensor.clone().cast(DType::F32);
+    if tensor.is_autodiff() { tensor.inner() } else { tensor }
 }

@@ -1,0 +1,271 @@
+//! Continuing prompts.
+
+use burn::{
+    module::Module,
+    tensor::{Bool, Device, Int, Tensor, TensorData},
+};
+
+use crate::{
+    LlamaError, LlamaForCausalLm,
+    attention::{bias_of, causal_bias},
+    cache::KvCache,
+    sampler::Sampler,
+};
+
+/// How [`LlamaForCausalLm::generate`] continues prompts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Largest number of tokens that are added to a prompt. Default: 128.
+    pub max_new_tokens: usize,
+    /// Tokens that end a continuation, beside the model's own
+    /// [`eos_token_ids`](crate::LlamaConfig::eos_token_ids). Default: none.
+    pub stop_token_ids: Vec<u32>,
+    /// How the next token is chosen. Default: the most probable one.
+    pub sampling: Sampling,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_new_tokens: 128, stop_token_ids: Vec::new(), sampling: Sampling::Greedy }
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Sampling {
+    /// The most probable one.
+    #[default]
+    Greedy,
+    /// Drawn at random from `softmax(logits / temperature)`, cut to the most probable tokens: the `top_k` first, and
+    /// of them as many as it takes to reach the probability `top_p`.
+    TopP {
+        /// Positive; below 1 favours the probable tokens.
+        temperature: f64,
+        /// Above 0, up to 1. 1 cuts nothing.
+        top_p: f64,
+        /// `None` cuts nothing.
+        top_k: Option<usize>,
+        /// The same seed gives the same continuation of the same batch.
+        seed: u64,
+    },
+}
+
+/// A sequence that is not finished.
+#[derive(Clone, Copy)]
+struct Row {
+    /// Its place in the result.
+    prompt: usize,
+    /// Number of padding positions before it.
+    padding: usize,
+}
+
+impl LlamaForCausalLm {
+    /// Continues each prompt until a stop token or `options.max_new_tokens`, and returns the new tokens without the
+    /// stop token.
+    ///
+    /// The prompts are run together, padded on the left, and every token is computed once. The adapters that are
+    /// active take part, dropout does not, and no graph is built on an autodiff device. With many or long prompts,
+    /// call it for some at a time: memory grows with their number times the longest.
+    ///
+    /// # Errors
+    ///
+    /// - [`LlamaError::EmptyPrompt`] for a prompt without tokens,
+    /// - [`LlamaError::TokenOutOfRange`] for a token id that the model does not have,
+    /// - [`LlamaError::SamplingOption`] for a temperature, `top_p` or `top_k` that makes no sense,
+    /// - [`LlamaError::DeviceRead`] if the device fails.
+    pub fn generate(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+    ) -> Result<Vec<Vec<u32>>, LlamaError> {
+        self.check(prompts)?;
+        let mut sampler = Sampler::new(&options.sampling)?;
+        let mut outputs = vec![Vec::new(); prompts.len()];
+        if prompts.is_empty() || options.max_new_tokens == 0 {
+            return Ok(outputs);
+        }
+        let model = self.valid();
+        let device = model.model.embed_tokens.weight.base().device();
+        let is_stop =
+            |id: &u32| self.config().eos_token_ids.contains(id) || options.stop_token_ids.contains(id);
+
+        let s = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let mut cache = KvCache::new(model.model.layers.len(), s + options.max_new_tokens - 1);
+        let mut rows: Vec<Row> =
+            prompts.iter().enumerate().map(|(prompt, ids)| Row { prompt, padding: s - ids.len() }).collect();
+
+        let (mut ids, mut bias) = left_padded(prompts, s, &device);
+        for step in 0..options.max_new_tokens {
+            let hidden = model.model.forward(ids, bias, Some(&mut cache));
+            let [b, s, d] = hidden.dims();
+            let last = hidden.narrow(1, s - 1, 1).reshape([b, d]);
+            let next = sampler.next(model.logits(last))?;
+
+            let mut going = Vec::new();
+            for (i, (row, id)) in rows.iter().zip(&next).enumerate() {
+                if !is_stop(id) {
+                    outputs[row.prompt].push(*id);
+                    going.push(i);
+                }
+            }
+            if going.is_empty() || step + 1 == options.max_new_tokens {
+                break;
+            }
+            // What is finished is computed no further.
+            if going.len() < rows.len() {
+                let kept = going.iter().map(|&i| i as i64).collect();
+                cache.keep(&ints(kept, &device));
+                rows = going.iter().map(|&i| rows[i]).collect();
+            }
+            let next = going.iter().map(|&i| i64::from(next[i])).collect();
+            ids = ints(next, &device).unsqueeze_dim(1);
+            bias = padding_bias(&rows, cache.length() + 1, &device);
+        }
+        Ok(outputs)
+    }
+
+    fn check(&self, prompts: &[Vec<u32>]) -> Result<(), LlamaError> {
+        let vocab_size = self.config().vocab_size;
+        for (index, prompt) in prompts.iter().enumerate() {
+            if prompt.is_empty() {
+                return Err(LlamaError::EmptyPrompt { index });
+            }
+            if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocab_size) {
+                return Err(LlamaError::TokenOutOfRange { index, id, vocab_size });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn ints(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
+    let n = values.len();
+    Tensor::from_data(TensorData::new(values, [n]), device)
+}
+
+/// Ids `[b, s]` and the attention bias.
+fn left_padded(prompts: &[Vec<u32>], s: usize, device: &Device) -> (Tensor<2, Int>, Option<Tensor<5>>) {
+    let b = prompts.len();
+    let (mut ids, mut mask) = (vec![0_i64; b * s], vec![false; b * s]);
+    for (row, prompt) in prompts.iter().enumerate() {
+        let start = (row + 1) * s - prompt.len();
+        for (i, &id) in prompt.iter().enumerate() {
+            ids[start + i] = i64::from(id);
+            mask[start + i] = true;
+        }
+    }
+    let padded = mask.contains(&false);
+    let mask = padded.then(|| Tensor::<2, Bool>::from_data(TensorData::new(mask, [b, s]), device));
+    (Tensor::from_data(TensorData::new(ids, [b, s]), device), causal_bias(mask, s, device))
+}
+
+/// The bias of one new position each that sees `t` positions, itself included.
+fn padding_bias(rows: &[Row], t: usize, device: &Device) -> Option<Tensor<5>> {
+    if rows.iter().all(|row| row.padding == 0) {
+        return None;
+    }
+    let hidden: Vec<bool> = rows.iter().flat_map(|row| (0..t).map(|i| i < row.padding)).collect();
+    Some(bias_of(Tensor::<3, Bool>::from_data(TensorData::new(hidden, [rows.len(), 1, t]), device)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tests::model;
+
+    fn greedy(max_new_tokens: usize) -> GenerateOptions {
+        GenerateOptions { max_new_tokens, ..GenerateOptions::default() }
+    }
+
+    /// Every token from a pass over the whole sequence, without cache, padding or batch.
+    fn reference(model: &LlamaForCausalLm, prompt: &[u32], count: usize) -> Vec<u32> {
+        let mut ids: Vec<i64> = prompt.iter().map(|&id| i64::from(id)).collect();
+        for _ in 0..count {
+            let s = ids.len();
+            let input = ints(ids.clone(), &Device::flex()).reshape([1, s]);
+            let logits = model.forward(input, None).narrow(1, s - 1, 1);
+            ids.push(logits.argmax(2).into_scalar::<i64>());
+        }
+        ids[prompt.len()..].iter().map(|&id| id as u32).collect()
+    }
+
+    fn prompts() -> Vec<Vec<u32>> {
+        vec![vec![3, 1, 4, 1, 5], vec![9], vec![12, 6, 5]]
+    }
+
+    /// A model that no token stops by itself.
+    fn endless(device: &Device) -> LlamaForCausalLm {
+        let mut model = model(device, false);
+        model.config_mut().eos_token_ids.clear();
+        model
+    }
+
+    #[test]
+    fn the_cache_and_left_padding_change_no_token() {
+        let model = endless(&Device::flex());
+        let found = model.generate(&prompts(), &greedy(8)).unwrap();
+        let expected: Vec<_> = prompts().iter().map(|prompt| reference(&model, prompt, 8)).collect();
+        assert_eq!(found, expected);
+        let distinct: std::collections::BTreeSet<_> = expected.concat().into_iter().collect();
+        assert!(distinct.len() > 4, "{expected:?}");
+    }
+
+    #[test]
+    fn each_row_stops_at_its_own_stop_token_and_the_others_go_on() {
+        let mut model = endless(&Device::flex());
+        let free = model.generate(&prompts(), &greedy(8)).unwrap();
+        let (of_config, of_options) = (free[0][2], free[1][3]);
+        model.config_mut().eos_token_ids.push(of_config);
+        let options = GenerateOptions { stop_token_ids: vec![of_options], ..greedy(8) };
+        let found = model.generate(&prompts(), &options).unwrap();
+        let expected: Vec<Vec<u32>> = free
+            .iter()
+            .map(|ids| ids.iter().copied().take_while(|id| ![of_config, of_options].contains(id)).collect())
+            .collect();
+        assert_eq!(found, expected);
+        assert!(expected[0].len() <= 2 && expected[1].len() <= 3);
+        assert!(expected.iter().any(|ids| ids.len() != expected[0].len()), "{expected:?}");
+    }
+
+    #[test]
+    fn an_autodiff_model_and_its_adapter_generate_without_a_graph() {
+        use burn_peft::{LoraConfig, PeftModel};
+        let device = Device::flex().autodiff();
+        let mut model = endless(&device);
+        let bare = model.generate(&prompts(), &greedy(6)).unwrap();
+        assert_eq!(bare, endless(&Device::flex()).generate(&prompts(), &greedy(6)).unwrap());
+        let config = LoraConfig::new(2).with_lora_alpha(8.0).with_target_modules(["v_proj", "up_proj"]);
+        model.add_adapter("default", &config).unwrap();
+        struct Fill;
+        impl burn::module::ModuleMapper for Fill {
+            fn map_float<const D: usize>(
+                &mut self,
+                param: burn::module::Param<Tensor<D>>,
+            ) -> burn::module::Param<Tensor<D>> {
+                let trained = param.is_require_grad();
+                param.map(|tensor| {
+                    if trained { tensor.random_like(burn::tensor::Distribution::Default) } else { tensor }
+                })
+            }
+        }
+        model = model.map(&mut Fill);
+        let adapted = model.generate(&prompts(), &greedy(6)).unwrap();
+        assert_ne!(adapted, bare);
+        model.merge_and_unload().unwrap();
+        assert_eq!(adapted, model.generate(&prompts(), &greedy(6)).unwrap());
+    }
+
+    #[test]
+    fn limits_and_senseless_prompts() {
+        let model = endless(&Device::flex());
+        assert_eq!(model.generate(&prompts(), &greedy(0)).unwrap(), vec![Vec::<u32>::new(); 3]);
+        assert_eq!(model.generate(&[], &greedy(4)).unwrap(), Vec::<Vec<u32>>::new());
+        assert_eq!(model.generate(&prompts(), &greedy(1)).unwrap()[2].len(), 1);
+        let error = |prompt: &[u32]| model.generate(&[vec![1], prompt.to_vec()], &greedy(1)).unwrap_err();
+        assert_eq!(error(&[]).to_string(), "prompt 1: expected at least one token, found none");
+        assert!(error(&[2, 13]).to_string().starts_with("prompt 1: expected token ids below 13, found 13"));
+        let sampling = Sampling::TopP { temperature: -1.0, top_p: 1.0, top_k: None, seed: 0 };
+        let options = GenerateOptions { sampling, ..greedy(1) };
+        assert!(matches!(model.generate(&prompts(), &options), Err(LlamaError::SamplingOption { .. })));
+    }
+}

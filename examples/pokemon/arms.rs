@@ -1,0 +1,268 @@
+//! The arms of the experiment: two ways to prompt, two ways to fine-tune.
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use burn::module::Module;
+use burn::tensor::Device;
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel, TargetModules};
+use burn_peft_llama::{
+    Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, TrainingConfig, fit,
+};
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::cli::{Decay, ExperimentArgs, TrainingSettings};
+use crate::data::{Species, Split};
+use crate::evaluation::{self, Outcome, Score};
+use crate::forgetting::Probe;
+use crate::progress::Progress;
+use crate::prompt::Prompt;
+
+/// Held-out species that the loss is measured on during training: enough for a curve.
+const CURVE_SPECIES: usize = 96;
+
+/// One way to get the answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Arm {
+    /// The instruction alone
+    ZeroShot,
+    /// The instruction and answered examples
+    FewShot,
+    /// All weights are trained
+    Full,
+    /// An adapter is trained, the weights stay
+    Lora,
+    /// A saved adapter; chosen by `--adapter`
+    #[value(skip)]
+    Adapter,
+}
+
+impl Arm {
+    /// The arms that `--arms` knows, in the order of the report.
+    pub const ALL: [Self; 4] = [Self::ZeroShot, Self::FewShot, Self::Full, Self::Lora];
+
+    /// What the report calls it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::ZeroShot => "prompting, zero-shot",
+            Self::FewShot => "prompting, few-shot",
+            Self::Full => "full fine-tuning",
+            Self::Lora => "LoRA",
+            Self::Adapter => "saved adapter",
+        }
+    }
+
+    /// Accuracy in percent that the original article gives, for Llama-3.2-1B-Instruct.
+    pub fn article(self) -> Option<&'static str> {
+        match self {
+            Self::ZeroShot | Self::FewShot => Some("17.5 %"),
+            Self::Full => Some("collapsed"),
+            Self::Lora => Some("67.21 %"),
+            Self::Adapter => None,
+        }
+    }
+
+    /// The same as a share, where the article gives a number.
+    pub fn article_share(self) -> Option<f64> {
+        match self {
+            Self::ZeroShot | Self::FewShot => Some(0.175),
+            Self::Lora => Some(0.6721),
+            Self::Full | Self::Adapter => None,
+        }
+    }
+}
+
+impl fmt::Display for Arm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.to_possible_value().as_ref().map_or("adapter", |value| value.get_name()))
+    }
+}
+
+/// One point of a loss curve.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Point {
+    pub step: usize,
+    pub loss: f64,
+}
+
+/// What training an arm took and showed.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Training {
+    pub steps: usize,
+    pub seconds: f64,
+    pub trainable: String,
+    /// Mean loss of the answer tokens over the last logged steps.
+    pub train: Vec<Point>,
+    /// The same on held-out species.
+    pub held_out: Vec<Point>,
+}
+
+/// What came out of one arm with one seed.
+#[derive(Clone, Debug, Serialize)]
+pub struct ArmResult {
+    pub arm: Arm,
+    pub seed: u64,
+    pub outcomes: Vec<Outcome>,
+    /// The other abilities after fine-tuning, in the order of the probes; none for an arm that changes no weight.
+    pub abilities: Vec<Score>,
+    pub training: Option<Training>,
+    /// All of it, evaluation included.
+    pub seconds: f64,
+}
+
+/// What all arms of one seed share.
+pub struct Setting<'a> {
+    pub args: &'a ExperimentArgs,
+    pub base: &'a LlamaForCausalLm,
+    pub tokenizer: &'a Tokenizer,
+    pub device: &'a Device,
+    pub prompt: Prompt,
+    pub probes: &'a [Probe],
+    pub split: Split,
+    pub seed: u64,
+}
+
+impl Setting<'_> {
+    /// Runs one arm; the LoRA arm saves its adapter into `adapter`.
+    pub fn run(&self, arm: Arm, adapter: &Path) -> Result<ArmResult> {
+        let start = Instant::now();
+        let (outcomes, abilities, training) = match arm {
+            Arm::ZeroShot => (self.evaluate(self.base, &self.prompt, arm)?, Vec::new(), None),
+            Arm::FewShot => {
+                // The split has shuffled them already.
+                let shots = &self.split.train[..self.args.shots.min(self.split.train.len())];
+                let prompt = self.prompt.clone().with_shots(shots);
+                (self.evaluate(self.base, &prompt, arm)?, Vec::new(), None)
+            }
+            Arm::Full => {
+                let (model, training) = self.train(arm, self.base.clone(), &self.args.full_training())?;
+                (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
+            }
+            Arm::Lora => {
+                let mut model = self.base.clone();
+                self.device.seed(self.seed);
+                let report = model.add_adapter(DEFAULT_ADAPTER, &self.lora_config()?)?;
+                for target in &report.unmatched_targets {
+                    println!("note: nothing in the model is called `{target}`");
+                }
+                let (model, training) = self.train(arm, model, &self.args.lora_training())?;
+                model.save_adapter(DEFAULT_ADAPTER, adapter)?;
+                (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
+            }
+            Arm::Adapter => {
+                let mut model = self.base.clone();
+                let dir = self.args.adapter.as_deref().unwrap_or(adapter);
+                model.load_adapter(DEFAULT_ADAPTER, dir)?;
+                (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, None)
+            }
+        };
+        Ok(ArmResult {
+            arm,
+            seed: self.seed,
+            outcomes,
+            abilities,
+            training,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The other abilities of a model.
+    pub fn probe(&self, model: &LlamaForCausalLm) -> Result<Vec<Score>> {
+        let run = |probe: &Probe| probe.run(model, self.tokenizer, self.args.eval_batch_size);
+        self.probes.iter().map(run).collect()
+    }
+
+    fn lora_config(&self) -> Result<LoraConfig> {
+        let targets: TargetModules = self.args.targets.parse().context("`--targets`")?;
+        Ok(LoraConfig::new(self.args.rank)
+            .with_lora_alpha(self.args.alpha)
+            .with_lora_dropout(self.args.lora_dropout())
+            .with_target_modules(targets)
+            .with_task_type("CAUSAL_LM"))
+    }
+
+    fn evaluate(&self, model: &LlamaForCausalLm, prompt: &Prompt, arm: Arm) -> Result<Vec<Outcome>> {
+        let test = &self.split.test[..self.args.limit.unwrap_or(usize::MAX).min(self.split.test.len())];
+        evaluation::evaluate(model, self.tokenizer, prompt, test, self.args.eval_batch_size, arm.title())
+    }
+
+    fn examples(&self, species: &[Species]) -> Result<Vec<Example>> {
+        let encode = |one: &Species| {
+            Ok(self.tokenizer.encode_conversation(&self.prompt.conversation(one), Labels::Answer)?)
+        };
+        species.iter().map(encode).collect()
+    }
+
+    fn train(
+        &self,
+        arm: Arm,
+        model: LlamaForCausalLm,
+        settings: &TrainingSettings,
+    ) -> Result<(LlamaForCausalLm, Training)> {
+        let examples = self.examples(&self.split.train)?;
+        let held_out = self.examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
+        let pad = self.tokenizer.pad_token_id().context("the tokenizer has neither padding nor end token")?;
+        let collator = Collator::new(pad).with_side(PaddingSide::Left);
+        let config = TrainingConfig::new()
+            .with_learning_rate(settings.learning_rate)
+            .with_epochs(settings.epochs)
+            .with_batch_size(settings.batch_size)
+            .with_warmup_steps(settings.warmup)
+            .with_schedule(match settings.decay {
+                Decay::Linear => Schedule::Linear,
+                Decay::Cosine => Schedule::Cosine,
+                Decay::Constant => Schedule::ConstantWithWarmup,
+            })
+            .with_seed(self.seed)
+            .with_log_every(settings.log_every);
+        let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
+        let eval_every = settings.eval_every.unwrap_or(total.div_ceil(8));
+
+        let mut training =
+            Training { trainable: model.trainable_parameters().to_string(), ..Training::default() };
+        let progress = Progress::new(arm.title(), total);
+        let mut failed = None;
+        let start = Instant::now();
+        let model = fit(model, &examples, &collator, &config, |report, model| {
+            if let Some(loss) = report.loss {
+                training.train.push(Point { step: report.step, loss });
+                progress.report(report.step, &format!("loss {loss:.3}"));
+            }
+            if report.step % eval_every == 0 || report.step == 1 || report.step == total {
+                match burn_peft_llama::evaluate(model, &held_out, &collator, self.args.eval_batch_size) {
+                    Ok(now) => training.held_out.push(Point { step: report.step, loss: now.loss }),
+                    Err(error) => {
+                        failed = Some(error);
+                        return ControlFlow::Break(());
+                    }
+                }
+            }
+            training.steps = report.step;
+            ControlFlow::Continue(())
+        })?;
+        progress.finish();
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        training.seconds = start.elapsed().as_secs_f64();
+        Ok((model.valid(), training))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_on_the_command_line_and_in_files_are_the_same() {
+        for arm in [Arm::ZeroShot, Arm::FewShot, Arm::Full, Arm::Lora, Arm::Adapter] {
+            assert_eq!(serde_json::to_value(arm).unwrap(), serde_json::json!(arm.to_string()));
+        }
+        assert_eq!(Arm::from_str("zero-shot", false), Ok(Arm::ZeroShot));
+        assert!(Arm::from_str("adapter", false).is_err());
+    }
+}

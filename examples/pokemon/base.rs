@@ -1,0 +1,103 @@
+//! The base model that is part of the program, as a directory.
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+/// Everything that loading the model takes. `pretrain` makes these files.
+const FILES: [(&str, &[u8]); 5] = [
+    ("config.json", include_bytes!("base/config.json")),
+    ("model.safetensors", include_bytes!("base/model.safetensors")),
+    ("tokenizer.json", include_bytes!("base/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("base/tokenizer_config.json")),
+    ("chat_template.jinja", include_bytes!("base/chat_template.jinja")),
+];
+
+/// A base model on disk: the user's directory, or the embedded files in a temporary one that goes with this value.
+pub struct Base {
+    path: PathBuf,
+    unpacked: Option<TempDir>,
+}
+
+impl Base {
+    /// The model that the user named, or the embedded base.
+    pub fn new(model: Option<&str>) -> Result<Self> {
+        let Some(model) = model else { return Self::unpack() };
+        let path = find(model)?;
+        if !path.join("config.json").is_file() {
+            bail!(
+                "`{}` has no `config.json`\nhint: `--model` takes the directory of a LLaMA model in the Hugging Face layout: config.json, model.safetensors, tokenizer.json; leave it out for the embedded base",
+                path.display()
+            );
+        }
+        Ok(Self { path, unpacked: None })
+    }
+
+    fn unpack() -> Result<Self> {
+        let dir =
+            tempfile::Builder::new().prefix("pokemon-base-").tempdir().context("no temporary directory")?;
+        for (name, bytes) in FILES {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes)
+                .with_context(|| format!("`{}` cannot be written", path.display()))?;
+        }
+        Ok(Self { path: dir.path().to_path_buf(), unpacked: Some(dir) })
+    }
+
+    /// Where the files are.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether this is the embedded base.
+    pub fn is_embedded(&self) -> bool {
+        self.unpacked.is_some()
+    }
+
+    /// What the report calls it.
+    pub fn name(&self) -> String {
+        if self.is_embedded() { "the embedded base".into() } else { format!("`{}`", self.path.display()) }
+    }
+}
+
+/// The directory of a model, fetched first if it is named as on the Hub.
+#[cfg(feature = "hub")]
+fn find(model: &str) -> Result<PathBuf> {
+    Ok(burn_peft_llama::resolve(model)?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn find(model: &str) -> Result<PathBuf> {
+    let path = PathBuf::from(model);
+    if !path.is_dir() {
+        bail!(
+            "there is no directory `{model}`\nhint: for a model of the Hugging Face Hub, build with its client: cargo run --release --features hub --example pokemon -- --model {model}"
+        );
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
+
+    use super::*;
+
+    #[test]
+    fn the_embedded_files_are_a_model() {
+        let base = Base::new(None).unwrap();
+        let tokenizer = Tokenizer::load(base.path()).unwrap();
+        let model = LlamaForCausalLm::from_pretrained(base.path(), &Device::flex()).unwrap();
+        assert_eq!(model.config().vocab_size, tokenizer.vocab_size());
+        assert!(FILES.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() < 12 << 20);
+    }
+
+    #[test]
+    fn a_directory_without_a_model_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = Base::new(dir.path().to_str()).err().unwrap().to_string();
+        assert!(text.contains("config.json") && text.contains("hint:"), "{text}");
+        assert!(Base::new(Some("no such directory")).is_err());
+    }
+}

@@ -1,0 +1,47 @@
+//! Progress of long work: a bar on a terminal, plain lines otherwise.
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Time between two plain lines.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Progress of `total` steps of one kind.
+pub struct Progress {
+    bar: ProgressBar,
+    title: String,
+    total: usize,
+    start: Instant,
+    last: std::cell::Cell<Option<Instant>>,
+}
+
+impl Progress {
+    /// Starts to show progress; the bar appears on standard error.
+    pub fn new(title: &str, total: usize) -> Self {
+        let bar = ProgressBar::new(total as u64);
+        let template =
+            "{prefix:>24.cyan} {wide_bar:.cyan/238} {pos:>5}/{len} {elapsed_precise} (left {eta}) {msg}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("━━╌"));
+        }
+        bar.set_prefix(title.to_string());
+        Self { bar, title: title.into(), total, start: Instant::now(), last: std::cell::Cell::new(None) }
+    }
+
+    /// Shows that `done` steps are done.
+    pub fn report(&self, done: usize, message: &str) {
+        self.bar.set_position(done as u64);
+        self.bar.set_message(message.to_string());
+        let due = self.last.get().is_none_or(|last| last.elapsed() >= QUIET) || done == self.total;
+        if self.bar.is_hidden() && due {
+            self.last.set(Some(Instant::now()));
+            let seconds = self.start.elapsed().as_secs_f64();
+            println!("{}: {done}/{} in {seconds:.0} s {message}", self.title, self.total);
+        }
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,262 @@
+//! What a person reads: the table on the terminal, and the files of the output directory.
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::arms::Arm;
+use crate::plots;
+use crate::summary::{Findings, Row, Spread};
+
+/// The table of the arms, as cells: the first row is the head.
+fn cells(findings: &Findings) -> Vec<Vec<String>> {
+    let mut head: Vec<String> =
+        ["arm", "exact", "95 % interval", "any type", "in order", "answers"].map(String::from).to_vec();
+    head.extend(findings.probes.iter().map(|probe| (*probe).to_string()));
+    head.extend(["time".into(), "the article*".into()]);
+
+    let mut before = vec![String::new(); head.len()];
+    before[0] = "base, before training".into();
+    for (index, score) in findings.before.iter().enumerate() {
+        before[6 + index] = percent(score.share());
+    }
+    let mut table = vec![head];
+    if findings.rows().iter().any(|row| row.trained) {
+        table.push(before);
+    }
+    for row in findings.rows() {
+        let (low, high) = row.exact.interval;
+        let mut line = vec![
+            row.arm.title().into(),
+            spread(&row.exact),
+            format!("{:.1} - {:.1} %", 100.0 * low, 100.0 * high),
+            percent(row.any.mean),
+            percent(row.ordered.mean),
+            format!("{:.0}", row.distinct),
+        ];
+        let untouched = || "as before".to_string();
+        line.extend(
+            row.abilities.iter().map(|score| if row.trained { percent(score.share()) } else { untouched() }),
+        );
+        line.push(format!("{:.0} s", row.seconds));
+        line.push(row.arm.article().unwrap_or("").into());
+        table.push(line);
+    }
+    table
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// Mean, and the range where there is one.
+fn spread(value: &Spread) -> String {
+    if value.lowest == value.highest {
+        return percent(value.mean);
+    }
+    format!("{:.1} % ({:.1} - {:.1})", 100.0 * value.mean, 100.0 * value.lowest, 100.0 * value.highest)
+}
+
+const ARTICLE: &str = "* measured by the original article on Llama-3.2-1B-Instruct with its own data and scoring, not on this base model";
+
+/// The table for a terminal.
+pub fn table(findings: &Findings) -> String {
+    let table = cells(findings);
+    let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..table[0].len()).map(width).collect();
+    let mut text = String::new();
+    for (index, row) in table.iter().enumerate() {
+        for (column, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(widths[column] - cell.chars().count());
+            let (before, after) = if column == 0 { ("", pad.as_str()) } else { (pad.as_str(), "") };
+            let _ =
+                write!(text, "{before}{cell}{after}{}", if column + 1 == row.len() { "\n" } else { "  " });
+        }
+        if index == 0 {
+            let _ = writeln!(text, "{}", "─".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1)));
+        }
+    }
+    let _ = writeln!(text, "{ARTICLE}");
+    text
+}
+
+/// Writes report.md, the plots, predictions.csv and metrics.json into `dir`.
+pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
+    plots::write(findings, dir)?;
+    predictions(findings, &dir.join("predictions.csv"))?;
+    let save = |name: &str, text: String| {
+        let path = dir.join(name);
+        fs::write(&path, text).with_context(|| format!("`{}` cannot be written", path.display()))
+    };
+    save("metrics.json", metrics(findings)?)?;
+    save("report.md", markdown(findings))
+}
+
+fn predictions(findings: &Findings, path: &Path) -> Result<()> {
+    let mut writer = csv::Writer::from_path(path).with_context(|| format!("`{}`", path.display()))?;
+    writer.write_record(["seed", "arm", "species", "truth", "answer", "exact", "any", "ordered"])?;
+    for result in &findings.results {
+        for one in &result.outcomes {
+            writer.write_record([
+                &result.seed.to_string(),
+                &result.arm.to_string(),
+                &one.species,
+                &one.truth,
+                &one.answer,
+                &one.exact.to_string(),
+                &one.any.to_string(),
+                &one.ordered.to_string(),
+            ])?;
+        }
+    }
+    Ok(writer.flush()?)
+}
+
+/// All numbers, without the single predictions.
+fn metrics(findings: &Findings) -> Result<String> {
+    let mut value = serde_json::to_value(findings)?;
+    if let Some(results) = value.get_mut("results").and_then(|results| results.as_array_mut()) {
+        for result in results.iter_mut().filter_map(|result| result.as_object_mut()) {
+            result.remove("outcomes");
+        }
+    }
+    value["arms"] = serde_json::to_value(findings.rows())?;
+    Ok(format!("{value:#}\n"))
+}
+
+fn markdown(findings: &Findings) -> String {
+    let rows = findings.rows();
+    let mut text = String::from("# The Pokémon experiment\n\n");
+    let seeds =
+        findings.results.iter().map(|result| result.seed).collect::<std::collections::BTreeSet<_>>().len();
+    let _ = writeln!(
+        text,
+        "Base model: {}. The model is asked for the types of {} species that it was not fine-tuned on; no relative of theirs is among the {} it was fine-tuned on. {} in {:.1} minutes, with\n\n    {}\n",
+        findings.base,
+        findings.species.1,
+        findings.species.0,
+        if seeds == 1 { "One seed".into() } else { format!("{seeds} seeds") },
+        findings.seconds / 60.0,
+        findings.command,
+    );
+    for (index, row) in cells(findings).iter().enumerate() {
+        let _ = writeln!(text, "| {} |", row.join(" | ").replace('*', "\\*"));
+        if index == 0 {
+            let _ = writeln!(text, "|---{}|", "|--:".repeat(row.len() - 1));
+        }
+    }
+    let _ = writeln!(text, "\n\\{ARTICLE}.\n");
+    text.push_str(&reading(findings, &rows));
+    text.push_str("\n## Accuracy on held-out species\n\n![Accuracy by arm](accuracy.png)\n");
+    if rows.iter().any(|row| row.trained) {
+        text.push_str("\n## Other abilities, before and after\n\n![Forgetting by arm](forgetting.png)\n");
+    }
+    if findings.results.iter().any(|result| result.training.is_some()) {
+        text.push_str("\n## Training\n\n![Loss curves](loss.png)\n\n");
+        for result in &findings.results {
+            if let Some(training) = &result.training {
+                let _ = writeln!(
+                    text,
+                    "- seed {}, {}: {} steps in {:.0} s; {}",
+                    result.seed,
+                    result.arm.title(),
+                    training.steps,
+                    training.seconds,
+                    training.trainable
+                );
+            }
+        }
+    }
+    text.push_str("\nEvery answer is in `predictions.csv`, every number in `metrics.json`");
+    text.push_str(if rows.iter().any(|row| row.arm == Arm::Lora) {
+        "; `adapter/` has the adapter of the first seed in PEFT's format.\n"
+    } else {
+        ".\n"
+    });
+    text
+}
+
+/// How the columns are to be read, and what they come to.
+fn reading(findings: &Findings, rows: &[Row]) -> String {
+    let mut text = String::from(
+        "- **exact**: the types that the answer names are exactly the true ones, in whatever order",
+    );
+    if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
+        text.push_str("; mean and range over the seeds");
+    }
+    text.push_str(". The interval is Wilson's, all seeds together.\n");
+    let _ = writeln!(
+        text,
+        "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
+        findings.distinct_truths()
+    );
+    if findings.embedded {
+        text.push_str("- The other columns ask what the base learned in pretraining, of one hundred species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types.\n");
+    } else {
+        text.push_str("- **general knowledge**: twenty sentences such as `The capital of France is`.\n");
+    }
+    let lost = |arm: Arm| {
+        let row = rows.iter().find(|row| row.arm == arm)?;
+        let loss = |(before, after): (&crate::evaluation::Score, &crate::evaluation::Score)| {
+            (before.share() - after.share()).max(0.0)
+        };
+        Some(
+            findings.before.iter().zip(&row.abilities).map(loss).sum::<f64>()
+                / findings.before.len().max(1) as f64,
+        )
+    };
+    if let (Some(full), Some(lora)) = (lost(Arm::Full), lost(Arm::Lora)) {
+        let _ = writeln!(
+            text,
+            "- Forgotten, mean over these columns: {:.1} points by full fine-tuning, {:.1} points by LoRA.",
+            100.0 * full,
+            100.0 * lora
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::summary::tests::findings;
+
+    #[test]
+    fn the_table_has_an_aligned_line_per_arm() {
+        let text = table(&findings());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2 + 1 + 4 + 1);
+        let widths: std::collections::BTreeSet<_> =
+            lines[..7].iter().map(|line| line.chars().count()).collect();
+        assert_eq!(widths.len(), 1, "{text}");
+        assert!(lines[6].starts_with("LoRA") && lines[6].contains("77.5 % (75.0 - 80.0)"), "{text}");
+        assert!(lines[6].contains("67.21 %") && lines[7].contains("Llama-3.2-1B-Instruct"), "{text}");
+    }
+
+    #[test]
+    fn the_directory_has_report_plots_predictions_and_metrics() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&findings(), dir.path()).unwrap();
+        for name in
+            ["report.md", "accuracy.png", "forgetting.png", "loss.png", "predictions.csv", "metrics.json"]
+        {
+            assert!(fs::metadata(dir.path().join(name)).unwrap().len() > 100, "{name}");
+        }
+        let rows = csv::Reader::from_path(dir.path().join("predictions.csv")).unwrap().into_records();
+        let rows: Vec<_> = rows.map(Result::unwrap).collect();
+        assert_eq!(rows.len(), 8 * 40);
+        assert_eq!(&rows[0][4], "Water, \"maybe\"");
+        let metrics: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.json")).unwrap()).unwrap();
+        assert_eq!(metrics["arms"][3]["exact"]["mean"], 0.775);
+        assert!(metrics["results"][0].get("outcomes").is_none());
+    }
+
+    #[test]
+    fn the_report_says_what_was_forgotten() {
+        let text = markdown(&findings());
+        assert!(text.contains("by full fine-tuning, 4.0 points by LoRA"), "{text}");
+        assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));
+    }
+}

@@ -1,0 +1,199 @@
+//! What the real torch, transformers and peft computed: see `tests/fixtures/README.md`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, TensorData};
+use burn_peft_llama::{Batch, Collator, Example, PaddingSide};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+/// The version that `generate.py` must have written.
+pub const FIXTURE_VERSION: u64 = 1;
+
+/// The token that the batches are padded with.
+pub const PAD_TOKEN_ID: u32 = 0;
+
+/// The cases that are base models.
+pub const BASES: [&str; 3] = ["gqa-tied", "mha-biased", "rope-scaled"];
+
+/// The cases that are adapters.
+pub const ADAPTERS: [&str; 6] = [
+    "gqa-tied-qv",
+    "gqa-tied-rslora",
+    "gqa-tied-embedding",
+    "mha-biased-all-linear",
+    "mha-biased-qv-rslora",
+    "mha-biased-head",
+];
+
+/// One case: a directory of a model or an adapter, and what is expected of it.
+pub struct Fixture {
+    /// The directory, which is also what `from_pretrained` or `load_adapter` takes.
+    pub directory: PathBuf,
+    /// Expected numbers and names.
+    pub facts: Facts,
+    tensors: BTreeMap<String, TensorData>,
+}
+
+/// The `expected.json` of a base model or an adapter.
+#[derive(Debug, Deserialize)]
+pub struct Facts {
+    /// Of an adapter: the case of its base model.
+    pub base: Option<String>,
+    /// Mean cross-entropy over the labelled tokens.
+    pub loss: f64,
+    /// Of a base model: the number of its parameters.
+    pub num_parameters: Option<usize>,
+    /// Of a base model: greedy answers.
+    pub greedy: Option<Greedy>,
+    /// Of an adapter: the adapted modules.
+    #[serde(default)]
+    pub adapted_modules: Vec<String>,
+    /// Of an adapter: what peft's `print_trainable_parameters` prints.
+    pub trainable_parameters: Option<String>,
+    /// AdamW on the right-padded batch.
+    pub training: Training,
+}
+
+/// Greedy answers without their end token.
+#[derive(Debug, Deserialize)]
+pub struct Greedy {
+    /// Prompts.
+    pub prompts: Vec<Vec<u32>>,
+    /// The answer to each.
+    pub answers: Vec<Vec<u32>>,
+    /// Longest answer.
+    pub max_new_tokens: usize,
+}
+
+/// A few steps of AdamW.
+#[derive(Debug, Deserialize)]
+pub struct Training {
+    /// Learning rate.
+    pub lr: f64,
+    /// Weight decay.
+    pub weight_decay: f32,
+    /// The loss before each step.
+    pub losses: Vec<f64>,
+}
+
+impl Fixture {
+    /// Reads a case.
+    ///
+    /// # Panics
+    /// If it is absent or was written by another version of `generate.py`; the message has the command that writes it.
+    pub fn open(case: &str) -> Self {
+        let directory = directory(case);
+        let facts = read_facts(&directory);
+        let bytes = std::fs::read(directory.join("expected.safetensors"))
+            .unwrap_or_else(|error| panic!("`{case}`: {error}"));
+        let tensors = read_tensors(&bytes);
+        Self { directory, facts, tensors }
+    }
+
+    /// A tensor by name.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn data(&self, name: &str) -> &TensorData {
+        self.tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("no tensor `{name}` in `{}`", self.directory.display()))
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensors whose name starts with `prefix`, by the rest of their name.
+    pub fn with_prefix(&self, prefix: &str) -> BTreeMap<String, TensorData> {
+        let named = |(name, data): (&String, &TensorData)| {
+            Some((name.strip_prefix(prefix)?.to_string(), data.clone()))
+        };
+        self.tensors.iter().filter_map(named).collect()
+    }
+
+    /// The sequences without padding, with their labels.
+    pub fn examples(&self) -> Vec<Example> {
+        let [ids, mask, labels] = ["input_ids", "attention_mask", "labels"]
+            .map(|name| self.data(&format!("right.{name}")).iter::<i64>().collect::<Vec<_>>());
+        let width = self.data("right.input_ids").shape()[1];
+        let rows = ids.chunks(width).zip(mask.chunks(width)).zip(labels.chunks(width));
+        rows.map(|((ids, mask), labels)| {
+            let length = mask.iter().filter(|&&real| real == 1).count();
+            Example {
+                input_ids: ids[..length].iter().map(|&id| u32::try_from(id).unwrap()).collect(),
+                labels: labels[..length].to_vec(),
+            }
+        })
+        .collect()
+    }
+
+    /// The sequences as a batch, which must be what Python made of them.
+    pub fn batch(&self, side: PaddingSide, device: &Device) -> Batch {
+        let batch = Collator::new(PAD_TOKEN_ID).with_side(side).collate(&self.examples(), device).unwrap();
+        let expected = self.data(&format!("{}.input_ids", prefix(side)));
+        let ids: Vec<i64> = batch.input_ids.to_data().iter().collect();
+        assert_eq!(ids, expected.iter::<i64>().collect::<Vec<_>>(), "the batch is not the fixture's");
+        batch
+    }
+
+    /// Expected logits, zero at padding.
+    pub fn logits(&self, side: PaddingSide) -> &TensorData {
+        self.data(&format!("{}.logits", prefix(side)))
+    }
+}
+
+/// The directory of a case.
+pub fn directory(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(case)
+}
+
+/// Reads the `expected.json` of a case and checks its version.
+///
+/// # Panics
+/// If it is absent or was written by another version of `generate.py`; the message has the command that writes it.
+pub fn read_facts<T: DeserializeOwned>(directory: &Path) -> T {
+    const HINT: &str = "hint: run `python tests/fixtures/generate.py`";
+    let path = directory.join("expected.json");
+    let text = std::fs::read(&path)
+        .unwrap_or_else(|error| panic!("cannot read `{}`: {error}\n{HINT}", path.display()));
+    let facts: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let version = facts["fixture_version"].as_u64();
+    assert_eq!(version, Some(FIXTURE_VERSION), "`{}` has another version\n{HINT}", path.display());
+    serde_json::from_value(facts).unwrap_or_else(|error| panic!("`{}`: {error}\n{HINT}", path.display()))
+}
+
+/// The tensors of a safetensors file of f32 and i64 by name.
+///
+/// # Panics
+/// If the file holds anything else.
+pub fn read_tensors(bytes: &[u8]) -> BTreeMap<String, TensorData> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        let (bytes, shape) = (view.data(), view.shape().to_vec());
+        let data = match view.dtype() {
+            Dtype::F32 => {
+                let floats = bytes.chunks_exact(4).map(|raw| f32::from_le_bytes(raw.try_into().unwrap()));
+                TensorData::new(floats.collect::<Vec<_>>(), shape)
+            }
+            Dtype::I64 => {
+                let ints = bytes.chunks_exact(8).map(|raw| i64::from_le_bytes(raw.try_into().unwrap()));
+                TensorData::new(ints.collect::<Vec<_>>(), shape)
+            }
+            other => panic!("unexpected type {other:?} of `{name}`"),
+        };
+        (name, data)
+    };
+    file.tensors().into_iter().map(read).collect()
+}
+
+fn prefix(side: PaddingSide) -> &'static str {
+    match side {
+        PaddingSide::Right => "right",
+        PaddingSide::Left => "left",
+    }
+}
