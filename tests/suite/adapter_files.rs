@@ -183,7 +183,7 @@ fn export_for_python() {
         let fixture = Fixture::open(case);
         let directory = Path::new(&root).join(case);
         let base = load_base(fixture.facts.base.as_ref().unwrap(), &device);
-        base.save_pretrained(&directory.join("base")).unwrap();
+        base.save_pretrained(directory.join("base")).unwrap();
         let mut model = base;
         model.load_adapter(DEFAULT_ADAPTER, &fixture.directory).unwrap();
         export(&directory, &model, &fixture);
@@ -193,7 +193,7 @@ fn export_for_python() {
     let fixture = Fixture::open("rope-scaled");
     let directory = Path::new(&root).join("new");
     let mut model = load_base("rope-scaled", &device);
-    model.save_pretrained(&directory.join("base")).unwrap();
+    model.save_pretrained(directory.join("base")).unwrap();
     let config = LoraConfig::new(5)
         .with_lora_alpha(7.5)
         .with_use_rslora(true)

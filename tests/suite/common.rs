@@ -10,7 +10,7 @@ pub(crate) const SIDES: [PaddingSide; 2] = [PaddingSide::Right, PaddingSide::Lef
 
 /// The base model of that case.
 pub(crate) fn load_base(case: &str, device: &Device) -> LlamaForCausalLm {
-    LlamaForCausalLm::from_pretrained(&directory(case), device).unwrap()
+    LlamaForCausalLm::from_pretrained(directory(case), device).unwrap()
 }
 
 /// The base model of an adapter's case with the adapter; its head is its own if the adapter is on it.

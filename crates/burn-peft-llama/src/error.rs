@@ -214,7 +214,9 @@ pub enum LlamaError {
         found: Option<u32>,
     },
     /// No end token follows the answer, so the model would never learn to stop.
-    #[error("the chat template puts no end token after the answer\nhint: expected the `eos_token` or another special token there")]
+    #[error(
+        "the chat template puts no end token after the answer\nhint: expected the `eos_token` or another special token there"
+    )]
     NoEndToken,
 
     // === Batches ===
@@ -246,7 +248,9 @@ pub enum LlamaError {
         index: usize,
     },
     /// An example is longer than allowed.
-    #[error("example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate")]
+    #[error(
+        "example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate"
+    )]
     SequenceTooLong {
         /// Number of the example.
         index: usize,
@@ -274,7 +278,9 @@ pub enum LlamaError {
         hint: &'static str,
     },
     /// The loss is infinite or not a number.
-    #[error("the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type")]
+    #[error(
+        "the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type"
+    )]
     NonFiniteLoss {
         /// The optimizer step, from 1.
         step: usize,
@@ -300,7 +306,9 @@ pub enum LlamaError {
 
     // === Hub ===
     /// A model is named neither by a directory nor by a valid hub id.
-    #[error("`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`")]
+    #[error(
+        "`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`"
+    )]
     ModelId {
         /// What was given.
         model: String,
