@@ -6,8 +6,9 @@ needs: pip install -r tests/fixtures/requirements.txt
 
 --expected compares logits: {"input_ids": [[..]], "attention_mask": [[..]], "logits": [[[..]]]}, the logits of all
 positions; those of padding do not count.
---predictions compares answers of the Pokémon experiment: a CSV with the columns species, truth and answer. The same
-questions are answered greedily here, and the numbers of exact answers must agree within one species.
+--predictions compares answers of the Pokémon experiment: a CSV with the columns species, truth and answer, of which
+the rows of one arm and one seed are taken. The same questions are answered greedily here, and the numbers of exact
+answers must agree within one species.
 
 Prints one line for each check and exits with 1 if any of them failed.
 """
@@ -90,9 +91,9 @@ def types_named(text):
     return {word for word in re.findall(r"[^\W\d_]+", text.lower()) if word in TYPES}
 
 
-def check_predictions(model, tokenizer, path, system, out):
+def check_predictions(model, tokenizer, path, arm, seed, system, out):
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row.get("arm", arm) == arm and row.get("seed", seed) == seed]
     answers = []
     for start in range(0, len(rows), 16):
         chats = [[{"role": "system", "content": system}, {"role": "user", "content": row["species"]}]
@@ -127,6 +128,8 @@ def main():
     parser.add_argument("--adapter", help="directory of the adapter")
     parser.add_argument("--expected", help="JSON with logits to compare")
     parser.add_argument("--predictions", help="CSV with answers to compare")
+    parser.add_argument("--arm", default="lora", help="rows of the CSV to compare")
+    parser.add_argument("--seed", default="0", help="rows of the CSV to compare")
     parser.add_argument("--system", default=SYSTEM, help="system text of the prompts")
     parser.add_argument("--out", help="CSV to write the answers to")
     arguments = parser.parse_args()
@@ -138,7 +141,8 @@ def main():
         check_logits(model, arguments.expected)
     if arguments.predictions:
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-        check_predictions(model, tokenizer, arguments.predictions, arguments.system, arguments.out)
+        check_predictions(model, tokenizer, arguments.predictions, arguments.arm, arguments.seed, arguments.system,
+                          arguments.out)
     sys.exit(failures > 0)
 
 

@@ -2,7 +2,7 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use burn::module::Module;
@@ -20,6 +20,7 @@ use crate::evaluation::{self, Outcome, Score};
 use crate::forgetting::Probe;
 use crate::progress::Progress;
 use crate::prompt::Prompt;
+use crate::provenance::Provenance;
 
 /// Held-out species that the loss is measured on during training: enough for a curve.
 const CURVE_SPECIES: usize = 96;
@@ -93,7 +94,10 @@ pub struct Point {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Training {
     pub steps: usize,
+    /// Time of the steps alone, without the measurements on held-out species.
     pub seconds: f64,
+    /// How it was trained, in words.
+    pub settings: String,
     pub trainable: String,
     /// Mean loss of the answer tokens over the last logged steps.
     pub train: Vec<Point>,
@@ -112,6 +116,17 @@ pub struct ArmResult {
     pub training: Option<Training>,
     /// All of it, evaluation included.
     pub seconds: f64,
+}
+
+/// The adapter that the LoRA arm trains.
+pub fn lora_config(args: &ExperimentArgs) -> Result<LoraConfig> {
+    let targets: TargetModules = args.targets.parse().context("`--targets`")?;
+    Ok(LoraConfig::new(args.rank)
+        .with_lora_alpha(args.alpha)
+        .with_lora_dropout(args.lora_dropout())
+        .with_target_modules(targets)
+        .with_base_model_name_or_path(args.model.as_deref().unwrap_or("examples/pokemon/base"))
+        .with_task_type("CAUSAL_LM"))
 }
 
 /// What all arms of one seed share.
@@ -145,12 +160,13 @@ impl Setting<'_> {
             Arm::Lora => {
                 let mut model = self.base.clone();
                 self.device.seed(self.seed);
-                let report = model.add_adapter(DEFAULT_ADAPTER, &self.lora_config()?)?;
+                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args)?)?;
                 for target in &report.unmatched_targets {
                     println!("note: nothing in the model is called `{target}`");
                 }
                 let (model, training) = self.train(arm, model, &self.args.lora_training())?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;
+                Provenance { seed: self.seed }.write(adapter)?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
             }
             Arm::Adapter => {
@@ -174,15 +190,6 @@ impl Setting<'_> {
     pub fn probe(&self, model: &LlamaForCausalLm) -> Result<Vec<Score>> {
         let run = |probe: &Probe| probe.run(model, self.tokenizer, self.args.eval_batch_size);
         self.probes.iter().map(run).collect()
-    }
-
-    fn lora_config(&self) -> Result<LoraConfig> {
-        let targets: TargetModules = self.args.targets.parse().context("`--targets`")?;
-        Ok(LoraConfig::new(self.args.rank)
-            .with_lora_alpha(self.args.alpha)
-            .with_lora_dropout(self.args.lora_dropout())
-            .with_target_modules(targets)
-            .with_task_type("CAUSAL_LM"))
     }
 
     fn evaluate(&self, model: &LlamaForCausalLm, prompt: &Prompt, arm: Arm) -> Result<Vec<Outcome>> {
@@ -222,8 +229,12 @@ impl Setting<'_> {
         let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
         let eval_every = settings.eval_every.unwrap_or(total.div_ceil(8));
 
-        let mut training =
-            Training { trainable: model.trainable_parameters().to_string(), ..Training::default() };
+        let mut training = Training {
+            settings: settings.to_string(),
+            trainable: model.trainable_parameters().to_string(),
+            ..Training::default()
+        };
+        let mut measuring = Duration::ZERO;
         let progress = Progress::new(arm.title(), total);
         let mut failed = None;
         let start = Instant::now();
@@ -233,7 +244,10 @@ impl Setting<'_> {
                 progress.report(report.step, &format!("loss {loss:.3}"));
             }
             if report.step % eval_every == 0 || report.step == 1 || report.step == total {
-                match burn_peft_llama::evaluate(model, &held_out, &collator, self.args.eval_batch_size) {
+                let begin = Instant::now();
+                let now = burn_peft_llama::evaluate(model, &held_out, &collator, self.args.eval_batch_size);
+                measuring += begin.elapsed();
+                match now {
                     Ok(now) => training.held_out.push(Point { step: report.step, loss: now.loss }),
                     Err(error) => {
                         failed = Some(error);
@@ -248,7 +262,7 @@ impl Setting<'_> {
         if let Some(error) = failed {
             return Err(error.into());
         }
-        training.seconds = start.elapsed().as_secs_f64();
+        training.seconds = (start.elapsed() - measuring).as_secs_f64();
         Ok((model.valid(), training))
     }
 }

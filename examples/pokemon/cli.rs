@@ -1,4 +1,5 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -35,7 +36,7 @@ pub struct PretrainArgs {
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Number of optimizer steps, 1 or more
-    #[arg(long, default_value_t = 2400, value_parser = at_least_one)]
+    #[arg(long, default_value_t = 2000, value_parser = at_least_one)]
     pub steps: usize,
     /// Sequences in a batch, 1 or more
     #[arg(long, default_value_t = 16, value_parser = at_least_one)]
@@ -132,10 +133,10 @@ pub struct ExperimentArgs {
     /// Examples in a training batch, 1 or more
     #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub batch_size: usize,
-    /// Peak learning rate of the LoRA arm, above 0 [default: 1e-3, with --model 5e-4]
+    /// Peak learning rate of the LoRA arm, above 0 [default: 3e-4, with --model 5e-4]
     #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub learning_rate: Option<f64>,
-    /// Passes of the LoRA arm over the training species, 1 or more [default: 16, with --model 4]
+    /// Passes of the LoRA arm over the training species, 1 or more [default: 4]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: Option<usize>,
     /// Peak learning rate of full fine-tuning, above 0 [default: 1e-3, with --model 5e-5]
@@ -203,6 +204,14 @@ pub struct TrainingSettings {
     pub eval_every: Option<usize>,
 }
 
+impl fmt::Display for TrainingSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { learning_rate, epochs, batch_size, warmup, decay, .. } = self;
+        write!(f, "peak learning rate {learning_rate:e}, {epochs} epochs in batches of {batch_size}, ")?;
+        write!(f, "{warmup} steps of warm-up, then {}", format!("{decay:?}").to_lowercase())
+    }
+}
+
 impl ExperimentArgs {
     fn embedded(&self) -> bool {
         self.model.is_none()
@@ -215,11 +224,12 @@ impl ExperimentArgs {
 
     /// How the LoRA arm is trained.
     pub fn lora_training(&self) -> TrainingSettings {
-        let (learning_rate, epochs) = if self.embedded() { (1e-3, 16) } else { (5e-4, 4) };
-        self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(epochs))
+        let learning_rate = if self.embedded() { 3e-4 } else { 5e-4 };
+        self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(4))
     }
 
-    /// How the full fine-tuning arm is trained. On the embedded base the rate is as careless as LoRA's on purpose.
+    /// How the full fine-tuning arm is trained. On the embedded base the rate is careless on purpose: what a first try
+    /// with full fine-tuning might look like.
     pub fn full_training(&self) -> TrainingSettings {
         let (learning_rate, epochs) = if self.embedded() { (1e-3, 6) } else { (5e-5, 2) };
         self.training(self.full_learning_rate.unwrap_or(learning_rate), self.full_epochs.unwrap_or(epochs))
@@ -285,7 +295,7 @@ mod tests {
     fn defaults_depend_on_the_base() {
         let embedded = parse(&[]).unwrap().experiment;
         assert_eq!(embedded.arms, Arm::ALL);
-        assert_eq!((embedded.lora_training().learning_rate, embedded.lora_training().epochs), (1e-3, 16));
+        assert_eq!((embedded.lora_training().learning_rate, embedded.lora_training().epochs), (3e-4, 4));
         assert_eq!(embedded.lora_dropout(), 0.0);
 
         let other = parse(&["--model", "dir"]).unwrap().experiment;

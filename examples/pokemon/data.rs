@@ -145,7 +145,10 @@ fn parse(text: &str) -> Result<Vec<Species>> {
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
-        bail!("{}\nhint: types are {}", problems.join("\n"), list_of_types());
+        bail!(
+            "{}\nhint: the columns are number,name,primary,secondary,generation,family",
+            problems.join("\n")
+        );
     }
     if species.iter().map(|s| &s.family).collect::<HashSet<_>>().len() < 5 {
         bail!("expected species of at least 5 families, so that one fifth can be held out");
@@ -222,9 +225,12 @@ mod tests {
     fn problems_are_listed_with_their_line() {
         let rows = "1,A,Fire,,1,A\n2,A,Fire,,1,A\n3,C,Fire,Fire,1,C\n4,D,Fyre,,1,D\n";
         let text = parse(&format!("{HEADER}{rows}")).unwrap_err().to_string();
-        for expected in
-            ["line 3: `A` is there twice", "line 4: `C` has the type Fire twice", "line: 5", "hint: types"]
-        {
+        for expected in [
+            "line 3: `A` is there twice",
+            "line 4: `C` has the type Fire twice",
+            "line: 5",
+            "hint: the columns",
+        ] {
             assert!(text.contains(expected), "{expected} in {text}");
         }
         let text = parse("name\nA\n").unwrap_err().to_string();

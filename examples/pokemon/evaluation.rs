@@ -84,7 +84,9 @@ pub fn answer(
     batch_size: usize,
     title: &str,
 ) -> Result<Vec<String>> {
-    let options = GenerateOptions { max_new_tokens, sampling: Sampling::Greedy, ..Default::default() };
+    // A directory may name its end token for the tokenizer only.
+    let stop_token_ids = tokenizer.eos_token_id().into_iter().collect();
+    let options = GenerateOptions { max_new_tokens, stop_token_ids, sampling: Sampling::Greedy };
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|index| prompts[*index].len());
     let mut answers = vec![String::new(); prompts.len()];

@@ -5,16 +5,17 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::{DType, Device};
-use burn_peft::TargetModules;
+use burn_peft::{DEFAULT_ADAPTER, PeftModel};
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
 
-use crate::arms::{Arm, ArmResult, Setting};
+use crate::arms::{Arm, ArmResult, Setting, lora_config};
 use crate::base::Base;
 use crate::cli::{ExperimentArgs, Precision};
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
 use crate::prompt::{Prompt, default_system};
+use crate::provenance::Provenance;
 use crate::report;
 use crate::summary::Findings;
 
@@ -24,9 +25,18 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     // Whatever can be wrong is found before anything takes time.
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
-    args.targets.parse::<TargetModules>().context("`--targets`")?;
+    let lora = lora_config(args)?;
+    let mut first_seed = args.seed;
+    let mut split_is_known = true;
     let arms = if let Some(dir) = &args.adapter {
         check_adapter(dir)?;
+        if args.seeds > 1 {
+            bail!("an adapter was trained on one split\nhint: leave `--seeds` out beside `--adapter`");
+        }
+        match Provenance::read(dir)? {
+            Some(provenance) => first_seed = provenance.seed,
+            None => split_is_known = false,
+        }
         vec![Arm::Adapter]
     } else {
         args.arms.clone()
@@ -44,6 +54,12 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
 
     let training_device = device.autodiff();
     let model = load(&base, args.dtype, &training_device)?;
+    // On copies, which share the weights: the arms begin with the base as it is.
+    if let Some(dir) = &args.adapter {
+        model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
+    } else if arms.contains(&Arm::Lora) {
+        model.clone().add_adapter(DEFAULT_ADAPTER, &lora).context("`--targets`")?;
+    }
     println!("base model: {}, {} on {:?}", base.name(), args.dtype.name(), args.device);
     let probes = if base.is_embedded() {
         Probe::of_the_embedded_base(&species, 0)
@@ -56,12 +72,13 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         base: base.name(),
         embedded: base.is_embedded(),
         species: (0, 0),
+        split_is_known,
         probes: probes.iter().map(|probe| probe.name).collect(),
         before: Vec::new(),
         results: Vec::new(),
         seconds: 0.0,
     };
-    for seed in (0..args.seeds as u64).map(|index| args.seed.wrapping_add(index)) {
+    for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
         let split = Split::by_family(&species, seed);
         let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
         println!(

@@ -18,6 +18,7 @@ mod plots;
 mod pretrain;
 mod progress;
 mod prompt;
+mod provenance;
 mod report;
 mod summary;
 mod vocabulary;

@@ -1,4 +1,5 @@
 //! Progress of long work: a bar on a terminal, plain lines otherwise.
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,7 +13,8 @@ pub struct Progress {
     title: String,
     total: usize,
     start: Instant,
-    last: std::cell::Cell<Option<Instant>>,
+    /// When the last plain line was printed; the start, if none was.
+    last: Cell<Instant>,
 }
 
 impl Progress {
@@ -25,16 +27,17 @@ impl Progress {
             bar.set_style(style.progress_chars("━━╌"));
         }
         bar.set_prefix(title.to_string());
-        Self { bar, title: title.into(), total, start: Instant::now(), last: std::cell::Cell::new(None) }
+        Self { bar, title: title.into(), total, start: Instant::now(), last: Cell::new(Instant::now()) }
     }
 
     /// Shows that `done` steps are done.
     pub fn report(&self, done: usize, message: &str) {
         self.bar.set_position(done as u64);
         self.bar.set_message(message.to_string());
-        let due = self.last.get().is_none_or(|last| last.elapsed() >= QUIET) || done == self.total;
-        if self.bar.is_hidden() && due {
-            self.last.set(Some(Instant::now()));
+        // Work that is over at once needs no line.
+        let over = done == self.total && self.start.elapsed() >= QUIET;
+        if self.bar.is_hidden() && (over || self.last.get().elapsed() >= QUIET) {
+            self.last.set(Instant::now());
             let seconds = self.start.elapsed().as_secs_f64();
             println!("{}: {done}/{} in {seconds:.0} s {message}", self.title, self.total);
         }

@@ -9,11 +9,11 @@ use crate::arms::Arm;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
 
-/// The table of the arms, as cells: the first row is the head.
-fn cells(findings: &Findings) -> Vec<Vec<String>> {
+/// The table of the arms, as cells: the first row is the head. `name` gives the title of a probe's column.
+fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Vec<Vec<String>> {
     let mut head: Vec<String> =
         ["arm", "exact", "95 % interval", "any type", "in order", "answers"].map(String::from).to_vec();
-    head.extend(findings.probes.iter().map(|probe| (*probe).to_string()));
+    head.extend(findings.probes.iter().map(|probe| name(probe).to_string()));
     head.extend(["time".into(), "the article*".into()]);
 
     let mut before = vec![String::new(); head.len()];
@@ -62,7 +62,9 @@ const ARTICLE: &str = "* measured by the original article on Llama-3.2-1B-Instru
 
 /// The table for a terminal.
 pub fn table(findings: &Findings) -> String {
-    let table = cells(findings);
+    // A terminal is not wide: the first word has to do.
+    let name = |probe: &'static str| probe.split(' ').next().unwrap_or(probe);
+    let table = cells(findings, name);
     let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..table[0].len()).map(width).collect();
     let mut text = String::new();
@@ -77,6 +79,13 @@ pub fn table(findings: &Findings) -> String {
             let _ = writeln!(text, "{}", "─".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1)));
         }
     }
+    let shown: Vec<_> = findings.probes.iter().map(|probe| name(probe)).collect();
+    let _ = writeln!(
+        text,
+        "{}: other abilities of the base, right answers ({})",
+        shown.join(", "),
+        findings.probes.join(", ")
+    );
     let _ = writeln!(text, "{ARTICLE}");
     text
 }
@@ -132,15 +141,14 @@ fn markdown(findings: &Findings) -> String {
         findings.results.iter().map(|result| result.seed).collect::<std::collections::BTreeSet<_>>().len();
     let _ = writeln!(
         text,
-        "Base model: {}. The model is asked for the types of {} species that it was not fine-tuned on; no relative of theirs is among the {} it was fine-tuned on. {} in {:.1} minutes, with\n\n    {}\n",
+        "Base model: {}. {} {} in {:.1} minutes, with\n\n    {}\n",
         findings.base,
-        findings.species.1,
-        findings.species.0,
+        held_out(findings),
         if seeds == 1 { "One seed".into() } else { format!("{seeds} seeds") },
         findings.seconds / 60.0,
         findings.command,
     );
-    for (index, row) in cells(findings).iter().enumerate() {
+    for (index, row) in cells(findings, |probe| probe).iter().enumerate() {
         let _ = writeln!(text, "| {} |", row.join(" | ").replace('*', "\\*"));
         if index == 0 {
             let _ = writeln!(text, "|---{}|", "|--:".repeat(row.len() - 1));
@@ -158,11 +166,13 @@ fn markdown(findings: &Findings) -> String {
             if let Some(training) = &result.training {
                 let _ = writeln!(
                     text,
-                    "- seed {}, {}: {} steps in {:.0} s; {}",
+                    "- seed {}, {}: {}; {} steps in {:.0} s, {:.2} s a step; {}",
                     result.seed,
                     result.arm.title(),
+                    training.settings,
                     training.steps,
                     training.seconds,
+                    training.seconds / training.steps.max(1) as f64,
                     training.trainable
                 );
             }
@@ -177,6 +187,19 @@ fn markdown(findings: &Findings) -> String {
     text
 }
 
+fn held_out(findings: &Findings) -> String {
+    let (trained, asked) = findings.species;
+    if findings.split_is_known {
+        format!(
+            "The model is asked for the types of {asked} species that it was not fine-tuned on; no member of their evolution families is among the {trained} it was fine-tuned on."
+        )
+    } else {
+        format!(
+            "The model is asked for the types of {asked} species. Which species this adapter was trained on is not known: there may be some of these among them."
+        )
+    }
+}
+
 /// How the columns are to be read, and what they come to.
 fn reading(findings: &Findings, rows: &[Row]) -> String {
     let mut text = String::from(
@@ -185,7 +208,7 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
         text.push_str("; mean and range over the seeds");
     }
-    text.push_str(". The interval is Wilson's, all seeds together.\n");
+    text.push_str(". The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n");
     let _ = writeln!(
         text,
         "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
@@ -193,6 +216,8 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     );
     if findings.embedded {
         text.push_str("- The other columns ask what the base learned in pretraining, of one hundred species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types.\n");
+        text.push_str("- Prompting does not fail for want of the chat format: before training the base answers the questions about generation and number, which are conversations as well. It answers what conversations in its pretraining were about: zero-shot mostly with the number, few-shot with the name, since repeating a name after examples is a skill it was pretrained on.\n");
+        text.push_str("- All types are in the pretraining text, one wording of it close to the answer's form: the score of LoRA shows that what is stored can be elicited, not that types can be inferred. Full fine-tuning's learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
     } else {
         text.push_str("- **general knowledge**: twenty sentences such as `The capital of France is`.\n");
     }
@@ -226,12 +251,12 @@ mod tests {
     fn the_table_has_an_aligned_line_per_arm() {
         let text = table(&findings());
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 2 + 1 + 4 + 1);
+        assert_eq!(lines.len(), 2 + 1 + 4 + 2);
         let widths: std::collections::BTreeSet<_> =
             lines[..7].iter().map(|line| line.chars().count()).collect();
         assert_eq!(widths.len(), 1, "{text}");
         assert!(lines[6].starts_with("LoRA") && lines[6].contains("77.5 % (75.0 - 80.0)"), "{text}");
-        assert!(lines[6].contains("67.21 %") && lines[7].contains("Llama-3.2-1B-Instruct"), "{text}");
+        assert!(lines[6].contains("67.21 %") && lines[8].contains("Llama-3.2-1B-Instruct"), "{text}");
     }
 
     #[test]

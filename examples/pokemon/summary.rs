@@ -15,6 +15,8 @@ pub struct Findings {
     pub embedded: bool,
     /// Species trained on and held out, of the first seed.
     pub species: (usize, usize),
+    /// Whether the held-out species are those that the adapter was not trained on; not so for a foreign adapter.
+    pub split_is_known: bool,
     /// Names of the probes.
     pub probes: Vec<&'static str>,
     /// What the base scores in them.
@@ -142,6 +144,7 @@ pub mod tests {
             training: (!after.is_empty()).then(|| Training {
                 steps: 100,
                 seconds: 50.0,
+                settings: "peak learning rate 1e-3".into(),
                 trainable: "trainable params: 1 || all params: 2 || trainable%: 50.0000".into(),
                 train: (1..=10).map(|k| Point { step: 10 * k, loss: 3.0 / k as f64 }).collect(),
                 held_out: (1..=5).map(|k| Point { step: 20 * k, loss: 0.3 + 3.0 / k as f64 }).collect(),
@@ -153,6 +156,7 @@ pub mod tests {
             base: "the embedded base".into(),
             embedded: true,
             species: (160, 40),
+            split_is_known: true,
             probes: vec!["generation questions", "number questions", "sentence completion"],
             before: vec![
                 Score { hits: 100, total: 100 },

@@ -5,3 +5,8 @@
 pub mod fixture;
 pub mod parameters;
 pub mod tolerance;
+
+/// The example in the README compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

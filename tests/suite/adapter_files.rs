@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, TensorData};
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel, TensorProblem};
-use burn_peft_llama::PaddingSide;
+use burn_peft_llama::{Collator, Example, LlamaForCausalLm, PaddingSide, Tokenizer};
 use burn_peft_tests::fixture::{ADAPTERS, Fixture, read_tensors};
 use burn_peft_tests::parameters::parameters;
 use serde_json::{Value, json};
@@ -203,6 +203,31 @@ fn export_for_python() {
         .with_init_lora_weights(burn_peft::InitLoraWeights::Random);
     model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
     export(&directory, &model, &fixture);
+}
+
+/// Not a test of its own: logits of any base model with any adapter, such as those that the Pokémon experiment saved.
+#[test]
+fn export_any_adapter_for_python() {
+    let paths = [EXPORT, "BURN_PEFT_EXPORT_BASE", "BURN_PEFT_EXPORT_ADAPTER"].map(std::env::var_os);
+    let [Some(root), Some(base), Some(adapter)] = paths else {
+        println!("skipped: no base and adapter to export");
+        return;
+    };
+    let mut model = LlamaForCausalLm::from_pretrained(Path::new(&base), &Device::flex()).unwrap();
+    model.load_adapter(DEFAULT_ADAPTER, &adapter).unwrap();
+    let tokenizer = Tokenizer::load(Path::new(&base)).unwrap();
+    let examples: Vec<Example> = ["Pikachu is an Electric-type Pokémon.", "Types:"]
+        .map(|text| tokenizer.encode_document(text).unwrap())
+        .into();
+    let collator = Collator::new(0).with_side(PaddingSide::Left);
+    let batch = collator.collate(&examples, &Device::flex()).unwrap();
+    let expected = json!({
+        "input_ids": rows(&batch.input_ids.to_data()),
+        "attention_mask": rows(&batch.attention_mask.clone().int().into_data()),
+        "logits": rows_of_floats(&masked_logits(&model, &batch)),
+    });
+    std::fs::create_dir_all(&root).unwrap();
+    std::fs::write(Path::new(&root).join("expected.json"), expected.to_string()).unwrap();
 }
 
 fn export(directory: &Path, model: &burn_peft_llama::LlamaForCausalLm, fixture: &Fixture) {

@@ -100,6 +100,9 @@ impl std::fmt::Display for ConfigProblem {
     }
 }
 
+/// Bound of every size in a configuration.
+const LARGEST_SIZE: usize = 1 << 24;
+
 /// A token id or a list of them.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -128,6 +131,8 @@ struct Json {
     num_hidden_layers: Option<usize>,
     num_attention_heads: Option<usize>,
     num_key_value_heads: Option<usize>,
+    rope_interleaved: Option<bool>,
+    partial_rotary_factor: Option<f64>,
     head_dim: Option<usize>,
     max_position_embeddings: Option<usize>,
     rms_norm_eps: Option<f64>,
@@ -319,6 +324,11 @@ impl LlamaConfig {
         };
         for (field, size) in sizes {
             positive(&mut problems, field, size > 0, size.to_string());
+            // Far above any model, and far below what would overflow where sizes are multiplied.
+            if size > LARGEST_SIZE {
+                let expected = format!("at most {LARGEST_SIZE}");
+                problems.push(ConfigProblem { field, expected, found: size.to_string() });
+            }
         }
         let numbers = [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.rope_theta)];
         for (field, number) in numbers {
@@ -404,6 +414,12 @@ impl Json {
         }
         if let Some(dropout) = self.attention_dropout.filter(|&dropout| dropout != 0.0) {
             refuse("attention_dropout", "0", dropout.to_string());
+        }
+        if self.rope_interleaved == Some(true) {
+            refuse("rope_interleaved", "false: halves of a head are rotated", "true".to_owned());
+        }
+        if let Some(share) = self.partial_rotary_factor.filter(|&share| share != 1.0) {
+            refuse("partial_rotary_factor", "1", share.to_string());
         }
         if let Some(quantization) = self.quantization_config.as_ref().filter(|value| !value.is_null()) {
             let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed one");

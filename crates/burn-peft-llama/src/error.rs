@@ -91,6 +91,18 @@ pub enum LlamaError {
         /// Number of tokens that the model knows.
         vocab_size: usize,
     },
+    /// An example has a token that the model does not know.
+    #[error(
+        "example {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
+    )]
+    ExampleTokenOutOfRange {
+        /// Number of the example.
+        index: usize,
+        /// The token, or the padding token.
+        id: u32,
+        /// Number of tokens that the model knows.
+        vocab_size: usize,
+    },
     /// An option of the sampling has a value that makes no sense.
     #[error("`{option}`: expected {expected}, found {found}")]
     SamplingOption {

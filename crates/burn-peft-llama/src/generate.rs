@@ -90,7 +90,7 @@ impl LlamaForCausalLm {
             |id: &u32| self.config().eos_token_ids.contains(id) || options.stop_token_ids.contains(id);
 
         let s = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let mut cache = KvCache::new(model.model.layers.len(), s + options.max_new_tokens - 1);
+        let mut cache = KvCache::new(model.model.layers.len(), s.saturating_add(options.max_new_tokens - 1));
         let mut rows: Vec<Row> =
             prompts.iter().enumerate().map(|(prompt, ids)| Row { prompt, padding: s - ids.len() }).collect();
 

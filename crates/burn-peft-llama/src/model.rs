@@ -119,7 +119,7 @@ impl LlamaForCausalLm {
 
         let weight = source.embedding("model.embed_tokens.weight", [config.vocab_size, hidden])?;
         let embed_tokens = Embedding { weight };
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let path = format!("model.layers.{i}");
             let attention = |source: &mut S, name: &str, shape| {
@@ -226,8 +226,7 @@ impl LlamaForCausalLm {
     /// Mean cross-entropy at the labelled positions, `mean(log Σ exp(logits) - logits[target])`, in nats.
     ///
     /// Logits are computed at `batch.positions` only, a bounded number of rows at a time. If nothing in the output
-    /// layer is trained, which is so with LoRA, none of them outlives the call. The loss of a batch without labels
-    /// is not a number.
+    /// layer is trained, which is so with LoRA, none of them outlives the call.
     ///
     /// # Shapes
     ///
@@ -235,7 +234,8 @@ impl LlamaForCausalLm {
     ///
     /// # Panics
     ///
-    /// As [`forward`](Self::forward), and if a position or target is out of range.
+    /// As [`forward`](Self::forward), if a position or target is out of range, and if the batch has no label.
+    /// [`Collator::collate`](crate::Collator::collate) makes no such batch.
     pub fn loss(&self, batch: &Batch) -> Tensor<1> {
         let hidden = self.hidden_states(batch.input_ids.clone(), Some(batch.attention_mask.clone()));
         let [b, s, d] = hidden.dims();

@@ -20,11 +20,21 @@ use crate::{Batch, Collator, Example, LlamaError, LlamaForCausalLm, Schedule, cl
 pub trait CausalLmLoss: Module {
     /// Mean cross-entropy over the labelled tokens of `batch`, in nats, `[1]`.
     fn loss(&self, batch: &Batch) -> Tensor<1>;
+
+    /// Number of tokens that the model knows. Examples with others are refused before training begins; `None` trusts
+    /// them.
+    fn vocab_size(&self) -> Option<usize> {
+        None
+    }
 }
 
 impl CausalLmLoss for LlamaForCausalLm {
     fn loss(&self, batch: &Batch) -> Tensor<1> {
         Self::loss(self, batch)
+    }
+
+    fn vocab_size(&self) -> Option<usize> {
+        Some(self.config().vocab_size)
     }
 }
 
@@ -95,8 +105,16 @@ impl TrainingConfig {
         let numbers = [
             ("learning_rate", self.learning_rate),
             ("weight_decay", f64::from(self.weight_decay)),
-            ("max_grad_norm", self.max_grad_norm.unwrap_or(0.0)),
+            ("max_grad_norm", self.max_grad_norm.unwrap_or(1.0)),
         ];
+        if self.max_grad_norm == Some(0.0) {
+            let expected = "a number above 0, or none";
+            return Err(LlamaError::TrainingOption {
+                option: "max_grad_norm",
+                expected,
+                found: "0".to_owned(),
+            });
+        }
         for (option, value) in numbers {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(LlamaError::TrainingOption { option, expected, found: value.to_string() });
@@ -168,7 +186,7 @@ pub fn fit<M: CausalLmLoss>(
     mut on_step: impl FnMut(&StepReport, &M) -> ControlFlow<()>,
 ) -> Result<M, LlamaError> {
     config.check()?;
-    check_examples(examples, collator)?;
+    check_examples(examples, collator, model.vocab_size())?;
     let device = device(&model)?;
     check_trainable(&model, &device)?;
 
@@ -211,7 +229,8 @@ pub fn fit<M: CausalLmLoss>(
             let read = step % config.log_every == 0 || step == 1 || step == total_steps;
             let (loss, grad_norm) =
                 if read { (logged.take()?, norm.map(scalar).transpose()?) } else { (None, None) };
-            if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
+            // An infinite norm has turned the gradients into NaN, whatever the loss was.
+            if let Some(loss) = loss.into_iter().chain(grad_norm).find(|number| !number.is_finite()) {
                 return Err(LlamaError::NonFiniteLoss { step, loss });
             }
             let epoch = epoch as f64 + (in_epoch + 1) as f64 / steps_per_epoch as f64;
@@ -258,7 +277,7 @@ pub fn evaluate<M: CausalLmLoss>(
     batch_size: usize,
 ) -> Result<Evaluation, LlamaError> {
     TrainingConfig::new().with_batch_size(batch_size).check()?;
-    check_examples(examples, collator)?;
+    check_examples(examples, collator, model.vocab_size())?;
     let device = device(model)?;
     let model = if device.is_autodiff() { model.valid() } else { model.clone() };
     let device = device.inner();
@@ -325,11 +344,24 @@ fn scalar(tensor: Tensor<1>) -> Result<f64, LlamaError> {
     tensor.try_into_scalar::<f64>().map_err(|error| LlamaError::DeviceRead { source: error.into() })
 }
 
-fn check_examples(examples: &[Example], collator: &Collator) -> Result<(), LlamaError> {
+fn check_examples(
+    examples: &[Example],
+    collator: &Collator,
+    vocab_size: Option<usize>,
+) -> Result<(), LlamaError> {
     if examples.is_empty() {
         return Err(LlamaError::EmptyBatch);
     }
-    examples.iter().enumerate().try_for_each(|(index, example)| collator.check(index, example))
+    for (index, example) in examples.iter().enumerate() {
+        collator.check(index, example)?;
+        // Labels are tokens of the example or masked; padding may stand beside it.
+        let mut ids = example.input_ids.iter().chain([&collator.pad_token_id]);
+        let vocab_size = vocab_size.unwrap_or(usize::MAX);
+        if let Some(&id) = ids.find(|&&id| id as usize >= vocab_size) {
+            return Err(LlamaError::ExampleTokenOutOfRange { index, id, vocab_size });
+        }
+    }
+    Ok(())
 }
 
 fn device<M: Module>(model: &M) -> Result<Device, LlamaError> {
@@ -376,8 +408,8 @@ fn epoch_batches(lengths: &[usize], batch_size: usize, seed: u64, epoch: usize) 
 #[cfg(test)]
 mod tests {
     use burn::{
-        nn::{Embedding, EmbeddingConfig, Linear, LinearConfig},
-        tensor::activation::log_softmax,
+        nn::{Embedding, Linear},
+        tensor::{TensorData, activation::log_softmax},
     };
 
     use super::*;
@@ -391,10 +423,15 @@ mod tests {
     }
 
     impl Bigram {
+        /// Always the same weights: the generator of the device is shared with tests that run at the same time.
         fn new(device: &Device) -> Self {
-            device.seed(1);
-            let embedding = EmbeddingConfig::new(8, 6).init(device);
-            Self { embedding, head: LinearConfig::new(6, 8).init(device) }
+            let weights = |rows: usize, columns: usize| {
+                let value = |i: usize| ((i * 37 + 11) % 101) as f32 / 101.0 - 0.5;
+                let values: Vec<f32> = (0..rows * columns).map(value).collect();
+                Param::from_data(TensorData::new(values, [rows, columns]), device)
+            };
+            let embedding = Embedding { weight: weights(8, 6) };
+            Self { embedding, head: Linear { weight: weights(6, 8), bias: None } }
         }
     }
 

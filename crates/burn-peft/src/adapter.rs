@@ -174,6 +174,14 @@ impl Reparameterization for Adapters {
     }
 }
 
+impl Adapters {
+    /// The weight that the active adapters make of `base`, computed without a graph.
+    pub(crate) fn effective<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        let base = if base.is_autodiff() { base.inner() } else { base };
+        self.valid().apply(base)
+    }
+}
+
 /// `Tensor::cast` that costs nothing when there is nothing to do, and leaves quantized tensors to the operation that
 /// reads them.
 fn cast<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {

@@ -145,7 +145,7 @@ impl Plan {
         if config.lora_dropout > 0.0 {
             let modules: Vec<String> = targets
                 .iter()
-                .filter(|target| target.kind != LayerKind::LoraLinear)
+                .filter(|target| target.kind == LayerKind::Linear)
                 .map(|target| target.module.clone())
                 .collect();
             if !modules.is_empty() {
@@ -242,9 +242,9 @@ fn names_without<'a>(names: &TargetModules, modules: impl IntoIterator<Item = &'
 }
 
 fn closest_modules(wanted: &TargetModules, adaptable: &[Target]) -> Vec<String> {
-    let TargetModules::Names(names) = wanted else { return vec![] };
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
     let candidates: BTreeSet<String> = adaptable.iter().map(|target| last(&target.module)).collect();
+    let TargetModules::Names(names) = wanted else { return candidates.into_iter().collect() };
     let mut found: Vec<String> = names
         .iter()
         .flat_map(|name| closest(&last(name), candidates.iter().map(String::as_str), 2))

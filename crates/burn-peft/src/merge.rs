@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
@@ -24,7 +24,7 @@ pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<(), PeftError
 }
 
 fn active_names(states: &States) -> String {
-    let names: std::collections::BTreeSet<&str> =
+    let names: BTreeSet<&str> =
         states.values().flat_map(Adapters::active).map(|adapter| &*adapter.info.name).collect();
     names.into_iter().collect::<Vec<_>>().join("+")
 }
@@ -54,14 +54,13 @@ impl ModuleVisitor for Merger<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        use burn::module::Reparameterization;
         let path = self.path.join(".");
         let Some(state) = self.states.get(&path).filter(|state| state.active().next().is_some()) else {
             return;
         };
-        let weight = state.valid().apply(plain(param.base()));
+        let weight = state.effective(param.base());
         if !weight.clone().is_finite().all().into_scalar::<bool>() {
-            self.broken.push(path.trim_end_matches(".weight").to_string());
+            self.broken.push(path.strip_suffix(".weight").unwrap_or(&path).to_string());
         }
         let elements = weight.shape().num_elements();
         self.weights.insert(path, weight.reshape([elements]));
@@ -94,9 +93,4 @@ impl ModuleMapper for Placer {
             }
         })
     }
-}
-
-/// The tensor without its graph.
-fn plain<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    if tensor.is_autodiff() { tensor.inner() } else { tensor }
 }

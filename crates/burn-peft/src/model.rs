@@ -127,6 +127,9 @@ pub trait PeftModel: Module {
     ///
     /// The sum is formed in the type of the factors, f32 as a rule, and rounded once to the type of the weight.
     ///
+    /// A weight that is also read elsewhere, a tied output layer for example, changes there too: the merged model is
+    /// then another one than the adapted one. Untie such a layer before merging an adapter of an embedding.
+    ///
     /// # Errors
     /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn merge_and_unload(&mut self) -> Result<(), PeftError> {
@@ -367,7 +370,9 @@ mod tests {
         net.save_adapter("default", directory.path()).unwrap();
         let adapted = output(&net);
 
-        let mut other = Net::new(&device);
+        let mut other = net.clone();
+        other.unload().unwrap();
+        assert!(distance(&output(&other), &adapted) > 1e-2);
         let report = other.load_adapter("again", directory.path()).unwrap();
         assert_eq!(report.tensors, 6);
         assert_eq!(output(&other), adapted);
@@ -401,7 +406,7 @@ mod tests {
         assert!(report.modules.iter().all(|module| !module.activation_space));
         assert!(distance(&forward(&encoder), &bare) > 1e-2);
 
-        let error = encoder.add_adapter("second", &all.with_lora_dropout(0.1)).unwrap_err();
+        let error = encoder.add_adapter("second", &all.clone().with_lora_dropout(0.1)).unwrap_err();
         assert!(matches!(error, PeftError::DropoutNeedsLoraLinear { ref modules } if modules.len() == 12));
     }
 
@@ -427,6 +432,36 @@ mod tests {
             net.set_adapter(&["other"]).unwrap_err().to_string(),
             "no adapter is named `other`: the model has `default`"
         );
+    }
+
+    #[test]
+    fn dropout_does_not_concern_embeddings_as_in_peft() {
+        let mut net = Net::new(&Device::default());
+        let config = config().with_lora_dropout(0.1).with_target_modules(["embed", "up"]);
+        assert_eq!(net.add_adapter("default", &config).unwrap().modules.len(), 2);
+    }
+
+    #[test]
+    fn half_precision_weights_keep_their_type_under_f32_factors() {
+        use burn::tensor::{DType, FloatDType};
+        let device = Device::default();
+        let layer = LinearConfig::new(6, 10).init(&device);
+        let half = |param: burn::module::Param<Tensor<2>>| param.map(|tensor| tensor.cast(FloatDType::BF16));
+        #[derive(Module, Debug)]
+        struct Half {
+            up: LoraLinear,
+        }
+        let mut model = Half { up: burn::nn::Linear { weight: half(layer.weight), bias: None }.into() };
+        model.add_adapter("default", &config().with_target_modules(["up"])).unwrap();
+        let x = Tensor::<2>::ones([3, 6], &device).cast(FloatDType::BF16);
+        let adapted = model.up.forward(x.clone());
+        assert_eq!(adapted.dtype(), DType::BF16);
+        let bare = x.clone().matmul(model.up.weight.base());
+        model.merge_and_unload().unwrap();
+        assert_eq!(model.up.weight.dtype(), DType::BF16);
+        let merged = model.up.forward(x);
+        assert!(distance(&merged.clone().into_data(), &bare.into_data()) > 0.1);
+        assert!(distance(&merged.into_data(), &adapted.into_data()) < 0.05);
     }
 
     #[test]

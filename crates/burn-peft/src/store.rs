@@ -15,7 +15,9 @@ use burn::tensor::Tensor;
 use crate::adapter::Adapter;
 use crate::error::{PeftError, TensorProblem, closest};
 use crate::inject::{InjectionReport, Plan, Target};
+use crate::lora::LoraConfig;
 use crate::seam::{Layout, States};
+use crate::target::TargetModules;
 
 use keys::Factor;
 
@@ -50,7 +52,7 @@ pub(crate) fn save(states: &States, name: &str, directory: &Path) -> Result<(), 
     let mut tensors = BTreeMap::new();
     let mut config = None;
     for (weight, adapter) in states.iter().filter_map(|(weight, state)| Some((weight, state.get(name)?))) {
-        let module = weight.trim_end_matches(".weight");
+        let module = weight.strip_suffix(".weight").unwrap_or(weight);
         let plain = adapter.valid();
         for factor in [Factor::A, Factor::B] {
             let value = factor.of(&plain).val().transpose();
@@ -61,6 +63,13 @@ pub(crate) fn save(states: &States, name: &str, directory: &Path) -> Result<(), 
     let Some(config) = config else {
         return Err(PeftError::UnknownAdapter { name: name.to_string(), available: vec![] });
     };
+    let mut config = LoraConfig::clone(&config);
+    if config.target_modules == Some(TargetModules::AllLinear) {
+        // Spelled out as PEFT does it: not every reader of its files knows the word.
+        let adapted = states.iter().filter(|(_, state)| state.get(name).is_some());
+        let modules = adapted.map(|(weight, _)| weight.strip_suffix(".weight").unwrap_or(weight));
+        config.target_modules = Some(modules.filter_map(|module| module.rsplit('.').next()).collect());
+    }
     std::fs::create_dir_all(directory).map_err(PeftError::io(directory))?;
     // The tensors first: a directory with a configuration is complete.
     let path = directory.join(TENSOR_FILE);
@@ -204,7 +213,7 @@ mod tests {
     use safetensors::SafeTensors;
 
     use super::*;
-    use crate::{LoraConfig, LoraLinear, PeftModel};
+    use crate::{LoraLinear, PeftModel};
 
     #[derive(Module, Debug)]
     struct Model {
@@ -256,6 +265,19 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         assert_eq!(names.len(), 2, "{names:?}");
+    }
+
+    #[test]
+    fn all_linear_is_written_as_the_names_it_means() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut model = model();
+        model.unload().unwrap();
+        let config = LoraConfig::new(2).with_target_modules(TargetModules::AllLinear);
+        model.add_adapter("default", &config).unwrap();
+        model.save_adapter("default", directory.path()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(directory.path().join(CONFIG_FILE)).unwrap()).unwrap();
+        assert_eq!(json["target_modules"], serde_json::json!(["q_proj"]));
     }
 
     #[test]

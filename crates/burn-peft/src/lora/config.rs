@@ -26,7 +26,8 @@ pub struct LoraConfig {
     pub lora_alpha: f64,
     /// Probability in `[0, 1)` with which an element of the adapter's input is zeroed while training. Default 0.
     ///
-    /// Only [`LoraLinear`](crate::LoraLinear) shows its input to the adapter; on a plain layer a value above 0 is refused.
+    /// Only [`LoraLinear`](crate::LoraLinear) shows its input to the adapter; on a plain linear layer a value above 0 is
+    /// refused. It does not act on embeddings, whose input are token ids.
     pub lora_dropout: f64,
     /// The modules to adapt. There is no default: a model is not asked for its architecture.
     pub target_modules: Option<TargetModules>,
@@ -56,7 +57,8 @@ pub enum Bias {
 
 /// How the factors `A` (`[d_in, r]`) and `B` (`[r, d_out]`) start.
 ///
-/// For an embedding `A` (`[vocabulary, r]`) is zero and `B` is drawn from `N(0, 1)`, whichever of the first two is chosen.
+/// For an embedding `A` (`[vocabulary, r]`) is zero and `B` is drawn from `N(0, 1)`, whichever of the first two is
+/// chosen; [`Random`](Self::Random) is the same for all layers.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InitLoraWeights {
