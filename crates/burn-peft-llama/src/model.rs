@@ -286,6 +286,8 @@ impl Llama {
 pub(crate) mod tests {
     use super::*;
     use burn::module::{ModuleVisitor, list_param_ids};
+    use burn::tensor::TensorData;
+    use rand::{Rng, SeedableRng, rngs::StdRng};
 
     pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         tensor.into_data().iter::<f32>().collect()
@@ -299,11 +301,49 @@ pub(crate) mod tests {
         }
     }
 
-    /// A model with weights large enough for its logits to differ, and another seed for each test.
+    /// Parameters from a generator of its own: the device's is shared with tests that run at the same time.
+    struct Drawn<'a> {
+        device: &'a Device,
+        rng: StdRng,
+    }
+
+    impl Drawn<'_> {
+        /// Uniform numbers around `middle`, large enough for logits to differ.
+        fn draw<const D: usize>(&mut self, shape: [usize; D], middle: f32, width: f32) -> Param<Tensor<D>> {
+            let count = shape.iter().product();
+            let values: Vec<f32> =
+                (0..count).map(|_| middle + width * (self.rng.random::<f32>() - 0.5)).collect();
+            Param::from_data(TensorData::new(values, shape), self.device)
+        }
+    }
+
+    impl ParameterSource for Drawn<'_> {
+        type Error = Infallible;
+
+        fn linear(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
+            Ok(self.draw(shape, 0.0, 1.4))
+        }
+
+        fn embedding(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
+            Ok(self.draw(shape, 0.0, 1.4))
+        }
+
+        fn norm(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
+            Ok(self.draw([d], 1.0, 0.4))
+        }
+
+        fn bias(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
+            Ok(self.draw([d], 0.0, 0.4))
+        }
+    }
+
+    /// Always the same model.
     pub(crate) fn model(device: &Device, tied: bool) -> LlamaForCausalLm {
-        device.seed(17);
         let config = LlamaConfig::new(13, 16, 2).with_heads(4, 2).with_intermediate_size(24);
-        LlamaConfig { initializer_range: 0.4, ..config.with_tie_word_embeddings(tied) }.init(device)
+        let config = config.with_tie_word_embeddings(tied);
+        let Ok(model) =
+            LlamaForCausalLm::build(&config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
+        model
     }
 
     fn mask<const S: usize>(rows: [[bool; S]; 2]) -> Option<Tensor<2, Bool>> {

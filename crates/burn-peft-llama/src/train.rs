@@ -431,7 +431,8 @@ mod tests {
                 Param::from_data(TensorData::new(values, [rows, columns]), device)
             };
             let embedding = Embedding { weight: weights(8, 6) };
-            Self { embedding, head: Linear { weight: weights(6, 8), bias: None } }
+            let bias = Some(Param::from_data([0.0f32; 8], device));
+            Self { embedding, head: Linear { weight: weights(6, 8), bias } }
         }
     }
 
