@@ -5,7 +5,10 @@ usage: python tests/check_in_python.py --base DIR [--adapter DIR] [--expected JS
 needs: pip install -r tests/fixtures/requirements.txt
 
 --expected compares logits: {"input_ids": [[..]], "attention_mask": [[..]], "logits": [[[..]]]}, the logits of all
-positions; those of padding do not count.
+positions; those of padding do not count. Such a file for any base and adapter comes from
+    BURN_PEFT_EXPORT=DIR BURN_PEFT_EXPORT_BASE=BASE BURN_PEFT_EXPORT_ADAPTER=ADAPTER \\
+        cargo test -p burn-peft-tests export_any_adapter_for_python
+as DIR/expected.json.
 --predictions compares answers of the Pokémon experiment: a CSV with the columns species, truth and answer, of which
 the rows of one arm and one seed are taken. The same questions are answered greedily here, and the numbers of exact
 answers must agree within one species.
