@@ -231,6 +231,24 @@ mod tests {
     }
 
     #[test]
+    fn dropout_zeroes_the_asked_share_and_keeps_the_mean() {
+        let device = Device::default().autodiff();
+        let model = model(&device, 0.2);
+        let adapter = &model.proj.weight.reparameterization::<Adapters>().unwrap().list[0];
+        // With x = 1 and A = B = 1 a row's output counts the inputs that were kept.
+        let ones = |shape| burn::module::Param::from_tensor(Tensor::<2>::ones(shape, &device));
+        let counting = crate::adapter::Adapter { a: ones([3, 1]), b: ones([1, 1]), ..adapter.clone() };
+        const ROWS: usize = 20_000;
+        let rows = values(counting.forward(Tensor::<2>::ones([ROWS, 3], &device)));
+        let unit = counting.info.scaling as f32 / 0.8;
+        let kept: f32 = rows.iter().map(|row| row / unit).sum();
+        assert!(rows.iter().all(|row| (row / unit - (row / unit).round()).abs() < 1e-4));
+        // Six standard deviations of 60 000 draws.
+        let share = kept / (3 * ROWS) as f32;
+        assert!((share - 0.8).abs() < 0.01, "kept {share}");
+    }
+
+    #[test]
     fn the_wrapper_adds_nothing_to_parameter_paths() {
         #[derive(Default)]
         struct Paths(Vec<String>, Vec<String>);
