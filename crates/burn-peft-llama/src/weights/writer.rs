@@ -1,0 +1,84 @@
+//! Writing `model.safetensors`.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+    path::Path,
+};
+
+use burn::tensor::DType;
+use safetensors::{
+    Dtype, SafeTensorError,
+    tensor::{Metadata, TensorInfo},
+};
+
+use super::{parameter::Parameter, transpose::transpose_bytes};
+use crate::{LlamaError, file};
+
+/// Writes tensors one after the other, by way of a temporary file.
+pub(super) fn write(path: &Path, parameters: &[Parameter]) -> Result<(), LlamaError> {
+    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
+    let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
+    let mut offset = 0;
+    let mut infos = Vec::with_capacity(parameters.len());
+    for Parameter { name, shape, dtype, .. } in parameters {
+        let dtype = match dtype {
+            DType::F64 => Dtype::F64,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            DType::F32 | DType::Flex32 => Dtype::F32,
+            _ => return Err(malformed(SafeTensorError::TensorInvalidInfo)),
+        };
+        let end = offset + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        infos.push((name.clone(), TensorInfo { dtype, shape: shape.clone(), data_offsets: (offset, end) }));
+        offset = end;
+    }
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), infos).map_err(malformed)?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|error| failed(io::Error::from(error)))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let mut file = file::temporary(path)?;
+    let mut writer = io::BufWriter::with_capacity(1 << 20, file.as_file_mut());
+    writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
+    writer.write_all(&header).map_err(failed)?;
+    for parameter in parameters {
+        let data = (parameter.read)()?;
+        let size = parameter.dtype.size();
+        let bytes = match (parameter.transposed, parameter.shape.as_slice()) {
+            (true, &[rows, columns]) => transpose_bytes(data.as_bytes(), [columns, rows], size),
+            _ => data.as_bytes().to_vec(),
+        };
+        writer.write_all(&bytes).map_err(failed)?;
+    }
+    writer.flush().map_err(failed)?;
+    drop(writer);
+    file::persist(file, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use crate::weights::{
+        checkpoint::tests::read,
+        index::WEIGHTS_FILE,
+        tests::{config, saved},
+    };
+
+    #[test]
+    fn linear_weights_are_stored_transposed_with_the_format_of_torch() {
+        let (dir, model) = saved(&config());
+        let tensors = read(&dir.path().join(WEIGHTS_FILE));
+        let down = tensors.iter().find(|tensor| tensor.0 == "model.layers.1.mlp.down_proj.weight").unwrap();
+        assert_eq!(down.1, [8, 12]);
+        let weight: Vec<f32> =
+            model.model.layers[1].mlp.down_proj.weight.base().into_data().iter::<f32>().collect();
+        assert!(
+            (0..8).all(|row| (0..12).all(|column| down.2[row * 12 + column] == weight[column * 8 + row]))
+        );
+        let bytes = fs::read(dir.path().join(WEIGHTS_FILE)).unwrap();
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    }
+}
