@@ -127,7 +127,8 @@ impl LlamaConfig {
     }
 
     /// Reads `config.json` of a model directory, as transformers 5 and its predecessors write it, and adds the end
-    /// tokens of `generation_config.json` if there is one.
+    /// tokens of `generation_config.json` if there is one. Where a file has `rope_scaling` beside `rope_parameters`,
+    /// the former counts, as in transformers.
     ///
     /// # Errors
     ///

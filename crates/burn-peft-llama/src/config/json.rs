@@ -84,7 +84,7 @@ impl Json {
         let hidden_size = self.hidden_size.unwrap_or(default.hidden_size);
         let num_attention_heads = self.num_attention_heads.unwrap_or(default.num_attention_heads);
         let per_head = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
-        let rope_json = self.rope_parameters.or(self.rope_scaling).unwrap_or_default();
+        let rope_json = RopeJson::of(self.rope_scaling, self.rope_parameters);
         let config = LlamaConfig {
             vocab_size: self.vocab_size.unwrap_or(default.vocab_size),
             hidden_size,

@@ -7,7 +7,7 @@ use super::ConfigProblem;
 use crate::{RopeConfig, RopeScaling};
 
 /// `rope_parameters`, or `rope_scaling` of files before transformers 5.
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, PartialEq)]
 pub(super) struct RopeJson {
     pub(super) rope_theta: Option<f64>,
     rope_type: Option<String>,
@@ -21,6 +21,13 @@ pub(super) struct RopeJson {
 }
 
 impl RopeJson {
+    /// What counts where a file has both. As in transformers, that is `rope_scaling` unless it is empty, and then
+    /// nothing of the other is used, not even its `rope_theta`.
+    pub(super) fn of(rope_scaling: Option<Self>, rope_parameters: Option<Self>) -> Self {
+        let scaling = rope_scaling.filter(|scaling| *scaling != Self::default());
+        scaling.or(rope_parameters).unwrap_or_default()
+    }
+
     pub(super) fn scaling(&self, problems: &mut Vec<ConfigProblem>) -> RopeScaling {
         match self.rope_type.as_deref().or(self.old_type.as_deref()) {
             None | Some("default") => RopeScaling::Default,
@@ -120,5 +127,22 @@ pub(super) mod tests {
         let plain =
             read(r#"{"model_type": "llama", "rope_theta": 7.0, "rope_scaling": null}"#, None).unwrap();
         assert_eq!(plain.rope, RopeConfig { rope_theta: 7.0, scaling: RopeScaling::Default });
+    }
+
+    #[test]
+    fn rope_scaling_wins_over_rope_parameters_unless_it_is_empty() {
+        let rope =
+            |fields: &str| read(&format!(r#"{{"model_type": "llama", {fields}}}"#), None).unwrap().rope;
+        let parameters = r#""rope_parameters": {"rope_type": "default", "rope_theta": 5e5}"#;
+        let scaling = r#""rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}"#;
+        let both = rope(&format!("{parameters}, {scaling}"));
+        assert_eq!(both, RopeConfig { rope_theta: 10_000.0, scaling: LLAMA3 });
+        let both = rope(&format!(r#"{parameters}, {scaling}, "rope_theta": 7.0"#));
+        assert_eq!(both, RopeConfig { rope_theta: 7.0, scaling: LLAMA3 });
+        for empty in ["null", "{}"] {
+            let one = rope(&format!(r#"{parameters}, "rope_scaling": {empty}, "rope_theta": 7.0"#));
+            assert_eq!(one, RopeConfig { rope_theta: 5e5, scaling: RopeScaling::Default });
+        }
     }
 }
