@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use crate::{ConfigProblem, WeightProblem};
 
 /// An error of this crate.
+///
+/// Where another error is the cause, the message does not repeat it: it is the
+/// [`source`](std::error::Error::source), to be printed behind the message, as `anyhow` and `Debug` do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LlamaError {
     // === Model files ===
     /// `config.json`, `generation_config.json` or the index of the weights is malformed.
-    #[error("cannot parse `{}`: {source}", path.display())]
+    #[error("cannot parse `{}`", path.display())]
     ConfigJson {
         /// The file.
         path: PathBuf,
@@ -34,7 +37,7 @@ pub enum LlamaError {
         name: String,
     },
     /// A file of weights breaks the safetensors format.
-    #[error("malformed weights `{}`: {source}", path.display())]
+    #[error("malformed weights `{}`", path.display())]
     WeightsFile {
         /// The file.
         path: PathBuf,
@@ -116,7 +119,7 @@ pub enum LlamaError {
 
     // === Tokenizer files ===
     /// A file of the model directory could not be read.
-    #[error("cannot read `{}`: {source}\nhint: {hint}", path.display())]
+    #[error("cannot read `{}`\nhint: {hint}", path.display())]
     ReadText {
         /// The file.
         path: PathBuf,
@@ -126,7 +129,7 @@ pub enum LlamaError {
         hint: &'static str,
     },
     /// A file could not be written.
-    #[error("cannot write `{}`: {source}", path.display())]
+    #[error("cannot write `{}`", path.display())]
     WriteText {
         /// The file.
         path: PathBuf,
@@ -134,7 +137,7 @@ pub enum LlamaError {
         source: std::io::Error,
     },
     /// A JSON file of the tokenizer is malformed.
-    #[error("cannot parse `{}`: {source}", path.display())]
+    #[error("cannot parse `{}`", path.display())]
     TokenizerJson {
         /// The file.
         path: PathBuf,
@@ -142,7 +145,7 @@ pub enum LlamaError {
         source: serde_json::Error,
     },
     /// `tokenizer.json` was refused, or the tokenizer failed on a text.
-    #[error("tokenizer failed to {action}: {source}")]
+    #[error("tokenizer failed to {action}")]
     Tokenizer {
         /// What was attempted, such as "load `tokenizer.json`".
         action: String,
@@ -175,7 +178,7 @@ pub enum LlamaError {
         found: String,
     },
     /// The chat template is malformed or failed on these messages.
-    #[error("chat template: {source}")]
+    #[error("cannot parse or render the chat template")]
     ChatTemplate {
         /// What the template engine said.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -310,7 +313,7 @@ pub enum LlamaError {
         expected: &'static str,
     },
     /// A tensor could not be read back from the device.
-    #[error("cannot read from the device: {source}")]
+    #[error("cannot read from the device")]
     DeviceRead {
         /// What the backend said.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -326,7 +329,7 @@ pub enum LlamaError {
         model: String,
     },
     /// A model could not be fetched.
-    #[error("cannot fetch `{file}` of `{model}`: {source}\nhint: {hint}")]
+    #[error("cannot fetch `{file}` of `{model}`\nhint: {hint}")]
     Hub {
         /// The model's id.
         model: String,
@@ -347,4 +350,38 @@ fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
         text += &format!("\n  and {} more", problems.len() - MOST);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use serde::de::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_message_leaves_its_cause_to_the_chain() {
+        let (path, hint) = (PathBuf::from("a"), "ask");
+        let io = || std::io::Error::other("the cause");
+        let json = || serde_json::Error::custom("the cause");
+        let header = safetensors::SafeTensorError::HeaderTooSmall;
+        let (model, file) = ("owner/name".to_owned(), "config.json".to_owned());
+        let errors = [
+            LlamaError::ConfigJson { path: path.clone(), source: json() },
+            LlamaError::WeightsFile { path: path.clone(), source: header },
+            LlamaError::ReadText { path: path.clone(), source: io(), hint },
+            LlamaError::WriteText { path: path.clone(), source: io() },
+            LlamaError::TokenizerJson { path, source: json() },
+            LlamaError::Tokenizer { action: "train".to_owned(), source: "the cause".into() },
+            LlamaError::ChatTemplate { source: "the cause".into() },
+            LlamaError::DeviceRead { source: "the cause".into() },
+            LlamaError::Hub { model, file, source: "the cause".into(), hint },
+        ];
+        for error in errors {
+            let (message, cause) = (error.to_string(), error.source().unwrap().to_string());
+            assert!(!cause.is_empty() && !message.contains(&cause), "{message}");
+            assert!(!message.ends_with([':', ' ']), "{message}");
+        }
+    }
 }
