@@ -292,6 +292,15 @@ pub enum LlamaError {
         /// Which of the two causes it is, and the remedy.
         hint: &'static str,
     },
+    /// A parameter of type f16 would be trained.
+    #[error(
+        "`{parameter}` is trainable and f16, where AdamW's epsilon is 0 and small squares of gradients vanish\n\
+         hint: train in f32 or bf16, or freeze the weights and train a LoRA adapter, which is f32 on any base"
+    )]
+    TrainableF16 {
+        /// The first such parameter.
+        parameter: String,
+    },
     /// The loss is infinite or not a number.
     #[error(
         "the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type"

@@ -58,6 +58,7 @@ impl CausalLmLoss for LlamaForCausalLm {
 ///
 /// - [`LlamaError::TrainingOption`] for a configuration that makes no sense,
 /// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or all its parameters are frozen,
+/// - [`LlamaError::TrainableF16`] if a parameter that would be trained is f16; a frozen base may be,
 /// - those of [`Collator::collate`], for any of the examples, before training begins,
 /// - [`LlamaError::NonFiniteLoss`] if a loss that is read is not a number,
 /// - [`LlamaError::DeviceRead`] if it cannot be read.
@@ -133,11 +134,11 @@ mod tests {
     use burn::{
         module::Param,
         nn::{Embedding, Linear},
-        tensor::{Device, TensorData, activation::log_softmax},
+        tensor::{Device, FloatDType, TensorData, activation::log_softmax},
     };
 
     use super::*;
-    use crate::LlamaConfig;
+    use crate::{LlamaConfig, model::tests::model};
 
     /// Predicts the next token from the present one alone.
     #[derive(Module, Debug)]
@@ -282,5 +283,38 @@ mod tests {
         assert_eq!(base(&model), before.0);
         let after = evaluate(&model, &examples(), &Collator::new(7), 8).unwrap().loss;
         assert!(after < 0.9 * before.1, "{} to {after}", before.1);
+    }
+
+    #[test]
+    fn a_base_in_half_precision_takes_an_adapter_but_in_f16_no_full_training() {
+        use burn_peft::{LoraConfig, PeftModel};
+        let dir = tempfile::tempdir().unwrap();
+        model(&Device::flex(), false).save_pretrained(dir.path()).unwrap();
+        // All examples in each batch, so that the losses of the steps compare.
+        let config = config().with_batch_size(21).with_max_steps(Some(12)).with_log_every(1);
+        let train = |model: LlamaForCausalLm| {
+            let mut losses = Vec::new();
+            let trained = fit(model, &examples(), &Collator::new(7), &config, |report, _| {
+                losses.extend(report.loss);
+                ControlFlow::Continue(())
+            });
+            trained.map(|_| losses)
+        };
+        for dtype in [FloatDType::BF16, FloatDType::F16] {
+            let mut model = LlamaForCausalLm::from_pretrained_as(dir.path(), &autodiff(), dtype).unwrap();
+            match (dtype, train(model.clone())) {
+                (FloatDType::F16, Err(LlamaError::TrainableF16 { parameter })) => {
+                    assert_eq!(parameter, "model.embed_tokens.weight");
+                }
+                (FloatDType::BF16, Ok(losses)) => assert!(losses[11] < losses[0], "{losses:?}"),
+                (_, other) => panic!("{dtype:?}: {other:?}"),
+            }
+            let lora = LoraConfig::new(4).with_target_modules(["q_proj", "v_proj", "down_proj"]);
+            model.add_adapter("default", &lora).unwrap();
+            assert_eq!(model.model.norm.weight.base().dtype(), dtype.into());
+            let losses = train(model).unwrap();
+            assert!(losses.len() == 12 && losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
+            assert!(losses[11] < 0.8 * losses[0], "{dtype:?}: {losses:?}");
+        }
     }
 }

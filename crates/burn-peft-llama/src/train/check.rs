@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
-    tensor::{Device, Tensor},
+    tensor::{DType, Device, Tensor},
 };
 
 use crate::{Collator, Example, LlamaError};
@@ -31,23 +31,49 @@ pub(super) fn device<M: Module>(model: &M) -> Result<Device, LlamaError> {
     model.devices().first().cloned().ok_or(LlamaError::NotTrainable { hint: "the model has no parameters" })
 }
 
+/// Something must be trainable, and all of it in a type that AdamW works in.
 pub(super) fn check_trainable<M: Module>(model: &M, device: &Device) -> Result<(), LlamaError> {
-    struct AnyTrainable(bool);
-    impl ModuleVisitor for AnyTrainable {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.0 |= param.is_require_grad();
-        }
-    }
     if !device.is_autodiff() {
         let hint = "the model is not on an autodiff device; load it on `device.autodiff()`";
         return Err(LlamaError::NotTrainable { hint });
     }
-    let mut any = AnyTrainable(false);
-    model.visit(&mut any);
-    if any.0 {
-        Ok(())
-    } else {
-        Err(LlamaError::NotTrainable { hint: "all parameters are frozen; add an adapter" })
+    let mut trainable = Trainable::default();
+    model.visit(&mut trainable);
+    if let Some(parameter) = trainable.f16 {
+        return Err(LlamaError::TrainableF16 { parameter });
+    }
+    if !trainable.any {
+        return Err(LlamaError::NotTrainable { hint: "all parameters are frozen; add an adapter" });
+    }
+    Ok(())
+}
+
+/// What a visit finds out about the trainable parameters.
+#[derive(Default)]
+struct Trainable {
+    path: Vec<String>,
+    any: bool,
+    /// The first one in f16.
+    f16: Option<String>,
+}
+
+impl ModuleVisitor for Trainable {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_require_grad() {
+            return;
+        }
+        self.any = true;
+        if param.dtype() == DType::F16 && self.f16.is_none() {
+            self.f16 = Some(self.path.join("."));
+        }
     }
 }
 
@@ -81,5 +107,23 @@ mod tests {
         assert!(plain.contains("autodiff()"), "{plain}");
         let frozen = fit(model().no_grad(), &examples(), config()).unwrap_err().to_string();
         assert!(frozen.contains("frozen"), "{frozen}");
+    }
+
+    #[test]
+    fn what_is_trained_may_be_bf16_but_not_f16() {
+        let with_head = |dtype: DType, trained: bool| {
+            let mut model = Bigram::new(&autodiff());
+            model.head.weight = model.head.weight.map(|w| w.cast(dtype).detach().set_require_grad(trained));
+            check_trainable(&model, &autodiff())
+        };
+        assert!(with_head(DType::BF16, true).is_ok());
+        assert!(with_head(DType::F16, false).is_ok());
+        let error = with_head(DType::F16, true).unwrap_err();
+        assert!(
+            matches!(&error, LlamaError::TrainableF16 { parameter } if parameter == "head.weight"),
+            "{error}"
+        );
+        let text = error.to_string();
+        assert!(text.contains("hint: train in f32 or bf16") && text.contains("LoRA"), "{text}");
     }
 }
