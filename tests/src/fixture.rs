@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 /// The version that `generate.py` must have written.
-pub const FIXTURE_VERSION: u64 = 1;
+pub const FIXTURE_VERSION: u64 = 2;
 
 /// The token that the batches are padded with.
 pub const PAD_TOKEN_ID: u32 = 0;
