@@ -165,6 +165,8 @@ impl Setting<'_> {
                     println!("note: nothing in the model is called `{target}`");
                 }
                 let (model, training) = self.train(arm, model, &self.args.lora_training())?;
+                // In this order an adapter never stands beside the provenance of another.
+                Provenance::forget(adapter)?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;
                 Provenance { seed: self.seed }.write(adapter)?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))

@@ -1,5 +1,4 @@
 //! The whole experiment: checks, base model, arms, report.
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -14,6 +13,7 @@ use crate::cli::{ExperimentArgs, Precision};
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
+use crate::output;
 use crate::prompt::{Prompt, default_system};
 use crate::provenance::Provenance;
 use crate::report;
@@ -41,9 +41,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     } else {
         args.arms.clone()
     };
-    fs::create_dir_all(&args.out).with_context(|| {
-        format!("`{}` cannot be made\nhint: choose another directory with `--out`", args.out.display())
-    })?;
+    output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
     let system = args.system.clone().unwrap_or_else(|| default_system(base.is_embedded()));

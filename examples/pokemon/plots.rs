@@ -9,6 +9,7 @@ use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::arms::{Arm, Point};
+use crate::output;
 use crate::summary::Findings;
 
 const REGULAR: &str = "inter";
@@ -27,11 +28,12 @@ type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     register_fonts()?;
     let draw = |name: &str, plot: fn(&Findings, &Area<'_>) -> Result<()>| {
-        let path = dir.join(name);
-        let area = BitMapBackend::new(&path, SIZE).into_drawing_area();
-        area.fill(&WHITE).map_err(failed)?;
-        plot(findings, &area)?;
-        area.present().map_err(failed)
+        output::replace(&dir.join(name), |path| {
+            let area = BitMapBackend::new(path, SIZE).into_drawing_area();
+            area.fill(&WHITE).map_err(failed)?;
+            plot(findings, &area)?;
+            area.present().map_err(failed)
+        })
     };
     draw("accuracy.png", accuracy)?;
     if findings.rows().iter().any(|row| row.trained) {
@@ -223,7 +225,8 @@ struct Curve {
     points: Vec<(f64, f64)>,
 }
 
-/// Curves of the first seed, over the share of the training that is done.
+/// Curves of the first seed. A loss in training is the mean of some steps and stands in their middle: at their end it
+/// would seem to lag behind the held-out loss, which is measured at one step.
 fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
     head(
         area,
@@ -233,13 +236,17 @@ fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
     let mut curves = Vec::new();
     for arm in [Arm::Full, Arm::Lora] {
         if let Some(training) = findings.of(arm).find_map(|result| result.training.as_ref()) {
-            let points = |points: &[Point]| {
-                let share =
-                    |point: &Point| (100.0 * point.step as f64 / training.steps.max(1) as f64, point.loss);
-                points.iter().map(share).collect::<Vec<_>>()
+            let percent = |step: f64| 100.0 * step / training.steps.max(1) as f64;
+            let held_out = training.held_out.iter().map(|point| (percent(point.step as f64), point.loss));
+            let mut before = 0;
+            let middle = |point: &Point| {
+                let middle = (before + 1 + point.step) as f64 / 2.0;
+                before = point.step;
+                (percent(middle), point.loss)
             };
-            curves.push(Curve { arm, held_out: false, points: points(&training.train) });
-            curves.push(Curve { arm, held_out: true, points: points(&training.held_out) });
+            let points = training.train.iter().map(middle).collect();
+            curves.push(Curve { arm, held_out: false, points });
+            curves.push(Curve { arm, held_out: true, points: held_out.collect() });
         }
     }
     let highest = curves.iter().flat_map(|curve| &curve.points).map(|point| point.1).fold(0.1, f64::max);

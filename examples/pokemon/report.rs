@@ -1,11 +1,11 @@
 //! What a person reads: the table on the terminal, and the files of the output directory.
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::arms::Arm;
+use crate::output;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
 
@@ -93,17 +93,14 @@ pub fn table(findings: &Findings) -> String {
 /// Writes report.md, the plots, predictions.csv and metrics.json into `dir`.
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     plots::write(findings, dir)?;
-    predictions(findings, &dir.join("predictions.csv"))?;
-    let save = |name: &str, text: String| {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("`{}` cannot be written", path.display()))
-    };
-    save("metrics.json", metrics(findings)?)?;
-    save("report.md", markdown(findings))
+    output::write(&dir.join("predictions.csv"), predictions(findings)?)?;
+    output::write(&dir.join("metrics.json"), metrics(findings)?)?;
+    // Last, because it speaks of the others.
+    output::write(&dir.join("report.md"), markdown(findings))
 }
 
-fn predictions(findings: &Findings, path: &Path) -> Result<()> {
-    let mut writer = csv::Writer::from_path(path).with_context(|| format!("`{}`", path.display()))?;
+fn predictions(findings: &Findings) -> Result<Vec<u8>> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(["seed", "arm", "species", "truth", "answer", "exact", "any", "ordered"])?;
     for result in &findings.results {
         for one in &result.outcomes {
@@ -119,7 +116,7 @@ fn predictions(findings: &Findings, path: &Path) -> Result<()> {
             ])?;
         }
     }
-    Ok(writer.flush()?)
+    Ok(writer.into_inner()?)
 }
 
 /// All numbers, without the single predictions.
@@ -205,17 +202,22 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     let mut text = String::from(
         "- **exact**: the types that the answer names are exactly the true ones, in whatever order",
     );
-    if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
-        text.push_str("; mean and range over the seeds");
-    }
-    text.push_str(". The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n");
+    text.push_str(if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
+        "; mean and range over the seeds. The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n"
+    } else {
+        ". The interval is Wilson's.\n"
+    });
     let _ = writeln!(
         text,
         "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
         findings.distinct_truths()
     );
     if findings.embedded {
-        text.push_str("- The other columns ask what the base learned in pretraining, of one hundred species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types.\n");
+        let asked = findings.before.first().map_or(0, |score| score.total);
+        let _ = writeln!(
+            text,
+            "- The other columns ask what the base learned in pretraining, of {asked} species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types."
+        );
         text.push_str("- Prompting does not fail for want of the chat format: before training the base answers the questions about generation and number, which are conversations as well. It answers what conversations in its pretraining were about: zero-shot mostly with the number, few-shot with the name, since repeating a name after examples is a skill it was pretrained on.\n");
         text.push_str("- All types are in the pretraining text, one wording of it close to the answer's form: the score of LoRA shows that what is stored can be elicited, not that types can be inferred. Full fine-tuning's learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
     } else {
@@ -244,6 +246,8 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::summary::tests::findings;
 
@@ -283,5 +287,15 @@ mod tests {
         let text = markdown(&findings());
         assert!(text.contains("by full fine-tuning, 4.0 points by LoRA"), "{text}");
         assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));
+        assert!(text.contains("in pretraining, of 100 species"), "{text}");
+    }
+
+    #[test]
+    fn seeds_are_spoken_of_where_there_are_several() {
+        let mut findings = findings();
+        assert!(markdown(&findings).contains("mean and range over the seeds"));
+        findings.results.truncate(4);
+        let text = markdown(&findings);
+        assert!(text.contains("One seed") && !text.contains("all seeds together"), "{text}");
     }
 }
