@@ -161,3 +161,84 @@ fn command() -> String {
     );
     words.join(" ")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+    use crate::data::Species;
+
+    /// What `pokemon` does with these words after it.
+    fn pokemon(arguments: &[&str]) -> Result<()> {
+        crate::run(&Cli::try_parse_from([&["pokemon"], arguments].concat()).unwrap())
+    }
+
+    /// The rows of predictions.csv: seed, arm, species, truth, answer, and what is right about it.
+    fn predictions(dir: &Path) -> Vec<Vec<String>> {
+        let rows = csv::Reader::from_path(dir.join("predictions.csv")).unwrap().into_records();
+        rows.map(|row| row.unwrap().iter().map(String::from).collect()).collect()
+    }
+
+    /// The rows of one arm without its name.
+    fn of_arm(rows: &[Vec<String>], arm: Arm) -> Vec<Vec<String>> {
+        let of_arm = rows.iter().filter(|row| row[1] == arm.to_string());
+        of_arm.map(|row| [&row[..1], &row[2..]].concat()).collect()
+    }
+
+    #[test]
+    fn all_arms_run_and_the_saved_adapter_gives_the_same_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (data, out, again) = (path("species.csv"), path("out"), path("again"));
+        // Nine whole families of one to three species.
+        let species: Vec<Species> = data::load(None).unwrap()[..24].to_vec();
+        let mut file = csv::Writer::from_path(&data).unwrap();
+        species.iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+
+        // A rate at which two steps change the answers.
+        let training = ["--epochs", "1", "--full-epochs", "1", "--learning-rate", "1e-2", "--warmup", "0"];
+        let arguments = ["--data", &data, "--limit", "4", "--shots", "2", "--seed", "3"];
+        pokemon(&[&arguments[..], &training, &["--out", &out]].concat()).unwrap();
+
+        let out = Path::new(&out);
+        let report = fs::read_to_string(out.join("report.md")).unwrap();
+        let rows = predictions(out);
+        assert_eq!(rows.len(), 4 * Arm::ALL.len());
+        let mut asked = BTreeSet::new();
+        for arm in Arm::ALL {
+            assert!(report.contains(&format!("| {} |", arm.title())), "{arm} in {report}");
+            let rows = of_arm(&rows, arm);
+            asked.insert(rows.iter().map(|row| row[1].clone()).collect::<Vec<_>>());
+            for row in rows {
+                let one = species.iter().find(|one| one.name == row[1]).unwrap();
+                assert_eq!((&*row[0], &row[2]), ("3", &one.answer()));
+            }
+        }
+        assert_eq!(asked.len(), 1, "all arms are asked for the same species: {asked:?}");
+        for plot in ["accuracy.png", "forgetting.png", "loss.png"] {
+            let bytes = fs::read(out.join(plot)).unwrap();
+            assert!(bytes.starts_with(b"\x89PNG") && bytes.len() > 10_000, "{plot}");
+        }
+        let files = ["accuracy.png", "adapter", "forgetting.png", "loss.png", "metrics.json"];
+        let names = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        assert_eq!(
+            names.collect::<BTreeSet<_>>(),
+            files.into_iter().chain(["predictions.csv", "report.md"]).map(String::from).collect()
+        );
+
+        // The seed of the split is not given: the adapter's directory knows it.
+        let adapter = out.join("adapter");
+        let saved =
+            ["--data", &data, "--limit", "4", "--adapter", adapter.to_str().unwrap(), "--out", &again];
+        pokemon(&saved).unwrap();
+        let lora = of_arm(&rows, Arm::Lora);
+        assert_eq!(of_arm(&predictions(Path::new(&again)), Arm::Adapter), lora);
+        assert_ne!(lora, of_arm(&rows, Arm::ZeroShot), "training changed nothing");
+    }
+}
