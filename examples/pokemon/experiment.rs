@@ -25,6 +25,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     // Whatever can be wrong is found before anything takes time.
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
+    Split::by_family(&species, args.seed).context("`--data`")?;
     let lora = lora_config(args)?;
     let mut first_seed = args.seed;
     let mut split_is_known = true;
@@ -77,7 +78,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         seconds: 0.0,
     };
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
-        let split = Split::by_family(&species, seed);
+        let split = Split::by_family(&species, seed)?;
         let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
         println!(
             "seed {seed}: {} species to train on, {tested} of {} held out are asked for",
