@@ -42,6 +42,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     } else {
         args.arms.clone()
     };
+    check_precision(args.dtype, &arms)?;
     output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
@@ -131,6 +132,16 @@ fn adapter_dir(args: &ExperimentArgs, seed: u64) -> PathBuf {
     args.out.join(if seed == args.seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
 }
 
+/// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
+fn check_precision(precision: Precision, arms: &[Arm]) -> Result<()> {
+    if precision == Precision::F16 && arms.contains(&Arm::Full) {
+        bail!(
+            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `full` out: `--arms zero-shot,few-shot,lora`"
+        );
+    }
+    Ok(())
+}
+
 fn check_adapter(dir: &Path) -> Result<()> {
     if !dir.join("adapter_config.json").is_file() {
         bail!(
@@ -173,6 +184,7 @@ mod tests {
     use super::*;
     use crate::cli::Cli;
     use crate::data::Species;
+    use crate::failure;
 
     /// What `pokemon` does with these words after it.
     fn pokemon(arguments: &[&str]) -> Result<()> {
@@ -241,5 +253,29 @@ mod tests {
         let lora = of_arm(&rows, Arm::Lora);
         assert_eq!(of_arm(&predictions(Path::new(&again)), Arm::Adapter), lora);
         assert_ne!(lora, of_arm(&rows, Arm::ZeroShot), "training changed nothing");
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (data, out) = (path("species.csv"), path("out"));
+        let rows = "1,A,Fire,,1,A\n2,B,Fire,,1,A\n";
+        fs::write(&data, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        for (arguments, expected) in [
+            (&["--dtype", "f16"][..], &["f16", "hint: choose `--dtype f32`", "`--arms zero-shot"][..]),
+            (&["--dtype", "f16", "--arms", "lora,full"], &["f16", "`--arms"]),
+            (&["--data", &data], &["`--data`", "found 1, the largest is `A` with 2 of all 2", "hint:"]),
+            (&["--adapter", &out], &["adapter_config.json", "`--adapter`"]),
+        ] {
+            let error = pokemon(&[arguments, &["--out", &out]].concat()).unwrap_err();
+            let text = failure::text(&error);
+            for expected in expected {
+                assert!(text.contains(expected), "{expected} in {text}");
+            }
+            assert!(!Path::new(&out).exists(), "{arguments:?}");
+        }
+        let adapters_are_f32 = check_precision(Precision::F16, &[Arm::ZeroShot, Arm::Lora]);
+        assert!(adapters_are_f32.is_ok() && check_precision(Precision::Bf16, &Arm::ALL).is_ok());
     }
 }
