@@ -152,9 +152,9 @@ pub struct ExperimentArgs {
     /// Steps of linear warm-up
     #[arg(long, default_value_t = 20, value_name = "STEPS", help_heading = "Training")]
     pub warmup: usize,
-    /// Steps between two lines of the training log, 1 or more
-    #[arg(long, default_value_t = 20, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
-    pub log_every: usize,
+    /// Steps between two points of the training loss, 1 or more [default: a sixteenth of the run]
+    #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
+    pub log_every: Option<usize>,
     /// Steps between two measurements of the loss on held-out species, 1 or more [default: an eighth of the run]
     #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
     pub eval_every: Option<usize>,
@@ -201,7 +201,7 @@ pub struct TrainingSettings {
     pub batch_size: usize,
     pub warmup: usize,
     pub decay: Decay,
-    pub log_every: usize,
+    pub log_every: Option<usize>,
     pub eval_every: Option<usize>,
 }
 

@@ -111,7 +111,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     findings.seconds = start.elapsed().as_secs_f64();
     report::write(&findings, &args.out)?;
     println!("\n{}", report::table(&findings));
-    println!("report, plots, predictions and adapter: {}", args.out.join("report.md").display());
+    println!("report: {}, with plots and predictions beside it", args.out.join("report.md").display());
     Ok(())
 }
 
@@ -119,11 +119,11 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
 fn line(result: &ArmResult) -> String {
     let exact = Score::of(&result.outcomes, |one| one.exact);
     format!(
-        "{:>24}: {:.1} % exact, {} distinct answers, in {:.0} s",
+        "{:>24}: {:.1} % exact, {} distinct answers, in {}",
         result.arm.title(),
         100.0 * exact.share(),
         distinct(&result.outcomes),
-        result.seconds
+        report::duration(result.seconds)
     )
 }
 

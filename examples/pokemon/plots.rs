@@ -88,6 +88,11 @@ fn text(
     area.draw_text(text, &style, (x, y + size as i32 / 7)).map_err(failed)
 }
 
+fn width(area: &Area<'_>, text: &str, font: &str, size: u32) -> Result<i32> {
+    let style = (font, size).into_text_style(area);
+    Ok(area.estimate_text_size(text, &style).map_err(failed)?.0 as i32)
+}
+
 fn head(area: &Area<'_>, title: &str, subtitle: &str) -> Result<()> {
     text(area, title, BOLD, 42, INK, HPos::Left, (70, 62))?;
     text(area, subtitle, REGULAR, 26, SOFT, HPos::Left, (70, 114))
@@ -136,7 +141,11 @@ impl Percent {
 fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
     head(
         area,
-        "Types of species that were never fine-tuned on",
+        if findings.split_is_known {
+            "Types of species that were never fine-tuned on"
+        } else {
+            "Types of species"
+        },
         "Answers that name exactly the right types, with 95 % intervals (Wilson)",
     )?;
     let place = Percent::PLACE;
@@ -154,7 +163,8 @@ fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
         }
         let label = format!("{:.1} %", 100.0 * row.exact.mean);
         // The label would otherwise be crossed by a grid line.
-        let behind = [(x - 58, high - 48), (x + 58, high - 14)];
+        let half = width(area, &label, BOLD, 32)? / 2 + 8;
+        let behind = [(x - half, high - 48), (x + half, high - 14)];
         area.draw(&Rectangle::new(behind, WHITE.filled())).map_err(failed)?;
         text(area, &label, BOLD, 32, INK, HPos::Center, (x, high - 32))?;
         text(area, row.arm.title(), REGULAR, 28, INK, HPos::Center, (x, place.bottom + 38))?;
@@ -212,8 +222,7 @@ fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)]) -> Result<()> {
         let sample = [(x, LEGEND - 6), (x + 36, LEGEND + 6)];
         area.draw(&Rectangle::new(sample, color.filled())).map_err(failed)?;
         text(area, title, REGULAR, 25, INK, HPos::Left, (x + 50, LEGEND))?;
-        let style = (REGULAR, 25).into_text_style(area);
-        x += 50 + area.estimate_text_size(title, &style).map_err(failed)?.0 as i32 + 48;
+        x += 50 + width(area, title, REGULAR, 25)? + 48;
     }
     Ok(())
 }
