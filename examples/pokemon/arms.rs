@@ -165,6 +165,8 @@ impl Setting<'_> {
                     println!("note: nothing in the model is called `{target}`");
                 }
                 let (model, training) = self.train(arm, model, &self.args.lora_training())?;
+                // In this order an adapter never stands beside the provenance of another.
+                Provenance::forget(adapter)?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;
                 Provenance { seed: self.seed }.write(adapter)?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
@@ -214,6 +216,7 @@ impl Setting<'_> {
         let held_out = self.examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
         let pad = self.tokenizer.pad_token_id().context("the tokenizer has neither padding nor end token")?;
         let collator = Collator::new(pad).with_side(PaddingSide::Left);
+        let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
         let config = TrainingConfig::new()
             .with_learning_rate(settings.learning_rate)
             .with_epochs(settings.epochs)
@@ -225,8 +228,7 @@ impl Setting<'_> {
                 Decay::Constant => Schedule::ConstantWithWarmup,
             })
             .with_seed(self.seed)
-            .with_log_every(settings.log_every);
-        let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
+            .with_log_every(settings.log_every.unwrap_or(total.div_ceil(16)));
         let eval_every = settings.eval_every.unwrap_or(total.div_ceil(8));
 
         let mut training = Training {

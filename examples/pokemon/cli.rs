@@ -78,8 +78,9 @@ pub struct ExperimentArgs {
     /// base model if not given
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
     pub model: Option<String>,
-    /// Species: a CSV file with the columns number,name,primary,secondary,generation,family; the file that is part of
-    /// the program (all 1025 species) if not given
+    /// Species of at least 5 evolution families: a CSV file with the columns
+    /// number,name,primary,secondary,generation,family; the file that is part of the program (all 1025 species) if
+    /// not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
     pub data: Option<PathBuf>,
     /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained
@@ -110,7 +111,7 @@ pub struct ExperimentArgs {
     /// Where to compute; everything but the CPU needs a cargo feature of that name
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Computation")]
     pub device: DeviceName,
-    /// Floating-point type of the base model; adapters are trained in f32
+    /// Floating-point type of the base model; adapters are trained in f32, and full fine-tuning needs f32 or bf16
     #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
     pub dtype: Precision,
     /// Prompts that are answered at once, 1 or more
@@ -151,9 +152,9 @@ pub struct ExperimentArgs {
     /// Steps of linear warm-up
     #[arg(long, default_value_t = 20, value_name = "STEPS", help_heading = "Training")]
     pub warmup: usize,
-    /// Steps between two lines of the training log, 1 or more
-    #[arg(long, default_value_t = 20, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
-    pub log_every: usize,
+    /// Steps between two points of the training loss, 1 or more [default: a sixteenth of the run]
+    #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
+    pub log_every: Option<usize>,
     /// Steps between two measurements of the loss on held-out species, 1 or more [default: an eighth of the run]
     #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
     pub eval_every: Option<usize>,
@@ -200,15 +201,20 @@ pub struct TrainingSettings {
     pub batch_size: usize,
     pub warmup: usize,
     pub decay: Decay,
-    pub log_every: usize,
+    pub log_every: Option<usize>,
     pub eval_every: Option<usize>,
 }
 
 impl fmt::Display for TrainingSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { learning_rate, epochs, batch_size, warmup, decay, .. } = self;
-        write!(f, "peak learning rate {learning_rate:e}, {epochs} epochs in batches of {batch_size}, ")?;
-        write!(f, "{warmup} steps of warm-up, then {}", format!("{decay:?}").to_lowercase())
+        let s = |count: &usize| if *count == 1 { "" } else { "s" };
+        write!(
+            f,
+            "peak learning rate {learning_rate:e}, {epochs} epoch{} in batches of {batch_size}, ",
+            s(epochs)
+        )?;
+        write!(f, "{warmup} step{} of warm-up, then {}", s(warmup), format!("{decay:?}").to_lowercase())
     }
 }
 
@@ -307,6 +313,15 @@ mod tests {
         let set = set.unwrap().experiment;
         assert_eq!((set.lora_dropout(), set.lora_training().epochs), (0.0, 7));
         assert_eq!(set.lora_training().learning_rate, 2e-4);
+    }
+
+    #[test]
+    fn settings_are_told_in_words() {
+        let args = parse(&["--epochs", "1", "--warmup", "1", "--schedule", "cosine"]).unwrap().experiment;
+        let text = "peak learning rate 3e-4, 1 epoch in batches of 16, 1 step of warm-up, then cosine";
+        assert_eq!(args.lora_training().to_string(), text);
+        let text = args.full_training().to_string();
+        assert!(text.starts_with("peak learning rate 1e-3, 6 epochs in batches of 16"), "{text}");
     }
 
     #[test]

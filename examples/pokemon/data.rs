@@ -150,8 +150,10 @@ fn parse(text: &str) -> Result<Vec<Species>> {
             problems.join("\n")
         );
     }
-    if species.iter().map(|s| &s.family).collect::<HashSet<_>>().len() < 5 {
-        bail!("expected species of at least 5 families, so that one fifth can be held out");
+    if species.is_empty() {
+        bail!(
+            "there is no species in it\nhint: the columns are number,name,primary,secondary,generation,family"
+        );
     }
     Ok(species)
 }
@@ -161,7 +163,21 @@ pub fn list_of_types() -> String {
     Type::ALL.iter().map(Type::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Which species are trained on and which are held out.
+/// Why species cannot be split.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// With fewer than [`FAMILIES`] families, each may be larger than the part that is to be held out.
+    #[error(
+        "expected species of at least {FAMILIES} evolution families, so that one fifth can be held out; found {families}, the largest is `{largest}` with {size} of all {total} species\nhint: add species of other families; the column `family` has the same text for relatives and no others"
+    )]
+    TooFewFamilies { families: usize, largest: String, size: usize, total: usize },
+}
+
+/// Number of families that a split takes.
+const FAMILIES: usize = 5;
+
+/// Which species are trained on and which are held out. Neither part is empty.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Split {
     pub train: Vec<Species>,
@@ -170,21 +186,32 @@ pub struct Split {
 
 impl Split {
     /// Holds out one fifth of the species, whole evolution families at a time: relatives often share a type, so a
-    /// relative in the training set would give the answer away. Both parts are in the order the shuffle left.
-    pub fn by_family(species: &[Species], seed: u64) -> Self {
+    /// relative in the training set would give the answer away. A family that is larger than this fifth is never held
+    /// out, for it could leave nothing to train on; where such families dominate, less than one fifth is held out.
+    /// Both parts are in the order the shuffle left.
+    pub fn by_family(species: &[Species], seed: u64) -> Result<Self, SplitError> {
         let mut families: BTreeMap<&str, Vec<&Species>> = BTreeMap::new();
         for one in species {
             families.entry(&one.family).or_default().push(one);
         }
+        if families.len() < FAMILIES {
+            let (largest, size) = families
+                .iter()
+                .map(|(name, members)| (name.to_string(), members.len()))
+                .max_by_key(|(_, size)| *size)
+                .unwrap_or_default();
+            let (families, total) = (families.len(), species.len());
+            return Err(SplitError::TooFewFamilies { families, largest, size, total });
+        }
         let mut families: Vec<_> = families.into_values().collect();
         families.shuffle(&mut StdRng::seed_from_u64(seed));
-        let held_out = species.len() / 5;
+        let held_out = species.len() / FAMILIES;
         let (mut train, mut test) = (Vec::new(), Vec::new());
         for family in families {
-            let part = if test.len() < held_out { &mut test } else { &mut train };
+            let part = if test.len() < held_out && family.len() <= held_out { &mut test } else { &mut train };
             part.extend(family.into_iter().cloned());
         }
-        Self { train, test }
+        Ok(Self { train, test })
     }
 }
 
@@ -207,7 +234,7 @@ mod tests {
     #[test]
     fn no_family_is_on_both_sides() {
         let species = load(None).unwrap();
-        let split = Split::by_family(&species, 7);
+        let split = Split::by_family(&species, 7).unwrap();
         assert_eq!(split.train.len() + split.test.len(), species.len());
         assert!((205..215).contains(&split.test.len()), "{}", split.test.len());
         let trained: HashSet<_> = split.train.iter().map(|one| &one.family).collect();
@@ -217,8 +244,51 @@ mod tests {
     #[test]
     fn the_seed_decides_the_split() {
         let species = load(None).unwrap();
-        assert_eq!(Split::by_family(&species, 1), Split::by_family(&species, 1));
-        assert_ne!(Split::by_family(&species, 1), Split::by_family(&species, 2));
+        let split = |seed| Split::by_family(&species, seed).unwrap();
+        assert_eq!(split(1), split(1));
+        assert_ne!(split(1), split(2));
+    }
+
+    /// Species of families of these sizes.
+    fn families(sizes: &[usize]) -> Vec<Species> {
+        let of_family = |(family, size): (usize, &usize)| {
+            let member = move |index: usize| Species {
+                number: 1,
+                name: format!("{family}-{index}"),
+                primary: Type::Fire,
+                secondary: None,
+                generation: 1,
+                family: format!("F{family}"),
+            };
+            (0..*size).map(member).collect::<Vec<_>>()
+        };
+        sizes.iter().enumerate().flat_map(of_family).collect()
+    }
+
+    #[test]
+    fn both_sides_have_species_whatever_family_dominates() {
+        for sizes in [&[96, 1, 1, 1, 1][..], &[40, 40, 10, 5, 5], &[20; 5], &[1; 5], &[9, 9, 9, 9, 8, 1]] {
+            let (species, mut at_most) = (families(sizes), 0);
+            for seed in 0..50 {
+                let split = Split::by_family(&species, seed).unwrap();
+                assert_eq!(split.train.len() + split.test.len(), species.len());
+                assert!(!split.test.is_empty(), "{sizes:?}, seed {seed}");
+                at_most = at_most.max(split.test.len());
+            }
+            assert!(at_most < 2 * (species.len() / FAMILIES), "{sizes:?}: {at_most}");
+        }
+    }
+
+    #[test]
+    fn too_few_families_are_refused_with_the_largest() {
+        let error = Split::by_family(&families(&[9]), 0).unwrap_err();
+        let expected = SplitError::TooFewFamilies { families: 1, largest: "F0".into(), size: 9, total: 9 };
+        assert_eq!(error, expected);
+        let text = Split::by_family(&families(&[2, 7, 3, 1]), 0).unwrap_err().to_string();
+        for expected in ["found 4", "`F1` with 7 of all 13", "hint:"] {
+            assert!(text.contains(expected), "{expected} in {text}");
+        }
+        assert!(Split::by_family(&[], 0).is_err());
     }
 
     #[test]
@@ -233,6 +303,7 @@ mod tests {
         ] {
             assert!(text.contains(expected), "{expected} in {text}");
         }
+        assert!(parse(HEADER).unwrap_err().to_string().contains("no species"));
         let text = parse("name\nA\n").unwrap_err().to_string();
         assert!(text.contains("number"), "{text}");
     }

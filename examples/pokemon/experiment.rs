@@ -1,5 +1,4 @@
 //! The whole experiment: checks, base model, arms, report.
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -14,6 +13,7 @@ use crate::cli::{ExperimentArgs, Precision};
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
+use crate::output;
 use crate::prompt::{Prompt, default_system};
 use crate::provenance::Provenance;
 use crate::report;
@@ -25,6 +25,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     // Whatever can be wrong is found before anything takes time.
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
+    Split::by_family(&species, args.seed).context("`--data`")?;
     let lora = lora_config(args)?;
     let mut first_seed = args.seed;
     let mut split_is_known = true;
@@ -41,9 +42,8 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     } else {
         args.arms.clone()
     };
-    fs::create_dir_all(&args.out).with_context(|| {
-        format!("`{}` cannot be made\nhint: choose another directory with `--out`", args.out.display())
-    })?;
+    check_precision(args.dtype, &arms)?;
+    output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
     let system = args.system.clone().unwrap_or_else(|| default_system(base.is_embedded()));
@@ -79,7 +79,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         seconds: 0.0,
     };
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
-        let split = Split::by_family(&species, seed);
+        let split = Split::by_family(&species, seed)?;
         let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
         println!(
             "seed {seed}: {} species to train on, {tested} of {} held out are asked for",
@@ -111,7 +111,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     findings.seconds = start.elapsed().as_secs_f64();
     report::write(&findings, &args.out)?;
     println!("\n{}", report::table(&findings));
-    println!("report, plots, predictions and adapter: {}", args.out.join("report.md").display());
+    println!("report: {}, with plots and predictions beside it", args.out.join("report.md").display());
     Ok(())
 }
 
@@ -119,17 +119,27 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
 fn line(result: &ArmResult) -> String {
     let exact = Score::of(&result.outcomes, |one| one.exact);
     format!(
-        "{:>24}: {:.1} % exact, {} distinct answers, in {:.0} s",
+        "{:>24}: {:.1} % exact, {} distinct answers, in {}",
         result.arm.title(),
         100.0 * exact.share(),
         distinct(&result.outcomes),
-        result.seconds
+        report::duration(result.seconds)
     )
 }
 
 /// The first seed's adapter is `adapter`.
 fn adapter_dir(args: &ExperimentArgs, seed: u64) -> PathBuf {
     args.out.join(if seed == args.seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
+}
+
+/// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
+fn check_precision(precision: Precision, arms: &[Arm]) -> Result<()> {
+    if precision == Precision::F16 && arms.contains(&Arm::Full) {
+        bail!(
+            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `full` out: `--arms zero-shot,few-shot,lora`"
+        );
+    }
+    Ok(())
 }
 
 fn check_adapter(dir: &Path) -> Result<()> {
@@ -162,4 +172,110 @@ fn command() -> String {
         arguments.into_iter().map(|word| if word.contains(' ') { format!("'{word}'") } else { word }),
     );
     words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+    use crate::data::Species;
+    use crate::failure;
+
+    /// What `pokemon` does with these words after it.
+    fn pokemon(arguments: &[&str]) -> Result<()> {
+        crate::run(&Cli::try_parse_from([&["pokemon"], arguments].concat()).unwrap())
+    }
+
+    /// The rows of predictions.csv: seed, arm, species, truth, answer, and what is right about it.
+    fn predictions(dir: &Path) -> Vec<Vec<String>> {
+        let rows = csv::Reader::from_path(dir.join("predictions.csv")).unwrap().into_records();
+        rows.map(|row| row.unwrap().iter().map(String::from).collect()).collect()
+    }
+
+    /// The rows of one arm without its name.
+    fn of_arm(rows: &[Vec<String>], arm: Arm) -> Vec<Vec<String>> {
+        let of_arm = rows.iter().filter(|row| row[1] == arm.to_string());
+        of_arm.map(|row| [&row[..1], &row[2..]].concat()).collect()
+    }
+
+    #[test]
+    fn all_arms_run_and_the_saved_adapter_gives_the_same_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (data, out, again) = (path("species.csv"), path("out"), path("again"));
+        // Nine whole families of one to three species.
+        let species: Vec<Species> = data::load(None).unwrap()[..24].to_vec();
+        let mut file = csv::Writer::from_path(&data).unwrap();
+        species.iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+
+        // A rate at which two steps change the answers.
+        let training = ["--epochs", "1", "--full-epochs", "1", "--learning-rate", "1e-2", "--warmup", "0"];
+        let arguments = ["--data", &data, "--limit", "4", "--shots", "2", "--seed", "3"];
+        pokemon(&[&arguments[..], &training, &["--out", &out]].concat()).unwrap();
+
+        let out = Path::new(&out);
+        let report = fs::read_to_string(out.join("report.md")).unwrap();
+        let rows = predictions(out);
+        assert_eq!(rows.len(), 4 * Arm::ALL.len());
+        let mut asked = BTreeSet::new();
+        for arm in Arm::ALL {
+            assert!(report.contains(&format!("| {} |", arm.title())), "{arm} in {report}");
+            let rows = of_arm(&rows, arm);
+            asked.insert(rows.iter().map(|row| row[1].clone()).collect::<Vec<_>>());
+            for row in rows {
+                let one = species.iter().find(|one| one.name == row[1]).unwrap();
+                assert_eq!((&*row[0], &row[2]), ("3", &one.answer()));
+            }
+        }
+        assert_eq!(asked.len(), 1, "all arms are asked for the same species: {asked:?}");
+        for plot in ["accuracy.png", "forgetting.png", "loss.png"] {
+            let bytes = fs::read(out.join(plot)).unwrap();
+            assert!(bytes.starts_with(b"\x89PNG") && bytes.len() > 10_000, "{plot}");
+        }
+        let files = ["accuracy.png", "adapter", "forgetting.png", "loss.png", "metrics.json"];
+        let names = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        assert_eq!(
+            names.collect::<BTreeSet<_>>(),
+            files.into_iter().chain(["predictions.csv", "report.md"]).map(String::from).collect()
+        );
+
+        // The seed of the split is not given: the adapter's directory knows it.
+        let adapter = out.join("adapter");
+        let saved =
+            ["--data", &data, "--limit", "4", "--adapter", adapter.to_str().unwrap(), "--out", &again];
+        pokemon(&saved).unwrap();
+        let lora = of_arm(&rows, Arm::Lora);
+        assert_eq!(of_arm(&predictions(Path::new(&again)), Arm::Adapter), lora);
+        assert_ne!(lora, of_arm(&rows, Arm::ZeroShot), "training changed nothing");
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (data, out) = (path("species.csv"), path("out"));
+        let rows = "1,A,Fire,,1,A\n2,B,Fire,,1,A\n";
+        fs::write(&data, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        for (arguments, expected) in [
+            (&["--dtype", "f16"][..], &["f16", "hint: choose `--dtype f32`", "`--arms zero-shot"][..]),
+            (&["--dtype", "f16", "--arms", "lora,full"], &["f16", "`--arms"]),
+            (&["--data", &data], &["`--data`", "found 1, the largest is `A` with 2 of all 2", "hint:"]),
+            (&["--adapter", &out], &["adapter_config.json", "`--adapter`"]),
+        ] {
+            let error = pokemon(&[arguments, &["--out", &out]].concat()).unwrap_err();
+            let text = failure::text(&error);
+            for expected in expected {
+                assert!(text.contains(expected), "{expected} in {text}");
+            }
+            assert!(!Path::new(&out).exists(), "{arguments:?}");
+        }
+        let adapters_are_f32 = check_precision(Precision::F16, &[Arm::ZeroShot, Arm::Lora]);
+        assert!(adapters_are_f32.is_ok() && check_precision(Precision::Bf16, &Arm::ALL).is_ok());
+    }
 }

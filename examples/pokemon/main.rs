@@ -14,6 +14,7 @@ mod evaluation;
 mod experiment;
 mod failure;
 mod forgetting;
+mod output;
 mod plots;
 mod pretrain;
 mod progress;
@@ -33,16 +34,18 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
-    let result = match &cli.command {
-        Some(cli::Command::Pretrain(args)) => pretrain::run(args),
-        None => experiment::run(&cli.experiment),
-    };
-    match result {
+    match run(&cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprint!("{}", failure::text(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(cli: &cli::Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Some(cli::Command::Pretrain(args)) => pretrain::run(args),
+        None => experiment::run(&cli.experiment),
     }
 }

@@ -9,6 +9,7 @@ use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::arms::{Arm, Point};
+use crate::output;
 use crate::summary::Findings;
 
 const REGULAR: &str = "inter";
@@ -27,11 +28,12 @@ type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     register_fonts()?;
     let draw = |name: &str, plot: fn(&Findings, &Area<'_>) -> Result<()>| {
-        let path = dir.join(name);
-        let area = BitMapBackend::new(&path, SIZE).into_drawing_area();
-        area.fill(&WHITE).map_err(failed)?;
-        plot(findings, &area)?;
-        area.present().map_err(failed)
+        output::replace(&dir.join(name), |path| {
+            let area = BitMapBackend::new(path, SIZE).into_drawing_area();
+            area.fill(&WHITE).map_err(failed)?;
+            plot(findings, &area)?;
+            area.present().map_err(failed)
+        })
     };
     draw("accuracy.png", accuracy)?;
     if findings.rows().iter().any(|row| row.trained) {
@@ -86,6 +88,11 @@ fn text(
     area.draw_text(text, &style, (x, y + size as i32 / 7)).map_err(failed)
 }
 
+fn width(area: &Area<'_>, text: &str, font: &str, size: u32) -> Result<i32> {
+    let style = (font, size).into_text_style(area);
+    Ok(area.estimate_text_size(text, &style).map_err(failed)?.0 as i32)
+}
+
 fn head(area: &Area<'_>, title: &str, subtitle: &str) -> Result<()> {
     text(area, title, BOLD, 42, INK, HPos::Left, (70, 62))?;
     text(area, subtitle, REGULAR, 26, SOFT, HPos::Left, (70, 114))
@@ -134,7 +141,11 @@ impl Percent {
 fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
     head(
         area,
-        "Types of species that were never fine-tuned on",
+        if findings.split_is_known {
+            "Types of species that were never fine-tuned on"
+        } else {
+            "Types of species"
+        },
         "Answers that name exactly the right types, with 95 % intervals (Wilson)",
     )?;
     let place = Percent::PLACE;
@@ -152,7 +163,8 @@ fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
         }
         let label = format!("{:.1} %", 100.0 * row.exact.mean);
         // The label would otherwise be crossed by a grid line.
-        let behind = [(x - 58, high - 48), (x + 58, high - 14)];
+        let half = width(area, &label, BOLD, 32)? / 2 + 8;
+        let behind = [(x - half, high - 48), (x + half, high - 14)];
         area.draw(&Rectangle::new(behind, WHITE.filled())).map_err(failed)?;
         text(area, &label, BOLD, 32, INK, HPos::Center, (x, high - 32))?;
         text(area, row.arm.title(), REGULAR, 28, INK, HPos::Center, (x, place.bottom + 38))?;
@@ -210,8 +222,7 @@ fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)]) -> Result<()> {
         let sample = [(x, LEGEND - 6), (x + 36, LEGEND + 6)];
         area.draw(&Rectangle::new(sample, color.filled())).map_err(failed)?;
         text(area, title, REGULAR, 25, INK, HPos::Left, (x + 50, LEGEND))?;
-        let style = (REGULAR, 25).into_text_style(area);
-        x += 50 + area.estimate_text_size(title, &style).map_err(failed)?.0 as i32 + 48;
+        x += 50 + width(area, title, REGULAR, 25)? + 48;
     }
     Ok(())
 }
@@ -223,7 +234,8 @@ struct Curve {
     points: Vec<(f64, f64)>,
 }
 
-/// Curves of the first seed, over the share of the training that is done.
+/// Curves of the first seed. A loss in training is the mean of some steps and stands in their middle: at their end it
+/// would seem to lag behind the held-out loss, which is measured at one step.
 fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
     head(
         area,
@@ -233,13 +245,17 @@ fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
     let mut curves = Vec::new();
     for arm in [Arm::Full, Arm::Lora] {
         if let Some(training) = findings.of(arm).find_map(|result| result.training.as_ref()) {
-            let points = |points: &[Point]| {
-                let share =
-                    |point: &Point| (100.0 * point.step as f64 / training.steps.max(1) as f64, point.loss);
-                points.iter().map(share).collect::<Vec<_>>()
+            let percent = |step: f64| 100.0 * step / training.steps.max(1) as f64;
+            let held_out = training.held_out.iter().map(|point| (percent(point.step as f64), point.loss));
+            let mut before = 0;
+            let middle = |point: &Point| {
+                let middle = (before + 1 + point.step) as f64 / 2.0;
+                before = point.step;
+                (percent(middle), point.loss)
             };
-            curves.push(Curve { arm, held_out: false, points: points(&training.train) });
-            curves.push(Curve { arm, held_out: true, points: points(&training.held_out) });
+            let points = training.train.iter().map(middle).collect();
+            curves.push(Curve { arm, held_out: false, points });
+            curves.push(Curve { arm, held_out: true, points: held_out.collect() });
         }
     }
     let highest = curves.iter().flat_map(|curve| &curve.points).map(|point| point.1).fold(0.1, f64::max);

@@ -5,24 +5,26 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, FloatDType, Tensor};
 use burn_peft_llama::{
     Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, RopeConfig, Schedule, Tokenizer,
     TrainingConfig, fit,
 };
-use half::f16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::cli::PretrainArgs;
 use crate::corpus::{Corpus, Document};
 use crate::data;
 use crate::forgetting::Probe;
+use crate::output;
 use crate::progress::Progress;
 use crate::vocabulary;
 
 /// Documents that the vocabulary is trained on: 40 for each of a thousand species.
 const VOCABULARY_DOCUMENTS: usize = 40_000;
 
-/// Makes a base model and writes it to `args.out`: the files of the Hugging Face layout and `training.csv`.
+/// Makes a base model and writes it to `args.out`: the files of the Hugging Face layout and `training.csv`. Nothing is
+/// written before all of it is made.
 pub fn run(args: &PretrainArgs) -> Result<()> {
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
@@ -32,7 +34,6 @@ pub fn run(args: &PretrainArgs) -> Result<()> {
     let mut corpus = Corpus::new(&species, args.seed);
     let documents = (0..VOCABULARY_DOCUMENTS).map(|_| corpus.document());
     let tokenizer = vocabulary::train(documents, args.vocab_size)?;
-    tokenizer.save(&args.out)?;
 
     // Another seed than the vocabulary's, whose documents need not come again.
     let mut corpus = Corpus::new(&species, args.seed.wrapping_add(1));
@@ -41,9 +42,12 @@ pub fn run(args: &PretrainArgs) -> Result<()> {
     let config = model_config(args, &tokenizer);
     let pad = tokenizer.pad_token_id().unwrap_or_default();
     device.seed(args.seed);
-    let model = train(args, config.init(&device.clone().autodiff()), &sequences, pad)?;
-    model.save_pretrained(&args.out)?;
-    halve(&args.out)?;
+    let (model, log) = train(args, config.init(&device.clone().autodiff()), &sequences, pad)?;
+    tokenizer.save(&args.out)?;
+    output::write(&args.out.join("training.csv"), log)?;
+    // Every device can hold f32, not every one f16. `config.json` comes last: where it is, everything is.
+    let halved = model.valid().to_device(&Device::flex()).map(&mut Halve);
+    halved.save_pretrained(&args.out)?;
 
     let seconds = start.elapsed().as_secs_f64();
     println!("made `{}` in {:.1} min", args.out.display(), seconds / 60.0);
@@ -56,7 +60,7 @@ pub fn run(args: &PretrainArgs) -> Result<()> {
 }
 
 fn make_empty_directory(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("`{}` cannot be made", dir.display()))?;
+    output::make_directory(dir)?;
     let used =
         fs::read_dir(dir).with_context(|| format!("`{}` cannot be read", dir.display()))?.next().is_some();
     if used {
@@ -107,12 +111,13 @@ fn pack(corpus: &mut Corpus<'_>, tokenizer: &Tokenizer, count: usize, length: us
     Ok(sequences)
 }
 
+/// The trained model, and the log of its training as CSV.
 fn train(
     args: &PretrainArgs,
     model: LlamaForCausalLm,
     sequences: &[Example],
     pad: u32,
-) -> Result<LlamaForCausalLm> {
+) -> Result<(LlamaForCausalLm, Vec<u8>)> {
     let config = TrainingConfig::new()
         .with_learning_rate(args.learning_rate)
         .with_epochs(1)
@@ -122,58 +127,77 @@ fn train(
         .with_weight_decay(0.01)
         .with_seed(args.seed)
         .with_log_every(args.log_every);
-    let mut log = csv::Writer::from_path(args.out.join("training.csv"))?;
-    log.write_record(["step", "seconds", "tokens", "learning_rate", "loss"])?;
+    let mut logged = Vec::new();
     let progress = Progress::new("pretraining", args.steps);
-    let mut written = Ok(());
     let model = fit(model, sequences, &Collator::new(pad), &config, |report, _| {
-        let Some(loss) = report.loss else { return ControlFlow::Continue(()) };
-        progress.report(report.step, &format!("loss {loss:.4}"));
-        let seconds = report.elapsed.as_secs_f64();
-        let rate = report.learning_rate;
-        written = log
-            .serialize((
+        if let Some(loss) = report.loss {
+            progress.report(report.step, &format!("loss {loss:.4}"));
+            logged.push((
                 report.step,
-                format!("{seconds:.1}"),
+                format!("{:.1}", report.elapsed.as_secs_f64()),
                 report.num_tokens,
-                format!("{rate:.3e}"),
+                format!("{:.3e}", report.learning_rate),
                 format!("{loss:.4}"),
-            ))
-            .and_then(|()| Ok(log.flush()?));
-        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            ));
+        }
+        ControlFlow::Continue(())
     })?;
     progress.finish();
-    written?;
-    Ok(model)
+    let mut log = csv::Writer::from_writer(Vec::new());
+    log.write_record(["step", "seconds", "tokens", "learning_rate", "loss"])?;
+    for row in logged {
+        log.serialize(row)?;
+    }
+    Ok((model, log.into_inner()?))
 }
 
-/// Rewrites the weights in half precision: half the size, with three more bits of mantissa than bfloat16 would leave.
-fn halve(dir: &Path) -> Result<()> {
-    let path = dir.join("model.safetensors");
-    let bytes = fs::read(&path)?;
-    let tensors = SafeTensors::deserialize(&bytes)?;
-    let mut halved = Vec::new();
-    for (name, view) in tensors.iter() {
-        if view.dtype() != Dtype::F32 {
-            bail!("`{name}` is {:?}, expected F32", view.dtype());
-        }
-        let data: Vec<u8> = view
-            .data()
-            .chunks_exact(4)
-            .flat_map(|b| f16::from_f32(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_le_bytes())
-            .collect();
-        halved.push((name.to_string(), view.shape().to_vec(), data));
-    }
-    let views = halved
-        .iter()
-        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F16, shape.clone(), data)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    fs::write(&path, safetensors::serialize(views, Some(metadata))?)?;
+/// Half precision: half the size of f32, with three more bits of mantissa than bfloat16 would leave.
+struct Halve;
 
-    let path = dir.join("config.json");
-    let mut config: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
-    config["dtype"] = "float16".into();
-    fs::write(&path, format!("{config:#}\n"))?;
-    Ok(())
+impl ModuleMapper for Halve {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.cast(FloatDType::F16))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn a_base_is_made_whole_and_in_half_precision() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+        let (data, out) = (path("species.csv"), path("base"));
+        let rows = "4,Charmander,Fire,,1,Charmander\n7,Squirtle,Water,,1,Squirtle\n";
+        fs::write(&data, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        let small = "--steps 2 --batch-size 2 --length 32 --vocab-size 512 --hidden-size 16 --layers 1";
+        let arguments = ["pokemon", "pretrain", "--log-every", "1", "--data", &data, "--out", &out];
+        let cli = Cli::try_parse_from(arguments.into_iter().chain(small.split(' '))).unwrap();
+        crate::run(&cli).unwrap();
+
+        let out = Path::new(&out);
+        let names = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut expected = vec!["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"];
+        expected.extend(["tokenizer_config.json", "training.csv"]);
+        assert_eq!(names.collect::<BTreeSet<_>>(), expected.into_iter().map(String::from).collect());
+
+        let log = fs::read_to_string(out.join("training.csv")).unwrap();
+        let lines: Vec<&str> = log.lines().collect();
+        assert_eq!((lines.len(), lines[0]), (3, "step,seconds,tokens,learning_rate,loss"));
+        assert!(lines[2].starts_with("2,") && lines[2].split(',').nth(2) == Some("128"), "{log}");
+
+        let model = LlamaForCausalLm::from_pretrained(out, &Device::flex()).unwrap();
+        let size = fs::metadata(out.join("model.safetensors")).unwrap().len() as usize;
+        assert!((2 * model.num_params()..3 * model.num_params()).contains(&size), "{size}");
+        assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"float16\""));
+
+        let again = crate::run(&cli).unwrap_err().to_string();
+        assert!(again.contains("is not empty") && again.contains("`--out`"), "{again}");
+    }
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::output;
+
 const FILE: &str = "experiment.json";
 
 /// Written into the adapter's directory; PEFT's loaders pass over it.
@@ -16,9 +18,18 @@ pub struct Provenance {
 
 impl Provenance {
     pub fn write(self, adapter: &Path) -> Result<()> {
+        output::write(&adapter.join(FILE), serde_json::to_string_pretty(&self)? + "\n")
+    }
+
+    /// Removes what is known of the adapter that was saved there before, if any.
+    pub fn forget(adapter: &Path) -> Result<()> {
         let path = adapter.join(FILE);
-        fs::write(&path, serde_json::to_string_pretty(&self)?)
-            .with_context(|| format!("`{}` cannot be written", path.display()))
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("`{}` cannot be replaced", path.display()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// `None` for an adapter that was trained elsewhere.
@@ -45,5 +56,15 @@ mod tests {
         assert_eq!(Provenance::read(dir.path()).unwrap(), Some(Provenance { seed: 7 }));
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert!(Provenance::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn what_is_forgotten_need_not_have_been_known() {
+        let dir = tempfile::tempdir().unwrap();
+        Provenance { seed: 7 }.write(dir.path()).unwrap();
+        Provenance::forget(dir.path()).unwrap();
+        assert_eq!(Provenance::read(dir.path()).unwrap(), None);
+        Provenance::forget(dir.path()).unwrap();
+        Provenance::forget(&dir.path().join("none")).unwrap();
     }
 }

@@ -1,11 +1,11 @@
 //! What a person reads: the table on the terminal, and the files of the output directory.
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::arms::Arm;
+use crate::output;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
 
@@ -14,7 +14,11 @@ fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Ve
     let mut head: Vec<String> =
         ["arm", "exact", "95 % interval", "any type", "in order", "answers"].map(String::from).to_vec();
     head.extend(findings.probes.iter().map(|probe| name(probe).to_string()));
-    head.extend(["time".into(), "the article*".into()]);
+    head.push("time".into());
+    let article = has_article(findings);
+    if article {
+        head.push("the article*".into());
+    }
 
     let mut before = vec![String::new(); head.len()];
     before[0] = "base, before training".into();
@@ -22,7 +26,8 @@ fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Ve
         before[6 + index] = percent(score.share());
     }
     let mut table = vec![head];
-    if findings.rows().iter().any(|row| row.trained) {
+    let any_trained = findings.rows().iter().any(|row| row.trained);
+    if any_trained {
         table.push(before);
     }
     for row in findings.rows() {
@@ -35,15 +40,31 @@ fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Ve
             percent(row.ordered.mean),
             format!("{:.0}", row.distinct),
         ];
-        let untouched = || "as before".to_string();
-        line.extend(
-            row.abilities.iter().map(|score| if row.trained { percent(score.share()) } else { untouched() }),
-        );
-        line.push(format!("{:.0} s", row.seconds));
-        line.push(row.arm.article().unwrap_or("").into());
+        line.extend(row.abilities.iter().map(|score| match any_trained && !row.trained {
+            true => "as before".into(),
+            false => percent(score.share()),
+        }));
+        line.push(duration(row.seconds));
+        if article {
+            line.push(row.arm.article().unwrap_or("").into());
+        }
         table.push(line);
     }
     table
+}
+
+/// Whether the original article has something to compare with.
+fn has_article(findings: &Findings) -> bool {
+    findings.results.iter().any(|result| result.arm.article().is_some())
+}
+
+/// Seconds or minutes, to three digits.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        ..9.95 => format!("{seconds:.1} s"),
+        ..119.5 => format!("{seconds:.0} s"),
+        _ => format!("{:.1} min", seconds / 60.0),
+    }
 }
 
 fn percent(share: f64) -> String {
@@ -86,24 +107,23 @@ pub fn table(findings: &Findings) -> String {
         shown.join(", "),
         findings.probes.join(", ")
     );
-    let _ = writeln!(text, "{ARTICLE}");
+    if has_article(findings) {
+        let _ = writeln!(text, "{ARTICLE}");
+    }
     text
 }
 
 /// Writes report.md, the plots, predictions.csv and metrics.json into `dir`.
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     plots::write(findings, dir)?;
-    predictions(findings, &dir.join("predictions.csv"))?;
-    let save = |name: &str, text: String| {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("`{}` cannot be written", path.display()))
-    };
-    save("metrics.json", metrics(findings)?)?;
-    save("report.md", markdown(findings))
+    output::write(&dir.join("predictions.csv"), predictions(findings)?)?;
+    output::write(&dir.join("metrics.json"), metrics(findings)?)?;
+    // Last, because it speaks of the others.
+    output::write(&dir.join("report.md"), markdown(findings))
 }
 
-fn predictions(findings: &Findings, path: &Path) -> Result<()> {
-    let mut writer = csv::Writer::from_path(path).with_context(|| format!("`{}`", path.display()))?;
+fn predictions(findings: &Findings) -> Result<Vec<u8>> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(["seed", "arm", "species", "truth", "answer", "exact", "any", "ordered"])?;
     for result in &findings.results {
         for one in &result.outcomes {
@@ -119,7 +139,7 @@ fn predictions(findings: &Findings, path: &Path) -> Result<()> {
             ])?;
         }
     }
-    Ok(writer.flush()?)
+    Ok(writer.into_inner()?)
 }
 
 /// All numbers, without the single predictions.
@@ -141,11 +161,11 @@ fn markdown(findings: &Findings) -> String {
         findings.results.iter().map(|result| result.seed).collect::<std::collections::BTreeSet<_>>().len();
     let _ = writeln!(
         text,
-        "Base model: {}. {} {} in {:.1} minutes, with\n\n    {}\n",
+        "Base model: {}. {} {} in {}, with\n\n    {}\n",
         findings.base,
         held_out(findings),
         if seeds == 1 { "One seed".into() } else { format!("{seeds} seeds") },
-        findings.seconds / 60.0,
+        duration(findings.seconds),
         findings.command,
     );
     for (index, row) in cells(findings, |probe| probe).iter().enumerate() {
@@ -154,7 +174,10 @@ fn markdown(findings: &Findings) -> String {
             let _ = writeln!(text, "|---{}|", "|--:".repeat(row.len() - 1));
         }
     }
-    let _ = writeln!(text, "\n\\{ARTICLE}.\n");
+    text.push('\n');
+    if has_article(findings) {
+        let _ = writeln!(text, "\\{ARTICLE}.\n");
+    }
     text.push_str(&reading(findings, &rows));
     text.push_str("\n## Accuracy on held-out species\n\n![Accuracy by arm](accuracy.png)\n");
     if rows.iter().any(|row| row.trained) {
@@ -166,12 +189,12 @@ fn markdown(findings: &Findings) -> String {
             if let Some(training) = &result.training {
                 let _ = writeln!(
                     text,
-                    "- seed {}, {}: {}; {} steps in {:.0} s, {:.2} s a step; {}",
+                    "- seed {}, {}: {}; {} steps in {}, {:.2} s a step; {}",
                     result.seed,
                     result.arm.title(),
                     training.settings,
                     training.steps,
-                    training.seconds,
+                    duration(training.seconds),
                     training.seconds / training.steps.max(1) as f64,
                     training.trainable
                 );
@@ -205,19 +228,29 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     let mut text = String::from(
         "- **exact**: the types that the answer names are exactly the true ones, in whatever order",
     );
-    if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
-        text.push_str("; mean and range over the seeds");
-    }
-    text.push_str(". The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n");
+    text.push_str(if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
+        "; mean and range over the seeds. The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n"
+    } else {
+        ". The interval is Wilson's.\n"
+    });
     let _ = writeln!(
         text,
         "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
         findings.distinct_truths()
     );
     if findings.embedded {
-        text.push_str("- The other columns ask what the base learned in pretraining, of one hundred species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types.\n");
-        text.push_str("- Prompting does not fail for want of the chat format: before training the base answers the questions about generation and number, which are conversations as well. It answers what conversations in its pretraining were about: zero-shot mostly with the number, few-shot with the name, since repeating a name after examples is a skill it was pretrained on.\n");
-        text.push_str("- All types are in the pretraining text, one wording of it close to the answer's form: the score of LoRA shows that what is stored can be elicited, not that types can be inferred. Full fine-tuning's learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
+        let asked = findings.before.first().map_or(0, |score| score.total);
+        let _ = writeln!(
+            text,
+            "- The other columns ask what the base learned in pretraining, of {asked} species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types."
+        );
+        if rows.iter().any(|row| matches!(row.arm, Arm::ZeroShot | Arm::FewShot)) {
+            text.push_str("- Prompting does not fail for want of the chat format: before training the base answers the questions about generation and number, which are conversations as well. It answers what conversations in its pretraining were about: zero-shot mostly with the number, few-shot with the name, since repeating a name after examples is a skill it was pretrained on.\n");
+        }
+        text.push_str("- All types are in the pretraining text, one wording of it close to the answer's form: a high score shows that what is stored can be elicited, not that types can be inferred.\n");
+        if rows.iter().any(|row| row.arm == Arm::Full) {
+            text.push_str("- Full fine-tuning's default learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
+        }
     } else {
         text.push_str("- **general knowledge**: twenty sentences such as `The capital of France is`.\n");
     }
@@ -244,6 +277,8 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::summary::tests::findings;
 
@@ -283,5 +318,43 @@ mod tests {
         let text = markdown(&findings());
         assert!(text.contains("by full fine-tuning, 4.0 points by LoRA"), "{text}");
         assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));
+        assert!(text.contains("in pretraining, of 100 species"), "{text}");
+    }
+
+    #[test]
+    fn only_what_was_run_is_spoken_of() {
+        let mut findings = findings();
+        let full = markdown(&findings);
+        for said in ["Prompting does not fail", "Full fine-tuning's default", "the article"] {
+            assert!(full.contains(said), "{said} in {full}");
+        }
+        let mut prompting = findings.clone();
+        prompting.results.truncate(2);
+        let text = table(&prompting);
+        assert!(text.contains("98.0 %") && !text.contains("before") && !text.contains("LoRA"), "{text}");
+
+        findings.results.retain(|result| result.arm == Arm::Lora);
+        for result in &mut findings.results {
+            result.arm = Arm::Adapter;
+        }
+        let text = markdown(&findings) + &table(&findings);
+        for unsaid in ["Prompting does not fail", "Full fine-tuning's default", "the article", "original"] {
+            assert!(!text.contains(unsaid), "{unsaid} in {text}");
+        }
+    }
+
+    #[test]
+    fn durations_have_three_digits_at_most() {
+        let texts = [0.04, 9.94, 9.96, 119.0, 120.0, 1600.0].map(duration);
+        assert_eq!(texts, ["0.0 s", "9.9 s", "10 s", "119 s", "2.0 min", "26.7 min"]);
+    }
+
+    #[test]
+    fn seeds_are_spoken_of_where_there_are_several() {
+        let mut findings = findings();
+        assert!(markdown(&findings).contains("mean and range over the seeds"));
+        findings.results.truncate(4);
+        let text = markdown(&findings);
+        assert!(text.contains("One seed") && !text.contains("all seeds together"), "{text}");
     }
 }

@@ -10,3 +10,8 @@ pub mod tolerance;
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;
+
+/// The example in the guide as well.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/guide.md")]
+struct Guide;
