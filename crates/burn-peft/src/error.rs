@@ -3,6 +3,8 @@ use std::path::PathBuf;
 
 use strsim::jaro_winkler;
 
+use crate::weighted::CombinationType;
+
 /// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
 ///
 /// Every operation that returns this error leaves the model as it was.
@@ -12,7 +14,7 @@ pub enum PeftError {
     /// A configuration value is outside its range.
     #[error("invalid `{field}`: expected {expected}, found {found}")]
     InvalidConfig {
-        /// The field of [`LoraConfig`](crate::LoraConfig).
+        /// The field of [`LoraConfig`](crate::LoraConfig) or [`CombinationType`].
         field: &'static str,
         /// The accepted values.
         expected: &'static str,
@@ -20,18 +22,16 @@ pub enum PeftError {
         found: String,
     },
 
-    /// A configuration file asks for something that this version cannot compute.
-    #[error("unsupported `{field}` in the adapter configuration: {found}\nhint: {hint}")]
+    /// A configuration file asks for something that this version cannot compute, or cannot be understood.
+    #[error("cannot use the configuration in `{}`:{}", .path.display(), lines(.problems))]
     UnsupportedConfig {
-        /// The key of `adapter_config.json`.
-        field: String,
-        /// Its value, as JSON.
-        found: String,
-        /// What can be done instead.
-        hint: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Every entry that stands in the way.
+        problems: Vec<ConfigProblem>,
     },
 
-    /// `target_modules` is a string that is not a regular expression.
+    /// A pattern in a configuration is not a regular expression.
     #[error("invalid regular expression `{pattern}`")]
     InvalidPattern {
         /// The pattern as it was given.
@@ -41,12 +41,121 @@ pub enum PeftError {
     },
 
     /// No module of the model is a target.
-    #[error("no module matched `target_modules` {targets}{}", closest_hint(.closest))]
+    #[error(
+        "no module matched `target_modules` {targets}{}{}",
+        in_layers(.layers.as_deref()),
+        closest_hint(.targets, .closest)
+    )]
     NoModuleMatched {
         /// The targets as they were given.
         targets: String,
+        /// `layers_to_transform`, if it narrows the targets.
+        layers: Option<Vec<usize>>,
         /// Names of adaptable modules that resemble them most.
         closest: Vec<String>,
+    },
+
+    /// No module is named as in `modules_to_save`.
+    #[error("no module is named as in `modules_to_save`: {}{}", join(.modules), saved_hint(.modules, .closest))]
+    NoModuleToSave {
+        /// The entries.
+        modules: Vec<String>,
+        /// Names of modules that resemble them most.
+        closest: Vec<String>,
+    },
+
+    /// A key mapping gives two parameters one name.
+    #[error("the key mapping makes `{name}` of both {}\nhint: make its rules tell them apart", join(.paths))]
+    AmbiguousKeyMapping {
+        /// The name in files.
+        name: String,
+        /// The paths in the Burn model.
+        paths: Vec<String>,
+    },
+
+    /// `lora_bias` has no place in these layers.
+    #[error(
+        "`lora_bias` cannot be added to {}\nhint: embeddings have none, and a plain layer needs a bias of its own; use `LoraLinear`, or exclude them",
+        join(.modules)
+    )]
+    LoraBiasUnsupported {
+        /// Names of the modules.
+        modules: Vec<String>,
+    },
+
+    /// Two active adapters would each put a copy of theirs in a parameter's place.
+    #[error(
+        "adapters {} cannot be active together: each has a trained copy of {}\nhint: activate one of them",
+        join(.names),
+        join(.parameters)
+    )]
+    ConflictingCopies {
+        /// The adapters.
+        names: Vec<String>,
+        /// Paths of the parameters.
+        parameters: Vec<String>,
+    },
+
+    /// Merged adapters cannot be deleted.
+    #[error("cannot delete adapter `{name}` while it is merged\nhint: unmerge it first")]
+    MergedAdapter {
+        /// The adapter.
+        name: String,
+    },
+
+    /// An adapter's `lora_bias` has no parameter to be folded into.
+    #[error(
+        "adapter `{name}` has a `lora_bias`, and these layers have no bias to merge it into: {}",
+        join(.modules)
+    )]
+    NoBiasToMergeInto {
+        /// The adapter.
+        name: String,
+        /// Paths of the layers.
+        modules: Vec<String>,
+    },
+
+    /// The rows of one batch cannot have adapters of their own.
+    #[error(
+        "rows of a batch cannot name adapter `{name}`: {reason}\nhint: run its rows as a batch of their own"
+    )]
+    MixedBatch {
+        /// The adapter.
+        name: String,
+        /// What stands in the way.
+        reason: String,
+    },
+
+    /// This way of combining adapters needs adapters of one rank.
+    #[error(
+        "combining adapters as `{combination_type}` needs adapters of one rank, found ranks {}\nhint: `cat` and `svd` take adapters of any ranks",
+        rank_list(.ranks)
+    )]
+    UnequalRanks {
+        /// How they were to be combined.
+        combination_type: CombinationType,
+        /// Their ranks, in the order in which they were named.
+        ranks: Vec<usize>,
+    },
+
+    /// A combination of adapters met infinities or NaNs.
+    #[error(
+        "combining adapters as `{combination_type}` gives non-finite numbers\nhint: look for non-finite weights, scalings and factors among the adapters"
+    )]
+    NonFiniteCombination {
+        /// How they were to be combined.
+        combination_type: CombinationType,
+    },
+
+    /// An adapter that replaces parameters cannot be combined with others.
+    #[error(
+        "adapter `{name}` has a trained copy of `{parameter}`, and only updates of low rank can be combined"
+    )]
+    CannotCombine {
+        /// The adapter.
+        name: String,
+        /// The parameter, by its name in files.
+        parameter: String,
     },
 
     /// Every target is excluded again.
@@ -125,7 +234,7 @@ pub enum PeftError {
     },
 
     /// The tensors of an adapter file do not fit the model.
-    #[error("the adapter in `{}` does not fit the model:{}", .path.display(), problem_list(.problems))]
+    #[error("the adapter in `{}` does not fit the model:{}", .path.display(), lines(.problems))]
     IncompatibleAdapter {
         /// The adapter's tensor file.
         path: PathBuf,
@@ -170,6 +279,24 @@ pub enum PeftError {
         /// Where it goes wrong.
         source: safetensors::SafeTensorError,
     },
+}
+
+/// One entry of `adapter_config.json` that cannot be used.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigProblem {
+    /// The key.
+    pub field: String,
+    /// Its value, as JSON.
+    pub found: String,
+    /// What is wrong, or what can be done instead.
+    pub hint: &'static str,
+}
+
+impl fmt::Display for ConfigProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` is {}: {}", self.field, self.found, self.hint)
+    }
 }
 
 /// One tensor of an adapter file that does not fit the model.
@@ -260,6 +387,10 @@ pub(crate) fn closest<'a>(
     scored.into_iter().take(count).map(|(_, candidate)| candidate.to_string()).collect()
 }
 
+fn rank_list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// Names in backticks, the first few of a long list.
 fn join(names: &[String]) -> String {
     const SHOWN: usize = 8;
@@ -270,13 +401,32 @@ fn join(names: &[String]) -> String {
     text
 }
 
-fn closest_hint(closest: &[String]) -> String {
+/// An output layer by the name that Hugging Face models give it.
+const OUTPUT_LAYER: &str = "lm_head";
+
+const TIED_HINT: &str = "\nhint: an output layer that is tied to the embedding owns no weight; untie it first, in a LLaMA with `untie_lm_head`";
+
+fn closest_hint(targets: &str, closest: &[String]) -> String {
     match closest {
+        _ if targets.contains(OUTPUT_LAYER) => TIED_HINT.to_string(),
         [] => "\nhint: `all-linear` adapts every linear layer".to_string(),
         names => format!("\nhint: the closest modules are {}", join(names)),
     }
 }
 
-fn problem_list(problems: &[TensorProblem]) -> String {
+fn saved_hint(modules: &[String], closest: &[String]) -> String {
+    match closest {
+        _ if modules.iter().any(|module| module.contains(OUTPUT_LAYER)) => TIED_HINT.to_string(),
+        [] => String::new(),
+        names => format!("\nhint: the closest modules are {}", join(names)),
+    }
+}
+
+fn in_layers(layers: Option<&[usize]>) -> String {
+    layers.map_or(String::new(), |layers| format!(" in the layers {layers:?}"))
+}
+
+/// Each on a line of its own.
+fn lines<T: fmt::Display>(problems: &[T]) -> String {
     problems.iter().map(|problem| format!("\n  {problem}")).collect()
 }

@@ -1,16 +1,17 @@
-//! Which weights of a model a configuration means: every decision and every error before anything changes.
+//! Which parameters of a model a configuration means: every decision and every error before anything changes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
 use burn::tensor::Device;
 
-use crate::adapter::{Adapter, LayerKind};
+use crate::adapter::{Adapter, AdapterInfo, LayerKind, Site, Update};
 use crate::error::{PeftError, closest};
-use crate::lora::LoraConfig;
-use crate::seam::{Layout, States};
-use crate::target::{TargetModules, matches_name};
+use crate::key_mapping::KeyMapping;
+use crate::lora::{Bias, LoraConfig};
+use crate::seam::{BaseParameter, Layout, States};
+use crate::target::{LayerFilter, TargetModules, matches_name};
 
 /// What an adapter was attached to.
 ///
@@ -26,6 +27,11 @@ pub struct InjectionReport {
     pub unmatched_targets: Vec<String>,
     /// Names of `exclude_modules` that kept nothing out.
     pub unused_exclusions: Vec<String>,
+    /// Paths of the parameters that are trained as copies: `modules_to_save` and biases.
+    pub copied_parameters: Vec<String>,
+    /// Names of `modules_to_save` that no module's name ends with.
+    pub unmatched_modules_to_save: Vec<String>,
+    num_params: usize,
 }
 
 /// One adapted module.
@@ -34,20 +40,21 @@ pub struct InjectionReport {
 pub struct AdaptedModule {
     /// The module's path, `model.layers.0.self_attn.q_proj`.
     pub path: String,
-    /// Rows of its weight: inputs of a linear layer, vocabulary of an embedding.
+    /// Rows of `A`: inputs of a linear layer, vocabulary of an embedding, `channels_in * kernel` of a convolution.
     pub d_input: usize,
-    /// Columns of its weight.
+    /// Columns of `B`: outputs of a linear layer, width of an embedding, `channels_out` of a convolution.
     pub d_output: usize,
     /// Rank of the adapter.
     pub r: usize,
-    /// Whether the adapter works on activations ([`LoraLinear`](crate::LoraLinear)) or on the weight (plain layers).
+    /// Whether the adapter works on activations ([`LoraLinear`](crate::LoraLinear),
+    /// [`LoraEmbedding`](crate::LoraEmbedding)) or on the weight (plain layers).
     pub activation_space: bool,
 }
 
 impl InjectionReport {
-    /// Trainable parameters: `Σ r (d_input + d_output)`.
+    /// Trainable parameters: `Σ r (d_input + d_output)`, and the elements of copies and of `lora_bias`.
     pub fn num_params(&self) -> usize {
-        self.modules.iter().map(|module| module.r * (module.d_input + module.d_output)).sum()
+        self.num_params
     }
 }
 
@@ -58,32 +65,47 @@ impl fmt::Display for InjectionReport {
         if dense > 0 {
             write!(f, ", {dense} of them through their dense weight")?;
         }
+        if !self.copied_parameters.is_empty() {
+            write!(f, ", {} parameters copied", self.copied_parameters.len())?;
+        }
         if !self.unmatched_targets.is_empty() {
             write!(f, "; no module is named {}", self.unmatched_targets.join(", "))?;
         }
         if !self.unused_exclusions.is_empty() {
             write!(f, "; nothing was excluded by {}", self.unused_exclusions.join(", "))?;
         }
+        if !self.unmatched_modules_to_save.is_empty() {
+            write!(f, "; nothing to save is named {}", self.unmatched_modules_to_save.join(", "))?;
+        }
         Ok(())
     }
 }
 
-/// A weight that will get an adapter.
+/// A parameter that will get an adapter.
 pub(crate) struct Target {
-    pub(crate) module: String,
-    pub(crate) weight: String,
-    pub(crate) kind: LayerKind,
-    pub(crate) dims: [usize; 2],
+    /// Its path in the Burn model.
+    pub(crate) path: String,
+    pub(crate) site: Arc<Site>,
     pub(crate) device: Device,
+    pub(crate) change: Change,
 }
 
-/// The weights that `config` means, and what to tell about them.
+/// What an adapter will do to a parameter; [`Update`] without tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Change {
+    LowRank { r: usize, lora_alpha: f64 },
+    Copy,
+    Shift { scaling: f64 },
+}
+
+/// The parameters that `config` means, and what to tell about them.
 pub(crate) struct Plan {
     pub(crate) name: Arc<str>,
     pub(crate) config: Arc<LoraConfig>,
     pub(crate) targets: Vec<Target>,
     unmatched_targets: Vec<String>,
     unused_exclusions: Vec<String>,
+    unmatched_modules_to_save: Vec<String>,
 }
 
 impl Plan {
@@ -93,23 +115,59 @@ impl Plan {
         if layout.states.values().any(|state| state.get(name).is_some()) {
             return Err(PeftError::AdapterExists { name: name.to_string() });
         }
+        let parameters = sites(layout, &config.key_mapping)?;
+        let mut plan = Self {
+            name: name.into(),
+            config: Arc::new(config.clone()),
+            targets: vec![],
+            unmatched_targets: vec![],
+            unused_exclusions: vec![],
+            unmatched_modules_to_save: vec![],
+        };
+        let adapted = plan.choose_weights(&parameters)?;
+        plan.check_layers(&parameters, &adapted)?;
+        plan.unmatched_modules_to_save = unmatched_modules_to_save(&parameters, &config.modules_to_save)?;
+        for (parameter, site) in &parameters {
+            if let Some(change) = plan.change_of(site, &adapted)? {
+                plan.targets.push(Target {
+                    path: parameter.path.clone(),
+                    site: site.clone(),
+                    device: parameter.device.clone(),
+                    change,
+                });
+            }
+        }
+        Ok(plan)
+    }
+
+    /// The names of the modules that get an update of low rank.
+    fn choose_weights(&mut self, parameters: &[Parameter]) -> Result<BTreeSet<String>, PeftError> {
+        let config = self.config.clone();
         // `validate` has seen to it that there are targets.
         let wanted = config.target_modules.clone().unwrap_or(TargetModules::AllLinear);
         let matcher = wanted.compile()?;
+        let filter = LayerFilter::new(config.layers_to_transform.as_deref(), &config.layers_pattern)?;
         let exclusions = config.exclude_modules.as_ref();
         let excluding = exclusions.map(TargetModules::compile).transpose()?;
-        let is_excluded =
-            |module: &str| excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true));
+        let is_excluded = |module: &str| {
+            excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true))
+                || config.modules_to_save.iter().any(|saved| lies_within(module, saved))
+        };
 
-        let adaptable = adaptable(layout);
-        let matched: Vec<&Target> = adaptable
+        let adaptable: BTreeMap<&str, LayerKind> = parameters
             .iter()
-            .filter(|target| matcher.matches(&target.module, target.kind.is_linear()))
+            .filter(|(_, site)| site.kind != LayerKind::Other && site.parameter == "weight")
+            .map(|(_, site)| (&*site.name, site.kind))
             .collect();
-        let unsupported: Vec<String> = module_paths(layout)
+        let matched: Vec<&str> = adaptable
+            .iter()
+            .filter(|(module, kind)| matcher.matches_within(module, kind.is_linear(), &filter))
+            .map(|(module, _)| *module)
+            .collect();
+        let unsupported: Vec<String> = module_names(parameters)
             .into_iter()
-            .filter(|module| matcher.matches(module, false) && !is_excluded(module))
-            .filter(|module| !adaptable.iter().any(|target| target.module == *module))
+            .filter(|module| matcher.matches_within(module, false, &filter) && !is_excluded(module))
+            .filter(|module| !adaptable.contains_key(module))
             .map(str::to_string)
             .collect();
         if !unsupported.is_empty() {
@@ -117,76 +175,136 @@ impl Plan {
         }
         if matched.is_empty() {
             return Err(PeftError::NoModuleMatched {
-                closest: closest_modules(&wanted, &adaptable),
+                closest: closest_modules(&wanted, adaptable.keys().copied()),
                 targets: wanted.to_string(),
+                layers: config.layers_to_transform.clone(),
             });
         }
-
-        let unmatched_targets = names_without(&wanted, matched.iter().map(|target| &*target.module));
-        let excluded: Vec<&str> =
-            adaptable.iter().map(|target| &*target.module).filter(|module| is_excluded(module)).collect();
-        let unused_exclusions = exclusions.map_or(vec![], |names| names_without(names, excluded));
+        self.unmatched_targets = names_without(&wanted, matched.iter().copied());
+        let excluded: Vec<&str> = adaptable.keys().copied().filter(|module| is_excluded(module)).collect();
+        self.unused_exclusions = exclusions.map_or(vec![], |names| names_without(names, excluded));
         let count = matched.len();
-        let kept: BTreeSet<String> = matched
-            .into_iter()
-            .filter(|target| !is_excluded(&target.module))
-            .map(|target| target.weight.clone())
-            .collect();
+        let kept: BTreeSet<String> =
+            matched.into_iter().filter(|module| !is_excluded(module)).map(str::to_string).collect();
         if kept.is_empty() {
+            let saved = (!config.modules_to_save.is_empty()).then(|| {
+                config.modules_to_save.iter().map(String::as_str).collect::<TargetModules>().to_string()
+            });
             return Err(PeftError::AllModulesExcluded {
                 targets: wanted.to_string(),
-                excluded: exclusions.map(ToString::to_string).unwrap_or_default(),
+                excluded: exclusions.map(ToString::to_string).or(saved).unwrap_or_default(),
                 count,
             });
         }
-        let targets: Vec<Target> =
-            adaptable.into_iter().filter(|target| kept.contains(&target.weight)).collect();
+        Ok(kept)
+    }
 
-        if config.lora_dropout > 0.0 {
-            let modules: Vec<String> = targets
-                .iter()
-                .filter(|target| target.kind == LayerKind::Linear)
-                .map(|target| target.module.clone())
-                .collect();
-            if !modules.is_empty() {
-                return Err(PeftError::DropoutNeedsLoraLinear { modules });
+    /// Finds layers that cannot do what the configuration asks of them.
+    fn check_layers(&self, parameters: &[Parameter], adapted: &BTreeSet<String>) -> Result<(), PeftError> {
+        let modules = |is_meant: &dyn Fn(&Site) -> bool| -> Vec<String> {
+            let weights = parameters.iter().map(|(_, site)| site).filter(|site| site.parameter == "weight");
+            let meant = weights.filter(|site| adapted.contains(&site.name) && is_meant(site));
+            meant.map(|site| site.name.clone()).collect()
+        };
+        if self.config.lora_dropout > 0.0 {
+            let plain = modules(&|site| matches!(site.kind, LayerKind::Linear | LayerKind::Conv));
+            if !plain.is_empty() {
+                return Err(PeftError::DropoutNeedsLoraLinear { modules: plain });
             }
         }
-        Ok(Self {
-            name: name.into(),
-            config: Arc::new(config.clone()),
-            targets,
-            unmatched_targets,
-            unused_exclusions,
+        if self.config.lora_bias {
+            let has_bias = |module: &str| {
+                parameters.iter().any(|(_, site)| site.name == module && site.parameter == "bias")
+            };
+            let unable = modules(&|site| {
+                site.kind.is_embedding() || (site.kind != LayerKind::LoraLinear && !has_bias(&site.name))
+            });
+            if !unable.is_empty() {
+                return Err(PeftError::LoraBiasUnsupported { modules: unable });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the adapter does to the parameter at `site`.
+    fn change_of(&self, site: &Site, adapted: &BTreeSet<String>) -> Result<Option<Change>, PeftError> {
+        let config = &self.config;
+        let is_saved = config.modules_to_save.iter().any(|saved| is_part_of(&site.name, saved));
+        let is_adapted = adapted.contains(&site.name);
+        Ok(match &*site.parameter {
+            _ if is_saved => Some(Change::Copy),
+            "weight" if is_adapted => {
+                let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
+                Some(Change::LowRank { r, lora_alpha })
+            }
+            "bias" if config.bias == Bias::All => Some(Change::Copy),
+            "bias" if config.bias == Bias::LoraOnly && is_adapted => Some(Change::Copy),
+            "bias" if config.lora_bias && is_adapted && site.kind != LayerKind::LoraLinear => {
+                let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
+                Some(Change::Shift { scaling: config.scaling_of(r, lora_alpha) })
+            }
+            _ => None,
         })
     }
 
-    /// Adds the adapter that `factors` makes for each target to `states`.
-    pub(crate) fn add_to(&self, states: &mut States, mut make: impl FnMut(&Target) -> Option<Adapter>) {
+    /// Adds the adapter that `make` gives for each target to `states`.
+    pub(crate) fn add_to(&self, states: &mut States, mut make: impl FnMut(&Target) -> Option<Update>) {
         let is_first = states.values().all(|state| state.list.is_empty());
         for target in &self.targets {
-            let Some(adapter) = make(target) else { continue };
-            let adapter = adapter.set_active(is_first);
-            states.entry(target.weight.clone()).or_default().list.push(adapter);
+            let Some(update) = make(target) else { continue };
+            let info = AdapterInfo {
+                name: self.name.clone(),
+                config: self.config.clone(),
+                site: target.site.clone(),
+                active: false,
+                scaling: match target.change {
+                    Change::LowRank { r, lora_alpha } => self.config.scaling_of(r, lora_alpha),
+                    Change::Shift { scaling } => scaling,
+                    Change::Copy => 1.0,
+                },
+            };
+            let adapter = Adapter::new(update, info).set_active(is_first);
+            states.entry(target.path.clone()).or_default().insert(adapter);
         }
     }
 
+    /// Paths of the parameters of which the adapter trains copies.
+    pub(crate) fn copied(&self) -> BTreeSet<String> {
+        let copied = self.targets.iter().filter(|target| target.change == Change::Copy);
+        copied.map(|target| target.path.clone()).collect()
+    }
+
     pub(crate) fn into_report(self) -> InjectionReport {
+        let copied_parameters = self.copied().into_iter().collect();
+        let mut modules = vec![];
+        let mut num_params = 0;
+        for Target { site, change, .. } in &self.targets {
+            let [d_input, d_output] = site.factor_dims();
+            match *change {
+                Change::LowRank { r, .. } => {
+                    num_params += r * (d_input + d_output);
+                    if self.config.lora_bias && site.kind.in_activation_space() {
+                        num_params += d_output;
+                    }
+                    modules.push(AdaptedModule {
+                        path: site.module.clone(),
+                        d_input,
+                        d_output,
+                        r,
+                        activation_space: site.kind.in_activation_space(),
+                    });
+                }
+                Change::Copy | Change::Shift { .. } => num_params += site.shape.iter().product::<usize>(),
+            }
+        }
         InjectionReport {
             adapter: self.name.to_string(),
-            modules: self
-                .targets
-                .into_iter()
-                .map(|target| AdaptedModule {
-                    path: target.module,
-                    d_input: target.dims[0],
-                    d_output: target.dims[1],
-                    r: self.config.r,
-                    activation_space: target.kind == LayerKind::LoraLinear,
-                })
-                .collect(),
+            modules,
             unmatched_targets: self.unmatched_targets,
             unused_exclusions: self.unused_exclusions,
+            copied_parameters,
+            unmatched_modules_to_save: self.unmatched_modules_to_save,
+            num_params,
         }
     }
 }
@@ -200,38 +318,95 @@ fn validate_name(name: &str) -> Result<(), PeftError> {
     Ok(())
 }
 
-/// Every weight that can carry an adapter, in the model's order.
-fn adaptable(layout: &Layout) -> Vec<Target> {
-    layout
-        .parameters
-        .iter()
-        .filter_map(|parameter| {
-            let module = parameter.path.strip_suffix(".weight")?;
-            let kind = match &*parameter.container {
-                "Struct:Linear" if layout.lora_linears.contains(module) => LayerKind::LoraLinear,
-                "Struct:Linear" => LayerKind::Linear,
-                "Struct:Embedding" => LayerKind::Embedding,
-                _ => return None,
-            };
-            let [d_in, d_out] = parameter.shape[..] else { return None };
-            Some(Target {
-                module: module.to_string(),
-                weight: parameter.path.clone(),
-                kind,
-                dims: [d_in, d_out],
-                device: parameter.device.clone(),
-            })
-        })
-        .collect()
+type Parameter<'a> = (&'a BaseParameter, Arc<Site>);
+
+/// Every parameter that belongs to a module, in the model's order, by the names that files give them.
+///
+/// # Errors
+/// [`PeftError::InvalidPattern`], [`PeftError::AmbiguousKeyMapping`].
+fn sites<'a>(layout: &'a Layout, mapping: &KeyMapping) -> Result<Vec<Parameter<'a>>, PeftError> {
+    let mapping = mapping.compile()?;
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    let mut parameters = vec![];
+    for base in &layout.parameters {
+        let Some((module, _)) = base.path.rsplit_once('.') else { continue };
+        let mapped = mapping.apply(&base.path);
+        let (name, parameter) = mapped.rsplit_once('.').unwrap_or((module, &mapped));
+        let site = Site {
+            module: module.to_string(),
+            name: name.to_string(),
+            parameter: name_in_files(parameter, &base.container).to_string(),
+            kind: kind_of(base, layout.activation_space.contains(module)),
+            shape: base.shape[..].to_vec(),
+        };
+        let full = format!("{}.{}", site.name, site.parameter);
+        if let Some(other) = seen.insert(full.clone(), &base.path) {
+            return Err(PeftError::AmbiguousKeyMapping {
+                name: full,
+                paths: vec![other.to_string(), base.path.clone()],
+            });
+        }
+        parameters.push((base, Arc::new(site)));
+    }
+    Ok(parameters)
 }
 
-/// The paths of all modules: whatever a parameter's path leads through.
-fn module_paths(layout: &Layout) -> BTreeSet<&str> {
-    layout
-        .parameters
-        .iter()
-        .flat_map(|parameter| parameter.path.match_indices('.').map(|(end, _)| &parameter.path[..end]))
-        .collect()
+/// Norms call their parameters `gamma` and `beta` in Burn, `weight` and `bias` in PyTorch.
+fn name_in_files<'a>(parameter: &'a str, container: &str) -> &'a str {
+    match parameter {
+        "gamma" if container.ends_with("Norm") => "weight",
+        "beta" if container.ends_with("Norm") => "bias",
+        other => other,
+    }
+}
+
+fn kind_of(parameter: &BaseParameter, shows_its_input: bool) -> LayerKind {
+    match (&*parameter.container, shows_its_input) {
+        ("Struct:Linear", true) => LayerKind::LoraLinear,
+        ("Struct:Linear", false) => LayerKind::Linear,
+        ("Struct:Embedding", true) => LayerKind::LoraEmbedding,
+        ("Struct:Embedding", false) => LayerKind::Embedding,
+        ("Struct:Conv1d" | "Struct:Conv2d" | "Struct:Conv3d", _) => LayerKind::Conv,
+        _ => LayerKind::Other,
+    }
+}
+
+/// The names of all modules: whatever a parameter's name leads through.
+fn module_names<'a>(parameters: &'a [Parameter]) -> BTreeSet<&'a str> {
+    parameters.iter().flat_map(|(_, site)| ancestors_and_self(&site.name)).collect()
+}
+
+/// Whether `module` is one that `modules_to_save` names or lies within one, by the rule with which PEFT keeps updates
+/// of low rank out of them.
+fn lies_within(module: &str, saved: &str) -> bool {
+    ancestors_and_self(module).any(|module| matches_name(module, saved))
+}
+
+/// Whether a parameter of `module` is copied because of the entry `saved`: PEFT copies every module whose name ends
+/// with it, not only behind a dot, with all it contains.
+fn is_part_of(module: &str, saved: &str) -> bool {
+    !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
+}
+
+fn ancestors_and_self(module: &str) -> impl Iterator<Item = &str> {
+    module.match_indices('.').map(|(end, _)| &module[..end]).chain([module])
+}
+
+/// # Errors
+/// [`PeftError::NoModuleToSave`] if there are entries and none of them names a module.
+fn unmatched_modules_to_save(parameters: &[Parameter], entries: &[String]) -> Result<Vec<String>, PeftError> {
+    let modules = module_names(parameters);
+    let is_unmatched =
+        |entry: &&String| !modules.iter().any(|module| !entry.is_empty() && module.ends_with(&***entry));
+    let unmatched: Vec<String> = entries.iter().filter(is_unmatched).cloned().collect();
+    if !entries.is_empty() && unmatched.len() == entries.len() {
+        let near = unmatched
+            .iter()
+            .flat_map(|name| closest(name, modules.iter().filter_map(|module| module.rsplit('.').next()), 2));
+        let near: BTreeSet<String> = near.collect();
+        return Err(PeftError::NoModuleToSave { modules: unmatched, closest: near.into_iter().collect() });
+    }
+    Ok(unmatched)
 }
 
 /// Listed names that none of the modules has.
@@ -241,9 +416,9 @@ fn names_without<'a>(names: &TargetModules, modules: impl IntoIterator<Item = &'
     names.iter().filter(|name| !modules.iter().any(|module| matches_name(module, name))).cloned().collect()
 }
 
-fn closest_modules(wanted: &TargetModules, adaptable: &[Target]) -> Vec<String> {
+fn closest_modules<'a>(wanted: &TargetModules, adaptable: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
-    let candidates: BTreeSet<String> = adaptable.iter().map(|target| last(&target.module)).collect();
+    let candidates: BTreeSet<String> = adaptable.into_iter().map(last).collect();
     let TargetModules::Names(names) = wanted else { return candidates.into_iter().collect() };
     let mut found: Vec<String> = names
         .iter()

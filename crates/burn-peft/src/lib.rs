@@ -31,18 +31,25 @@
 mod adapter;
 mod error;
 mod inject;
+mod key_mapping;
 mod lora;
 mod merge;
 mod model;
 mod seam;
+mod status;
 mod store;
 mod summary;
 mod target;
+mod weighted;
 
-pub use error::{PeftError, TensorProblem};
+pub use error::{ConfigProblem, PeftError, TensorProblem};
 pub use inject::{AdaptedModule, InjectionReport};
-pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraLinear};
+pub use key_mapping::KeyMapping;
+pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear};
+pub use merge::MergeReport;
 pub use model::{DEFAULT_ADAPTER, PeftModel};
-pub use store::LoadReport;
+pub use status::AdapterStatus;
+pub use store::{LoadOptions, LoadReport};
 pub use summary::ParameterSummary;
 pub use target::TargetModules;
+pub use weighted::{CombinationType, MajoritySign};

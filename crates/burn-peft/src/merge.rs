@@ -1,26 +1,150 @@
+//! Folding adapters into weights.
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{DType, Tensor};
 
-use crate::adapter::Adapters;
+use crate::adapter::{Adapters, cast};
 use crate::error::PeftError;
-use crate::seam::{Layout, States, attach};
+use crate::seam::{Layout, States, attach, base_values};
 
-/// Folds the active adapters into the weights and removes every adapter.
-///
-/// All merged weights are computed and checked before the first one is put into the model.
-pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<(), PeftError> {
-    let layout = Layout::of(model)?;
-    let mut merged = Merger::new(&layout.states);
-    model.visit(&mut merged);
-    if !merged.broken.is_empty() {
-        return Err(PeftError::NonFiniteMerge { name: active_names(&layout.states), modules: merged.broken });
+/// What merging did to the weights.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MergeReport {
+    /// Paths of the parameters that were merged.
+    pub parameters: Vec<String>,
+    /// The largest difference between a merged value and the sum that was formed for it, in the weights' units: what
+    /// rounding to the type of the base cost. 0 for a base in f32.
+    pub largest_error: f32,
+    /// The parameter with the largest error, if there is an error.
+    pub worst_parameter: Option<String>,
+}
+
+impl fmt::Display for MergeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} parameters merged, largest rounding error {:.1e}",
+            self.parameters.len(),
+            self.largest_error
+        )?;
+        match &self.worst_parameter {
+            Some(worst) => write!(f, " at {worst}"),
+            None => Ok(()),
+        }
     }
-    let mut placer = Placer { path: vec![], weights: merged.weights };
+}
+
+/// Merged values by path, flattened, without a graph.
+type Merged = BTreeMap<String, Tensor<1>>;
+
+/// Keeps the merged values ready in the states, from which [`PeftModel::unmerge_adapter`](crate::PeftModel) takes them
+/// off again.
+pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
+    let mut layout = Layout::of(model)?;
+    let (merged, report) = effective_values(model, &layout.states)?;
+    for (path, value) in merged {
+        if let Some(state) = layout.states.get_mut(&path) {
+            state.merged = Some(value);
+        }
+    }
+    attach(model, layout.states, false);
+    Ok(report)
+}
+
+/// Folds the active adapters into the parameters and removes every adapter.
+///
+/// All merged values are computed and checked before the first one is put into the model.
+pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
+    let layout = Layout::of(model)?;
+    let (mut merged, mut report) = effective_values(model, &layout.states)?;
+    for (path, value) in biased_values(model, &layout, &merged)? {
+        if !merged.contains_key(&path) {
+            report.parameters.push(path.clone());
+        }
+        merged.insert(path, value);
+    }
     attach(model, States::new(), false);
-    *model = model.clone().map(&mut placer);
-    Ok(())
+    *model = model.clone().map(&mut Placer { path: vec![], values: merged });
+    Ok(report)
+}
+
+/// The values that the active adapters make of the base: summed in f32 where the base is narrower, rounded once.
+///
+/// # Errors
+/// [`PeftError::NonFiniteMerge`].
+fn effective_values<M: Module>(model: &M, states: &States) -> Result<(Merged, MergeReport), PeftError> {
+    let active: BTreeSet<String> = states
+        .iter()
+        .filter(|(_, state)| state.active().next().is_some())
+        .map(|(path, _)| path.clone())
+        .collect();
+    let mut report = MergeReport::default();
+    let mut merged = Merged::new();
+    let mut broken = vec![];
+    for (path, base) in base_values(model, &active) {
+        let Some(state) = states.get(&path) else { continue };
+        let dtype = base.dtype();
+        let exact = state.effective(base);
+        let value = cast(exact.clone(), dtype);
+        if !value.clone().is_finite().all().into_scalar::<bool>() {
+            broken.push(path.strip_suffix(".weight").unwrap_or(&path).to_string());
+            continue;
+        }
+        if exact.dtype() != dtype {
+            let error: f32 =
+                (cast(value.clone(), DType::F32) - exact.cast(DType::F32)).abs().max().into_scalar();
+            if error > report.largest_error {
+                report.largest_error = error;
+                report.worst_parameter = Some(path.clone());
+            }
+        }
+        report.parameters.push(path.clone());
+        merged.insert(path, value);
+    }
+    if !broken.is_empty() {
+        return Err(PeftError::NonFiniteMerge { name: active_names(states), modules: broken });
+    }
+    Ok((merged, report))
+}
+
+/// The biases that take up the `lora_bias` of layers that work on activations.
+///
+/// # Errors
+/// [`PeftError::NoBiasToMergeInto`].
+fn biased_values<M: Module>(model: &M, layout: &Layout, merged: &Merged) -> Result<Merged, PeftError> {
+    let mut sums = Merged::new();
+    let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for adapter in layout.states.values().flat_map(Adapters::active) {
+        let info = &adapter.info;
+        let Some(bias) = adapter.low_rank().and_then(|factors| factors.bias.as_ref()) else { continue };
+        let path = format!("{}.bias", info.site.module);
+        if !layout.parameters.iter().any(|parameter| parameter.path == path) {
+            homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone());
+            continue;
+        }
+        let value = bias.val();
+        let value = if value.is_autodiff() { value.inner() } else { value };
+        let shift = value.mul_scalar(info.scaling);
+        let sum = match sums.remove(&path) {
+            Some(sum) => sum + shift,
+            None => shift,
+        };
+        sums.insert(path, sum);
+    }
+    if let Some((name, modules)) = homeless.pop_first() {
+        return Err(PeftError::NoBiasToMergeInto { name, modules });
+    }
+    let base = base_values(model, &sums.keys().cloned().collect());
+    let add = |(path, sum): (String, Tensor<1>)| {
+        let value = merged.get(&path).or_else(|| base.get(&path))?.clone();
+        let dtype = value.dtype();
+        Some((path, cast(cast(value, sum.dtype()) + sum, dtype)))
+    };
+    Ok(sums.into_iter().filter_map(add).collect())
 }
 
 fn active_names(states: &States) -> String {
@@ -29,48 +153,10 @@ fn active_names(states: &States) -> String {
     names.into_iter().collect::<Vec<_>>().join("+")
 }
 
-/// Computes the merged weights without a graph.
-struct Merger<'a> {
-    states: &'a States,
-    path: Vec<String>,
-    /// Flattened: weights may be of any rank.
-    weights: BTreeMap<String, Tensor<1>>,
-    broken: Vec<String>,
-}
-
-impl<'a> Merger<'a> {
-    fn new(states: &'a States) -> Self {
-        Self { states, path: vec![], weights: BTreeMap::new(), broken: vec![] }
-    }
-}
-
-impl ModuleVisitor for Merger<'_> {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_string());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let path = self.path.join(".");
-        let Some(state) = self.states.get(&path).filter(|state| state.active().next().is_some()) else {
-            return;
-        };
-        let weight = state.effective(param.base());
-        if !weight.clone().is_finite().all().into_scalar::<bool>() {
-            self.broken.push(path.strip_suffix(".weight").unwrap_or(&path).to_string());
-        }
-        let elements = weight.shape().num_elements();
-        self.weights.insert(path, weight.reshape([elements]));
-    }
-}
-
-/// Puts the merged weights in the place of the old ones; ids and training state stay.
+/// Puts the merged values in the place of the old ones; ids and training state stay.
 struct Placer {
     path: Vec<String>,
-    weights: BTreeMap<String, Tensor<1>>,
+    values: Merged,
 }
 
 impl ModuleMapper for Placer {
@@ -83,13 +169,13 @@ impl ModuleMapper for Placer {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(weight) = self.weights.remove(&self.path.join(".")) else { return param };
+        let Some(value) = self.values.remove(&self.path.join(".")) else { return param };
         param.map(|base| {
-            let weight = weight.reshape(base.shape());
+            let value = value.reshape(base.shape());
             if base.is_autodiff() {
-                Tensor::from_inner(weight).set_require_grad(base.is_require_grad())
+                Tensor::from_inner(value).set_require_grad(base.is_require_grad())
             } else {
-                weight
+                value
             }
         })
     }

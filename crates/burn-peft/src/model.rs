@@ -1,16 +1,19 @@
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::module::Module;
+use burn::tensor::{DType, Tensor};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Update};
 use crate::error::PeftError;
 use crate::inject::{InjectionReport, Plan};
 use crate::lora::LoraConfig;
-use crate::merge;
-use crate::seam::{self, Layout, attach};
-use crate::store::{self, LoadReport};
+use crate::merge::{self, MergeReport};
+use crate::seam::{Layout, attach, base_values};
+use crate::status::AdapterStatus;
+use crate::store::{self, LoadOptions, LoadReport};
 use crate::summary::ParameterSummary;
+use crate::weighted::{self, CombinationType};
 
 /// The name that PEFT gives to an adapter that was not named.
 pub const DEFAULT_ADAPTER: &str = "default";
@@ -64,48 +67,125 @@ pub trait PeftModel: Module {
     /// - [`InvalidConfig`](PeftError::InvalidConfig), [`InvalidPattern`](PeftError::InvalidPattern): see
     ///   [`LoraConfig::validate`]
     /// - [`InvalidAdapterName`](PeftError::InvalidAdapterName), [`AdapterExists`](PeftError::AdapterExists)
-    /// - [`NoModuleMatched`](PeftError::NoModuleMatched), [`AllModulesExcluded`](PeftError::AllModulesExcluded)
-    /// - [`UnsupportedModules`](PeftError::UnsupportedModules): a target is no linear and no embedding layer
-    /// - [`DropoutNeedsLoraLinear`](PeftError::DropoutNeedsLoraLinear)
+    /// - [`NoModuleMatched`](PeftError::NoModuleMatched), [`AllModulesExcluded`](PeftError::AllModulesExcluded),
+    ///   [`NoModuleToSave`](PeftError::NoModuleToSave)
+    /// - [`UnsupportedModules`](PeftError::UnsupportedModules): a target is no linear, embedding or convolution layer
+    /// - [`DropoutNeedsLoraLinear`](PeftError::DropoutNeedsLoraLinear),
+    ///   [`LoraBiasUnsupported`](PeftError::LoraBiasUnsupported)
+    /// - [`AmbiguousKeyMapping`](PeftError::AmbiguousKeyMapping)
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<InjectionReport, PeftError> {
         let mut layout = Layout::of(self)?;
         let plan = Plan::new(&layout, name, config)?;
-        plan.add_to(&mut layout.states, |target| {
-            let (name, config) = (plan.name.clone(), plan.config.clone());
-            Some(Adapter::init(name, config, target.kind, target.dims, &target.device))
-        });
+        let base = base_values(self, &plan.copied());
+        plan.add_to(&mut layout.states, |target| Update::init(&plan.config, target, base.get(&target.path)));
         attach(self, layout.states, true);
         Ok(plan.into_report())
     }
 
     /// Makes exactly these adapters active: their updates are summed, and they are the ones that are trained. An empty
-    /// list disables all of them.
+    /// list disables all of them. Merged adapters are unmerged first.
+    ///
+    /// The active set alone decides what the model computes, bit for bit, whatever came before and in whatever order
+    /// adapters were added or are named here.
     ///
     /// # Errors
-    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`ConflictingCopies`](PeftError::ConflictingCopies),
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn set_adapter(&mut self, names: &[&str]) -> Result<(), PeftError> {
         let mut layout = Layout::of(self)?;
         for name in names {
             require(&layout, name)?;
         }
-        for state in layout.states.values_mut() {
-            for adapter in &mut state.list {
-                let active = names.contains(&&*adapter.info.name);
-                *adapter = adapter.clone().set_active(active);
-            }
-        }
+        check_copies(&layout, names)?;
+        activate(&mut layout, names);
         attach(self, layout.states, false);
         Ok(())
+    }
+
+    /// The model with no adapter active and none merged: the base. A copy that shares every tensor with this one, which
+    /// stays as it is. PEFT's `with model.disable_adapter():`.
+    ///
+    /// ```
+    /// # use burn::module::Module;
+    /// # use burn::nn::LinearConfig;
+    /// # use burn::tensor::{Device, Tensor};
+    /// # use burn_peft::{InitLoraWeights, LoraConfig, LoraLinear, PeftModel};
+    /// # #[derive(Module, Debug)]
+    /// # struct Model {
+    /// #     proj: LoraLinear,
+    /// # }
+    /// # fn main() -> Result<(), burn_peft::PeftError> {
+    /// # let device = Device::default();
+    /// # let mut model = Model { proj: LinearConfig::new(4, 4).init(&device).into() };
+    /// # let random = LoraConfig::new(2).with_init_lora_weights(InitLoraWeights::Random);
+    /// # model.add_adapter("default", &random.with_target_modules(["proj"]))?;
+    /// let x = Tensor::<2>::ones([1, 4], &device);
+    /// let base = model.disable_adapter()?.proj.forward(x.clone());
+    /// let adapted = model.proj.forward(x);
+    /// # assert_ne!(base.into_data(), adapted.into_data());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn disable_adapter(&self) -> Result<Self, PeftError> {
+        let mut base = self.clone();
+        base.set_adapter(&[])?;
+        Ok(base)
+    }
+
+    /// The model for a batch whose rows name their adapters, or none: row `i` is computed with the adapter `rows[i]`
+    /// alone, all rows at once. A copy that shares every tensor with this model, which stays as it is. For inference.
+    /// PEFT's `adapter_names=[..]`, with `None` for its `"__base__"`.
+    ///
+    /// Each adapter that is named costs its two narrow products on the whole batch; there is no loop over rows. The
+    /// first axis of what the layers receive must be the batch.
+    ///
+    /// # Errors
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MixedBatch`](PeftError::MixedBatch) for adapters that are merged,
+    /// that work through the weight, which all rows share, or that replace parameters,
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    ///
+    /// # Panics
+    /// The layers of the result panic on a batch with another number of rows.
+    fn with_adapter_names(&self, rows: &[Option<&str>]) -> Result<Self, PeftError> {
+        let mut layout = Layout::of(self)?;
+        let names: BTreeSet<&str> = rows.iter().copied().flatten().collect();
+        for name in &names {
+            require(&layout, name)?;
+            check_mixed_batch(&layout, name)?;
+        }
+        activate(&mut layout, &[]);
+        for state in layout.states.values_mut() {
+            let named = state.list.iter().filter(|adapter| names.contains(&*adapter.info.name));
+            state.rows = named
+                .filter_map(|adapter| {
+                    let name = adapter.info.name.clone();
+                    let mask = |row: &Option<&str>| if *row == Some(&*name) { 1.0 } else { 0.0 };
+                    let mask: Vec<f32> = rows.iter().map(mask).collect();
+                    let device = adapter.low_rank()?.a.lazy_device().without_autodiff();
+                    Some((name, Tensor::from_data(mask.as_slice(), (&device, DType::F32))))
+                })
+                .collect();
+        }
+        let mut model = self.clone();
+        attach(&mut model, layout.states, false);
+        Ok(model)
     }
 
     /// Removes an adapter.
     ///
     /// # Errors
-    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter),
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn delete_adapter(&mut self, name: &str) -> Result<(), PeftError> {
         let mut layout = Layout::of(self)?;
         require(&layout, name)?;
+        if AdapterStatus::list(&layout.states).iter().any(|status| status.name == name && status.merged) {
+            return Err(PeftError::MergedAdapter { name: name.to_string() });
+        }
         for state in layout.states.values_mut() {
             state.list.retain(|adapter| &*adapter.info.name != name);
         }
@@ -113,13 +193,66 @@ pub trait PeftModel: Module {
         Ok(())
     }
 
-    /// The names of all adapters, and whether each is active, sorted by name.
-    fn adapters(&self) -> Vec<(String, bool)> {
-        let layout = Layout::read_only(self);
-        let adapters = layout.states.values().flat_map(|state| &state.list);
-        let names: BTreeSet<(String, bool)> =
-            adapters.map(|adapter| (adapter.info.name.to_string(), adapter.info.active)).collect();
-        names.into_iter().collect()
+    /// Adds an adapter that combines others, each with a weight, for example as `Σ weight * scaling * A B`
+    /// ([`CombinationType`] has the formulas). It waits for [`set_adapter`](Self::set_adapter). PEFT's method of this
+    /// name.
+    ///
+    /// The new adapter has scaling 1 and covers every module that one of the sources adapts; its `lora_bias` is
+    /// `Σ weight * scaling * bias`.
+    ///
+    /// # Errors
+    /// - [`UnknownAdapter`](PeftError::UnknownAdapter), [`AdapterExists`](PeftError::AdapterExists),
+    ///   [`InvalidAdapterName`](PeftError::InvalidAdapterName)
+    /// - [`InvalidConfig`](PeftError::InvalidConfig): no sources, a weight that is not finite, a density or rank outside
+    ///   its range
+    /// - [`UnequalRanks`](PeftError::UnequalRanks), [`NonFiniteCombination`](PeftError::NonFiniteCombination)
+    /// - [`CannotCombine`](PeftError::CannotCombine): a source has trained copies of parameters
+    /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
+    fn add_weighted_adapter(
+        &mut self,
+        name: &str,
+        sources: &[(&str, f64)],
+        combination_type: CombinationType,
+    ) -> Result<InjectionReport, PeftError> {
+        let mut layout = Layout::of(self)?;
+        for (source, _) in sources {
+            require(&layout, source)?;
+        }
+        let report = weighted::add(&mut layout, name, sources, combination_type)?;
+        attach(self, layout.states, true);
+        Ok(report)
+    }
+
+    /// All adapters and what they are doing, sorted by name.
+    fn adapters(&self) -> Vec<AdapterStatus> {
+        AdapterStatus::list(&Layout::read_only(self).states)
+    }
+
+    /// Folds the active adapters into the weights for now, so that they cost nothing: `W + Σ scaling * A B`. PEFT's
+    /// `merge_adapter(safe_merge=True)`.
+    ///
+    /// The base is kept beside the merged weights, and [`unmerge_adapter`](Self::unmerge_adapter) gives it back bit for
+    /// bit. Merged adapters are not trained. Whatever changes parameters (an optimizer's step, a record that is loaded)
+    /// unmerges them, as does [`set_adapter`](Self::set_adapter).
+    ///
+    /// # Errors
+    /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn merge_adapter(&mut self) -> Result<MergeReport, PeftError> {
+        merge::merge(self)
+    }
+
+    /// Undoes [`merge_adapter`](Self::merge_adapter): the base has its bits, the adapters work beside it again. Does
+    /// nothing if nothing is merged.
+    ///
+    /// # Errors
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn unmerge_adapter(&mut self) -> Result<(), PeftError> {
+        let mut layout = Layout::of(self)?;
+        for state in layout.states.values_mut() {
+            state.merged = None;
+        }
+        attach(self, layout.states, false);
+        Ok(())
     }
 
     /// Folds the active adapters into the weights, `W + Σ scaling * A B`, and removes every adapter; the model is a
@@ -131,8 +264,9 @@ pub trait PeftModel: Module {
     /// then another one than the adapted one. Untie such a layer before merging an adapter of an embedding.
     ///
     /// # Errors
-    /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
-    fn merge_and_unload(&mut self) -> Result<(), PeftError> {
+    /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`NoBiasToMergeInto`](PeftError::NoBiasToMergeInto),
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn merge_and_unload(&mut self) -> Result<MergeReport, PeftError> {
         merge::merge_and_unload(self)
     }
 
@@ -150,8 +284,7 @@ pub trait PeftModel: Module {
     fn trainable_parameters(&self) -> ParameterSummary {
         let layout = Layout::read_only(self);
         let adapters = || layout.states.values().flat_map(|state| &state.list);
-        let size =
-            |adapter: &Adapter| adapter.a.lazy_shape().num_elements() + adapter.b.lazy_shape().num_elements();
+        let size = |adapter: &Adapter| adapter.num_elements();
         let base = |only_trained: bool| -> usize {
             let counted = layout.parameters.iter().filter(|p| p.requires_grad || !only_trained);
             counted.map(|parameter| parameter.shape.num_elements()).sum()
@@ -163,7 +296,8 @@ pub trait PeftModel: Module {
     }
 
     /// Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which Python's
-    /// `PeftModel.from_pretrained` reads. The directory is created if need be; each file appears whole or not at all.
+    /// `PeftModel.from_pretrained` reads. The directory is created if need be. Whenever the process dies, the directory
+    /// holds an adapter whole, or none, never parts of two.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`Io`](PeftError::Io),
@@ -174,19 +308,87 @@ pub trait PeftModel: Module {
         store::save(&layout.states, name, directory.as_ref())
     }
 
+    /// Writes every adapter as PEFT's `save_pretrained` lays them out: the one named `default` into `directory` itself,
+    /// any other into the sub-directory of its name. Returns the directories.
+    ///
+    /// # Errors
+    /// As [`save_adapter`](Self::save_adapter); [`UnknownAdapter`](PeftError::UnknownAdapter) if there is none.
+    fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, PeftError> {
+        let layout = Layout::of(self)?;
+        let adapters = AdapterStatus::list(&layout.states);
+        if adapters.is_empty() {
+            require(&layout, DEFAULT_ADAPTER)?;
+        }
+        let mut directories = vec![];
+        for AdapterStatus { name, .. } in adapters {
+            let root = directory.as_ref();
+            let place = if name == DEFAULT_ADAPTER { root.to_path_buf() } else { root.join(&name) };
+            store::save(&layout.states, &name, &place)?;
+            directories.push(place);
+        }
+        Ok(directories)
+    }
+
     /// Adds an adapter from a directory in PEFT's format, as [`add_adapter`](Self::add_adapter) adds a fresh one.
+    ///
+    /// # Errors
+    /// As [`load_adapter_with`](Self::load_adapter_with), strictly.
+    fn load_adapter(&mut self, name: &str, directory: impl AsRef<Path>) -> Result<LoadReport, PeftError> {
+        self.load_adapter_with(name, directory, &LoadOptions::new())
+    }
+
+    /// As [`load_adapter`](Self::load_adapter), with other names in the file or what does not fit left out.
     ///
     /// # Errors
     /// - [`NoAdapter`](PeftError::NoAdapter), [`Io`](PeftError::Io), [`Json`](PeftError::Json),
     ///   [`Safetensors`](PeftError::Safetensors): the directory or a file in it
     /// - [`UnsupportedConfig`](PeftError::UnsupportedConfig): the configuration asks for more than LoRA as it is here
-    /// - [`IncompatibleAdapter`](PeftError::IncompatibleAdapter): every tensor that is missing, unexpected or misshapen,
-    ///   or is a weight of another base model
+    /// - [`IncompatibleAdapter`](PeftError::IncompatibleAdapter), unless lenient: every tensor that is missing,
+    ///   unexpected or misshapen, or is a weight of another base model
     /// - the errors of [`add_adapter`](Self::add_adapter)
-    fn load_adapter(&mut self, name: &str, directory: impl AsRef<Path>) -> Result<LoadReport, PeftError> {
+    fn load_adapter_with(
+        &mut self,
+        name: &str,
+        directory: impl AsRef<Path>,
+        options: &LoadOptions,
+    ) -> Result<LoadReport, PeftError> {
         let mut layout = Layout::of(self)?;
-        let base_weight = |path: &str| seam::base_weight(self, path);
-        let report = store::load(&mut layout, name, directory.as_ref(), base_weight)?;
+        let base = |paths: &BTreeSet<String>| base_values(self, paths);
+        let report = store::load(&mut layout, name, directory.as_ref(), options, base)?;
+        attach(self, layout.states, true);
+        Ok(report)
+    }
+
+    /// Puts the adapter in `directory` in the place of adapter `name`, which stays active or inactive; the base is not
+    /// touched. Its rank, targets and settings may be others. PEFT's `hotswap_adapter`.
+    ///
+    /// # Errors
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter), and those of
+    /// [`load_adapter`](Self::load_adapter). The old adapter stays if the new one cannot be loaded.
+    fn hotswap_adapter(&mut self, name: &str, directory: impl AsRef<Path>) -> Result<LoadReport, PeftError> {
+        let mut layout = Layout::of(self)?;
+        require(&layout, name)?;
+        let statuses = AdapterStatus::list(&layout.states);
+        let mut active: Vec<&str> = vec![];
+        let mut options = LoadOptions::new();
+        for status in &statuses {
+            if status.merged {
+                return Err(PeftError::MergedAdapter { name: status.name.clone() });
+            }
+            if status.active {
+                active.push(&status.name);
+            }
+            if status.name == name {
+                options.key_mapping = status.config.key_mapping.clone();
+            }
+        }
+        for state in layout.states.values_mut() {
+            state.list.retain(|adapter| &*adapter.info.name != name);
+        }
+        let base = |paths: &BTreeSet<String>| base_values(self, paths);
+        let report = store::load(&mut layout, name, directory.as_ref(), &options, base)?;
+        check_copies(&layout, &active)?;
+        activate(&mut layout, &active);
         attach(self, layout.states, true);
         Ok(report)
     }
@@ -204,6 +406,58 @@ fn require(layout: &Layout, name: &str) -> Result<(), PeftError> {
         name: name.to_string(),
         available: names.into_iter().map(str::to_string).collect(),
     })
+}
+
+/// Makes exactly these adapters active; what was merged or bound to rows of a batch is neither any more.
+fn activate(layout: &mut Layout, names: &[&str]) {
+    for state in layout.states.values_mut() {
+        state.merged = None;
+        state.rows.clear();
+        for adapter in &mut state.list {
+            let active = names.contains(&&*adapter.info.name);
+            *adapter = adapter.clone().set_active(active);
+        }
+    }
+}
+
+/// # Errors
+/// [`PeftError::ConflictingCopies`] if two of the adapters would each take the place of one parameter.
+fn check_copies(layout: &Layout, names: &[&str]) -> Result<(), PeftError> {
+    let mut owners = BTreeSet::new();
+    let mut parameters = vec![];
+    for (path, state) in &layout.states {
+        let copies = state.list.iter().filter(|adapter| matches!(adapter.update, Update::Copy(_)));
+        let active = copies.filter(|adapter| names.contains(&&*adapter.info.name));
+        let active: Vec<&str> = active.map(|adapter| &*adapter.info.name).collect();
+        if active.len() > 1 {
+            owners.extend(active.into_iter().map(str::to_string));
+            parameters.push(path.clone());
+        }
+    }
+    if parameters.is_empty() {
+        return Ok(());
+    }
+    Err(PeftError::ConflictingCopies { names: owners.into_iter().collect(), parameters })
+}
+
+/// # Errors
+/// [`PeftError::MixedBatch`] if only some rows of a batch cannot be computed with this adapter.
+fn check_mixed_batch(layout: &Layout, name: &str) -> Result<(), PeftError> {
+    for state in layout.states.values() {
+        let Some(adapter) = state.get(name) else { continue };
+        let module = &adapter.info.site.module;
+        let reason = if state.merged.is_some() {
+            "adapters are merged".to_string()
+        } else if adapter.low_rank().is_none() {
+            format!("it replaces a parameter of `{module}` for all rows")
+        } else if !adapter.info.site.kind.in_activation_space() {
+            format!("`{module}` is a plain layer, whose weight all rows share")
+        } else {
+            continue;
+        };
+        return Err(PeftError::MixedBatch { name: name.to_string(), reason });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -324,7 +578,9 @@ mod tests {
         net.set_adapter(&["one"]).unwrap();
         assert_eq!(output(&net), one);
         net.delete_adapter("two").unwrap();
-        assert_eq!(net.adapters(), [("one".to_string(), true)]);
+        let names: Vec<(String, bool)> =
+            net.adapters().into_iter().map(|status| (status.name, status.active)).collect();
+        assert_eq!(names, [("one".to_string(), true)]);
         assert_eq!(output(&net), one);
     }
 

@@ -12,11 +12,18 @@ use burn::module::{
 };
 use burn::tensor::{Device, Shape, Tensor};
 
-use crate::adapter::{Adapter, Adapters};
+use crate::adapter::{Adapter, Adapters, Update};
 use crate::error::PeftError;
 
-/// The container name under which [`LoraLinear`](crate::LoraLinear) announces itself before its inner layer.
-pub(crate) const LORA_LINEAR_MARK: &str = "Struct:LoraLinear";
+/// The container name under which a layer that works on activations, [`LoraLinear`](crate::LoraLinear) or
+/// [`LoraEmbedding`](crate::LoraEmbedding), announces itself before its inner layer.
+const ACTIVATION_SPACE_MARK: &str = "ActivationSpace";
+
+/// Tells a visitor that the layer visited next shows its input to its adapters. It adds nothing to parameter paths.
+pub(crate) fn announce<V: ModuleVisitor>(visitor: &mut V) {
+    visitor.enter_module("", ACTIVATION_SPACE_MARK);
+    visitor.exit_module("", ACTIVATION_SPACE_MARK);
+}
 
 /// The container name that Burn gives to the traversal of a reparameterization.
 const REPARAMETERIZATION: &str = "Reparameterization";
@@ -48,8 +55,8 @@ pub(crate) struct BaseParameter {
 pub(crate) struct Layout {
     pub(crate) parameters: Vec<BaseParameter>,
     pub(crate) states: States,
-    /// Paths of the modules that are [`LoraLinear`](crate::LoraLinear)s.
-    pub(crate) lora_linears: BTreeSet<String>,
+    /// Paths of the modules that show their input to their adapters.
+    pub(crate) activation_space: BTreeSet<String>,
 }
 
 impl Layout {
@@ -74,12 +81,12 @@ impl Layout {
     }
 }
 
-/// The weight at `path` without its adapters, if it is a matrix.
-pub(crate) fn base_weight<M: Module>(model: &M, path: &str) -> Option<Tensor<2>> {
+/// The values of these parameters without their adapters and without a graph, flattened.
+pub(crate) fn base_values<M: Module>(model: &M, paths: &BTreeSet<String>) -> BTreeMap<String, Tensor<1>> {
     struct Finder<'a> {
-        wanted: &'a str,
+        wanted: &'a BTreeSet<String>,
         path: Vec<String>,
-        found: Option<Tensor<2>>,
+        found: BTreeMap<String, Tensor<1>>,
     }
 
     impl ModuleVisitor for Finder<'_> {
@@ -92,16 +99,20 @@ pub(crate) fn base_weight<M: Module>(model: &M, path: &str) -> Option<Tensor<2>>
         }
 
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if D == 2 && self.path.join(".") == self.wanted {
+            let path = self.path.join(".");
+            if self.wanted.contains(&path) {
                 let base = param.base();
-                let shape = base.shape();
-                self.found = Some(base.reshape([shape[0], shape[1]]));
+                let base = if base.is_autodiff() { base.inner() } else { base };
+                let elements = base.shape().num_elements();
+                self.found.insert(path, base.reshape([elements]));
             }
         }
     }
 
-    let mut finder = Finder { wanted: path, path: vec![], found: None };
-    model.visit(&mut finder);
+    let mut finder = Finder { wanted: paths, path: vec![], found: BTreeMap::new() };
+    if !paths.is_empty() {
+        model.visit(&mut finder);
+    }
     finder.found
 }
 
@@ -126,8 +137,8 @@ struct Reader {
 
 impl ModuleVisitor for Reader {
     fn enter_module(&mut self, name: &str, container: &str) {
-        if container == LORA_LINEAR_MARK {
-            self.layout.lora_linears.insert(self.path.join("."));
+        if container == ACTIVATION_SPACE_MARK {
+            self.layout.activation_space.insert(self.path.join("."));
         }
         if container == REPARAMETERIZATION && name != Adapters::NAME {
             self.foreign.push(self.path.join("."));
@@ -329,31 +340,39 @@ impl<M: ModuleMapper> ModuleMapper for Listening<'_, M> {
 const ADAPTER: &str = "Adapter";
 
 impl Adapters {
-    fn map_each(self, each: impl FnMut(Adapter) -> Adapter) -> Self {
-        Self { list: self.list.into_iter().map(each).collect(), ..self }
+    /// The same state with every adapter and every plain tensor changed.
+    fn map_each(self, each: impl FnMut(Adapter) -> Adapter, plain: impl Fn(Tensor<1>) -> Tensor<1>) -> Self {
+        Self {
+            list: self.list.into_iter().map(each).collect(),
+            merged: self.merged.map(&plain),
+            rows: self.rows.into_iter().map(|(name, rows)| (name, plain(rows))).collect(),
+            attached: self.attached,
+        }
     }
 }
 
-/// Parameters appear as `<weight>.peft.<adapter>.{a,b}`.
+/// Parameters appear as `<parameter>.peft.<adapter>.{a,b,bias,copy}`.
 impl Module for Adapters {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.list.collect_devices(devices)
     }
 
     fn fork(self, device: &Device) -> Self {
-        self.map_each(|adapter| adapter.fork(device))
+        let plain = device.clone().without_autodiff();
+        self.map_each(|adapter| adapter.fork(device), |tensor| tensor.to_device(&plain))
     }
 
     fn to_device(self, device: &Device) -> Self {
-        self.map_each(|adapter| adapter.to_device(device))
+        let plain = device.clone().without_autodiff();
+        self.map_each(|adapter| adapter.to_device(device), |tensor| tensor.to_device(&plain))
     }
 
     fn train(self) -> Self {
-        self.map_each(Module::train)
+        self.map_each(Module::train, |tensor| tensor)
     }
 
     fn valid(&self) -> Self {
-        Self { list: self.list.valid(), ..*self }
+        self.clone().map_each(|adapter| adapter.valid(), |tensor| tensor)
     }
 
     fn materialize(self) -> Self {
@@ -364,24 +383,50 @@ impl Module for Adapters {
         let mut note = Some(Note::Offer(self.clone()));
         for adapter in &self.list {
             visitor.enter_module(&adapter.info.name, ADAPTER);
-            adapter.visit(&mut Offering { visitor: &mut *visitor, note: &mut note });
+            let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
+            match &adapter.update {
+                Update::LowRank(factors) => factors.visit(&mut offering),
+                Update::Copy(param) => visit_as(COPY, param, &mut offering),
+                Update::Shift(param) => visit_as(SHIFT, param, &mut offering),
+            }
             visitor.exit_module(&adapter.info.name, ADAPTER);
         }
     }
 
+    /// A mapper may change the base or the factors, so a merged value does not survive it: it would be out of date
+    /// without a sign.
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         let mut attached = self.attached;
-        let list = self
-            .list
-            .into_iter()
-            .map(|adapter| {
-                let name = adapter.info.name.clone();
-                mapper.enter_module(&name, ADAPTER);
-                let adapter = adapter.map(&mut Listening { mapper: &mut *mapper, attached: &mut attached });
-                mapper.exit_module(&name, ADAPTER);
-                adapter
-            })
-            .collect();
-        Self { list, attached }
+        let map_one = |adapter: Adapter| {
+            let Adapter { update, info } = adapter;
+            mapper.enter_module(&info.name, ADAPTER);
+            let mut listening = Listening { mapper: &mut *mapper, attached: &mut attached };
+            let update = match update {
+                Update::LowRank(factors) => Update::LowRank(factors.map(&mut listening)),
+                Update::Copy(param) => Update::Copy(map_as(COPY, param, &mut listening)),
+                Update::Shift(param) => Update::Shift(map_as(SHIFT, param, &mut listening)),
+            };
+            mapper.exit_module(&info.name, ADAPTER);
+            Adapter { update, info }
+        };
+        let list = self.list.into_iter().map(map_one).collect();
+        Self { list, merged: None, rows: self.rows, attached }
     }
+}
+
+/// The last component of the path of a trained copy, and of a trained shift.
+const COPY: &str = "copy";
+const SHIFT: &str = "bias";
+
+fn visit_as<V: ModuleVisitor>(name: &str, param: &Param<Tensor<1>>, visitor: &mut V) {
+    visitor.enter_module(name, ADAPTER);
+    Module::visit(param, visitor);
+    visitor.exit_module(name, ADAPTER);
+}
+
+fn map_as<M: ModuleMapper>(name: &str, param: Param<Tensor<1>>, mapper: &mut M) -> Param<Tensor<1>> {
+    mapper.enter_module(name, ADAPTER);
+    let param = Module::map(param, mapper);
+    mapper.exit_module(name, ADAPTER);
+    param
 }

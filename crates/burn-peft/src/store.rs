@@ -4,26 +4,66 @@ mod adapter_config;
 mod keys;
 mod tensors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, LowRank, Site, Update, cast};
 use crate::error::{PeftError, TensorProblem, closest};
-use crate::inject::{InjectionReport, Plan, Target};
+use crate::inject::{Change, InjectionReport, Plan, Target};
+use crate::key_mapping::KeyMapping;
 use crate::lora::LoraConfig;
 use crate::seam::{Layout, States};
 use crate::target::TargetModules;
 
-use keys::Factor;
+use keys::{Entry, Part};
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// How an adapter directory is loaded.
+///
+/// ```
+/// use burn_peft::{KeyMapping, LoadOptions};
+///
+/// let names = KeyMapping::new([(r"^layers\.", "model.layers.")]);
+/// let options = LoadOptions::new().with_key_mapping(names).with_lenient(true);
+/// assert!(options.lenient);
+/// ```
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LoadOptions {
+    /// How Burn paths become the names in the files. Default: they are equal.
+    pub key_mapping: KeyMapping,
+    /// Load what fits and put everything else into [`LoadReport::problems`]: a tensor that is missing or does not fit
+    /// keeps the value of a fresh adapter, one that is not expected is left. Default false: one such tensor and nothing
+    /// is loaded.
+    pub lenient: bool,
+}
+
+impl LoadOptions {
+    /// Strict, with names that are equal.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets [`key_mapping`](Self::key_mapping).
+    pub fn with_key_mapping(mut self, key_mapping: KeyMapping) -> Self {
+        self.key_mapping = key_mapping;
+        self
+    }
+
+    /// Sets [`lenient`](Self::lenient).
+    pub fn with_lenient(mut self, lenient: bool) -> Self {
+        self.lenient = lenient;
+        self
+    }
+}
 
 /// What was loaded from an adapter directory.
 #[non_exhaustive]
@@ -35,6 +75,8 @@ pub struct LoadReport {
     pub tensors: usize,
     /// Keys of the configuration that this version does not know and that ask for nothing.
     pub ignored_keys: Vec<String>,
+    /// With [`LoadOptions::lenient`], every tensor that did not fit; empty otherwise.
+    pub problems: Vec<TensorProblem>,
 }
 
 impl fmt::Display for LoadReport {
@@ -43,114 +85,147 @@ impl fmt::Display for LoadReport {
         if !self.ignored_keys.is_empty() {
             write!(f, "; configuration keys without effect: {}", self.ignored_keys.join(", "))?;
         }
+        for problem in &self.problems {
+            write!(f, "\n  {problem}")?;
+        }
         Ok(())
     }
 }
 
 /// Writes adapter `name` of `states` to `directory`.
 pub(crate) fn save(states: &States, name: &str, directory: &Path) -> Result<(), PeftError> {
-    let mut tensors = BTreeMap::new();
-    let mut config = None;
-    for (weight, adapter) in states.iter().filter_map(|(weight, state)| Some((weight, state.get(name)?))) {
-        let module = weight.strip_suffix(".weight").unwrap_or(weight);
-        let plain = adapter.valid();
-        for factor in [Factor::A, Factor::B] {
-            let value = factor.of(&plain).val().transpose();
-            tensors.insert(factor.key(module, adapter.info.kind), value);
-        }
-        config.get_or_insert_with(|| adapter.info.config.clone());
-    }
-    let Some(config) = config else {
+    let adapters: Vec<&Adapter> = states.values().filter_map(|state| state.get(name)).collect();
+    let Some(first) = adapters.first() else {
         return Err(PeftError::UnknownAdapter { name: name.to_string(), available: vec![] });
     };
-    let mut config = LoraConfig::clone(&config);
-    if config.target_modules == Some(TargetModules::AllLinear) {
-        // Spelled out as PEFT does it: not every reader of its files knows the word.
-        let adapted = states.iter().filter(|(_, state)| state.get(name).is_some());
-        let modules = adapted.map(|(weight, _)| weight.strip_suffix(".weight").unwrap_or(weight));
-        config.target_modules = Some(modules.filter_map(|module| module.rsplit('.').next()).collect());
+    let config = config_to_write(&first.info.config, &adapters)?;
+    let adapted = adapted_names(adapters.iter().map(|adapter| (&*adapter.info.site, change_of(adapter))));
+    let mut tensors = vec![];
+    for adapter in adapters {
+        let (site, plain) = (&adapter.info.site, adapter.valid());
+        for entry in keys::entries(site, change_of(adapter), config.lora_bias, adapted.contains(&site.name)) {
+            if let Some(value) = keys::to_file(&plain, entry.part) {
+                tensors.push((entry.key, entry.shape, value));
+            }
+        }
     }
     std::fs::create_dir_all(directory).map_err(PeftError::io(directory))?;
-    // The tensors first: a directory with a configuration is complete.
-    let path = directory.join(TENSOR_FILE);
-    write_whole(&path, &tensors::to_bytes(&path, &tensors)?)?;
-    let path = directory.join(CONFIG_FILE);
-    write_whole(&path, &adapter_config::to_json(&config, &path)?)
+    let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
+    let config = adapter_config::to_json(&config, &config_path)?;
+    let tensors = tensors::to_bytes(&path, &tensors)?;
+    let (staged_config, staged) = (stage(&config_path, &config)?, stage(&path, &tensors)?);
+    // Tensors beside another adapter's configuration would load and mean something else. So an old configuration that
+    // differs goes first and the new one comes last: at no moment does the directory hold a mixture.
+    match std::fs::read(&config_path) {
+        Ok(old) if old == config => {}
+        Ok(_) => std::fs::remove_file(&config_path).map_err(PeftError::io(&config_path))?,
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(source) => return Err(PeftError::Io { path: config_path, source }),
+    }
+    put(staged, &path)?;
+    put(staged_config, &config_path)
 }
 
-/// Reads the adapter in `directory` and adds it to the states of `layout` under `name`. `base_weight` gives the base
-/// model's weight at a path.
+/// What `adapter` does to its parameter.
+fn change_of(adapter: &Adapter) -> Change {
+    let info = &adapter.info;
+    match &adapter.update {
+        Update::LowRank(factors) => Change::LowRank { r: factors.rank(), lora_alpha: info.config.lora_alpha },
+        Update::Copy(_) => Change::Copy,
+        Update::Shift(_) => Change::Shift { scaling: info.scaling },
+    }
+}
+
+/// The modules that get an update of low rank.
+fn adapted_names<'a>(changes: impl Iterator<Item = (&'a Site, Change)>) -> BTreeSet<String> {
+    let adapted = changes.filter(|(_, change)| matches!(change, Change::LowRank { .. }));
+    adapted.map(|(site, _)| site.name.clone()).collect()
+}
+
+/// The configuration as a file has to say it, so that whoever reads it arrives at these adapters.
+fn config_to_write(config: &LoraConfig, adapters: &[&Adapter]) -> Result<LoraConfig, PeftError> {
+    let mut config = config.clone();
+    let modules: BTreeSet<&str> = adapters
+        .iter()
+        .filter(|adapter| adapter.low_rank().is_some())
+        .map(|adapter| &*adapter.info.site.name)
+        .collect();
+    if config.target_modules == Some(TargetModules::AllLinear) {
+        // Spelled out as PEFT does it: not every reader of its files knows the word.
+        let names = modules.iter().filter_map(|module| module.rsplit('.').next());
+        config.target_modules = Some(names.collect());
+    }
+    // A file has its patterns in alphabetical order, and the first that matches counts. Where that changes a module's
+    // rank or alpha, each module gets a pattern of its own.
+    let mut sorted = config.clone();
+    sorted.rank_pattern.sort_by(|a, b| a.0.cmp(&b.0));
+    sorted.alpha_pattern.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut own = BTreeMap::new();
+    let mut is_equal = true;
+    for module in modules {
+        let values = config.rank_and_alpha(module)?;
+        is_equal &= sorted.rank_and_alpha(module)? == values;
+        own.insert(module, values);
+    }
+    if !is_equal {
+        let escape = |module: &str| regex::escape(module);
+        config.rank_pattern = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
+        config.alpha_pattern = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
+    }
+    Ok(config)
+}
+
+/// Reads the adapter in `directory` and adds it to the states of `layout` under `name`. `base_values` gives the base
+/// model's values at paths, flattened.
 pub(crate) fn load(
     layout: &mut Layout,
     name: &str,
     directory: &Path,
-    base_weight: impl Fn(&str) -> Option<Tensor<2>>,
+    options: &LoadOptions,
+    base_values: impl Fn(&BTreeSet<String>) -> BTreeMap<String, Tensor<1>>,
 ) -> Result<LoadReport, PeftError> {
-    let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
-    let config_text = match std::fs::read(&config_path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(PeftError::NoAdapter {
-                path: directory.into(),
-                reason: format!("there is no `{CONFIG_FILE}`"),
-                hint: "give the directory that PEFT's `save_pretrained` wrote",
-            });
-        }
-        Err(source) => return Err(PeftError::Io { path: config_path, source }),
-    };
-    let (config, ignored_keys) = adapter_config::from_json(&config_text, &config_path)?;
+    let (mut config, ignored_keys) = read_config(directory)?;
+    config.key_mapping = options.key_mapping.clone();
     let plan = Plan::new(layout, name, &config)?;
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let has_pickle = directory.join(PICKLE_FILE).exists();
-            return Err(PeftError::NoAdapter {
-                path: directory.into(),
-                reason: if has_pickle {
-                    format!("`{PICKLE_FILE}` is a pickle, which can run code when it is read")
-                } else {
-                    format!("there is no `{TENSOR_FILE}`")
-                },
-                hint: if has_pickle {
-                    "load it in Python and save it again with `safe_serialization=True`"
-                } else {
-                    "give the directory that PEFT's `save_pretrained` wrote"
-                },
-            });
-        }
-        Err(source) => return Err(PeftError::Io { path, source }),
-    };
+    let path = directory.join(TENSOR_FILE);
+    let bytes = read_tensors(directory, &path)?;
     let mut stored = tensors::Reader::new(&path, &bytes)?;
 
-    let expected: Vec<(&Target, Factor, String)> = plan
-        .targets
-        .iter()
-        .flat_map(|target| {
-            [Factor::A, Factor::B].map(|factor| (target, factor, factor.key(&target.module, target.kind)))
-        })
-        .collect();
+    let adapted = adapted_names(plan.targets.iter().map(|target| (&*target.site, target.change)));
     let mut problems = Vec::new();
-    let mut factors: BTreeMap<(&str, Factor), Tensor<2>> = BTreeMap::new();
-    for (target, factor, key) in &expected {
-        match stored.take(key, factor.stored_shape(target.dims, config.r), &target.device) {
-            Ok(tensor) => {
-                factors.insert((&target.weight, *factor), tensor.transpose());
+    let mut expected = Vec::new();
+    let mut found: BTreeMap<(String, Part), Tensor<1>> = BTreeMap::new();
+    for target in &plan.targets {
+        let is_adapted = adapted.contains(&target.site.name);
+        for entry in keys::entries(&target.site, target.change, config.lora_bias, is_adapted) {
+            match stored.take(&entry.key, &entry.shape, &target.device) {
+                Ok(tensor) => {
+                    found.insert((target.path.clone(), entry.part), tensor);
+                }
+                Err(problem) => problems.push(problem),
             }
-            Err(problem) => problems.push(problem),
+            expected.push(entry.key);
         }
     }
     // PEFT adds the weight of an adapted embedding or output layer. It says nothing new, or the adapter is for another
     // base model.
-    for target in &plan.targets {
-        let key = keys::base_layer(&target.module);
-        if !stored.has(&key) {
-            continue;
-        }
-        let Some(base) = base_weight(&target.weight) else { continue };
-        let base = if target.kind.is_linear() { base.transpose() } else { base };
-        match stored.take(&key, base.dims(), &target.device) {
-            Ok(tensor) if tensors::equal_up_to_rounding(&tensor, &base) => {}
-            Ok(_) => problems.push(TensorProblem::OtherBase { key }),
+    let repeated: Vec<(&Target, Entry)> = plan
+        .targets
+        .iter()
+        .filter(|target| matches!(target.change, Change::LowRank { .. }))
+        .map(|target| (target, keys::base_layer(&target.site)))
+        .filter(|(_, entry)| stored.has(&entry.key))
+        .collect();
+    let base = base_values(&repeated.iter().map(|(target, _)| target.path.clone()).collect());
+    for (target, Entry { key, shape, .. }) in repeated {
+        let Some(base) = base.get(&target.path) else { continue };
+        match stored.take(&key, &shape, &target.device) {
+            Ok(tensor) => {
+                let tensor = keys::copy_from_file(tensor, &target.site);
+                if !tensors::equal_up_to_rounding(&tensor, base) {
+                    problems.push(TensorProblem::OtherBase { key });
+                }
+            }
             Err(problem) => problems.push(problem),
         }
     }
@@ -162,34 +237,82 @@ pub(crate) fn load(
     }
     problems.extend(leftover.iter().map(|key| TensorProblem::Unexpected {
         key: key.clone(),
-        closest: closest(key, expected.iter().map(|(_, _, key)| key.as_str()), 1).pop(),
+        closest: closest(key, expected.iter().map(String::as_str), 1).pop(),
     }));
-    if !problems.is_empty() {
+    if !problems.is_empty() && !options.lenient {
         return Err(PeftError::IncompatibleAdapter { path, problems });
     }
 
-    let tensors = factors.len();
-    let mut made: BTreeMap<String, Adapter> = BTreeMap::new();
-    for target in &plan.targets {
-        let a = factors.remove(&(&*target.weight, Factor::A));
-        let b = factors.remove(&(&*target.weight, Factor::B));
-        if let (Some(a), Some(b)) = (a, b) {
-            let adapter = Adapter::new(plan.name.clone(), plan.config.clone(), target.kind, a, b);
-            made.insert(target.weight.clone(), adapter);
-        }
-    }
-    plan.add_to(&mut layout.states, |target| made.remove(&target.weight));
-    Ok(LoadReport { injection: plan.into_report(), tensors, ignored_keys })
+    let tensors = found.len();
+    let copies = base_values(&plan.copied());
+    plan.add_to(&mut layout.states, |target| {
+        let mut take = |part| found.remove(&(target.path.clone(), part));
+        let (a, b, bias, copy) = (take(Part::A), take(Part::B), take(Part::Bias), take(Part::Copy));
+        let fresh = Update::init(&plan.config, target, copies.get(&target.path));
+        Some(match fresh? {
+            Update::LowRank(fresh) => {
+                let a = a.map_or(fresh.a.val(), |a| keys::factor_from_file(a, fresh.rank()));
+                let [_, d_out] = target.site.factor_dims();
+                let b = b.map_or(fresh.b.val(), |b| keys::factor_from_file(b, d_out));
+                let bias = fresh.bias.map(|fresh| bias.unwrap_or(fresh.val()));
+                Update::LowRank(LowRank::new(a, b, bias, plan.config.lora_dropout))
+            }
+            Update::Shift(fresh) => Update::Shift(bias.map_or(fresh, Param::from_tensor)),
+            Update::Copy(fresh) => match copy {
+                Some(copy) => {
+                    let dtype = fresh.val().dtype();
+                    Update::Copy(Param::from_tensor(cast(keys::copy_from_file(copy, &target.site), dtype)))
+                }
+                None => Update::Copy(fresh),
+            },
+        })
+    });
+    Ok(LoadReport { injection: plan.into_report(), tensors, ignored_keys, problems })
 }
 
-/// Writes a file so that a reader sees all of it or nothing: a sibling file, flushed to disk, renamed.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), PeftError> {
+/// The configuration in an adapter directory, and the keys in it that were not understood and ask for nothing.
+pub(crate) fn read_config(directory: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
+    let path = directory.join(CONFIG_FILE);
+    let text = std::fs::read(&path).map_err(|source| match source.kind() {
+        ErrorKind::NotFound => PeftError::NoAdapter {
+            path: directory.into(),
+            reason: format!("there is no `{CONFIG_FILE}`"),
+            hint: "give the directory that PEFT's `save_pretrained` wrote",
+        },
+        _ => PeftError::Io { path: path.clone(), source },
+    })?;
+    adapter_config::from_json(&text, &path)
+}
+
+fn read_tensors(directory: &Path, path: &Path) -> Result<Vec<u8>, PeftError> {
+    std::fs::read(path).map_err(|source| match source.kind() {
+        ErrorKind::NotFound if directory.join(PICKLE_FILE).exists() => PeftError::NoAdapter {
+            path: directory.into(),
+            reason: format!("`{PICKLE_FILE}` is a pickle, which can run code when it is read"),
+            hint: "load it in Python and save it again with `safe_serialization=True`",
+        },
+        ErrorKind::NotFound => PeftError::NoAdapter {
+            path: directory.into(),
+            reason: format!("there is no `{TENSOR_FILE}`"),
+            hint: "give the directory that PEFT's `save_pretrained` wrote",
+        },
+        _ => PeftError::Io { path: path.into(), source },
+    })
+}
+
+/// Writes `bytes` beside `path`, flushed to disk, for [`put`] to move there.
+fn stage(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, PeftError> {
     let directory = path.parent().unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(directory).map_err(PeftError::io(path))?;
     file.write_all(bytes).map_err(PeftError::io(path))?;
-    file.as_file().sync_all().map_err(PeftError::io(path))?;
     make_readable(file.as_file(), path)?;
-    file.persist(path).map_err(|error| PeftError::Io { path: path.into(), source: error.error })?;
+    file.as_file().sync_all().map_err(PeftError::io(path))?;
+    Ok(file)
+}
+
+/// Moves a staged file to its place: a reader sees the old one or all of the new one.
+fn put(staged: tempfile::NamedTempFile, path: &Path) -> Result<(), PeftError> {
+    staged.persist(path).map_err(|error| PeftError::Io { path: path.into(), source: error.error })?;
     Ok(())
 }
 
@@ -330,8 +453,9 @@ mod tests {
     fn settings_that_are_not_computed_here_are_refused_by_name() {
         for (from, to, field) in [
             ("\"use_dora\": false", "\"use_dora\": true", "use_dora"),
-            ("\"bias\": \"none\"", "\"bias\": \"all\"", "bias"),
-            ("\"rank_pattern\": {}", "\"rank_pattern\": {\"q\": 4}", "rank_pattern"),
+            ("\"bias\": \"none\"", "\"bias\": \"some\"", "bias"),
+            ("\"rank_pattern\": {}", "\"rank_pattern\": {\"q\": \"4\"}", "rank_pattern"),
+            ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "init_lora_weights"),
             ("\"peft_type\": \"LORA\"", "\"peft_type\": \"LOHA\"", "peft_type"),
             ("\"r\": 2", "\"r\": -2", "r"),
             ("\"revision\": null", "\"brand_new\": 1", "brand_new"),
@@ -339,8 +463,8 @@ mod tests {
             let directory = saved();
             edit_config(directory.path(), from, to);
             let error = load_error(directory.path());
-            let PeftError::UnsupportedConfig { field: found, .. } = &error else { panic!("{error}") };
-            assert_eq!(found, field);
+            let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{error}") };
+            assert_eq!(problems[0].field, field);
         }
     }
 

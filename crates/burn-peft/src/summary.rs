@@ -41,7 +41,7 @@ impl fmt::Display for ParameterSummary {
 }
 
 /// `1236666368` as `1,236,666,368`.
-fn thousands(number: usize) -> String {
+pub(crate) fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (i, digit) in digits.char_indices() {

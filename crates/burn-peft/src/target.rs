@@ -78,13 +78,69 @@ impl TargetModules {
     pub(crate) fn compile(&self) -> Result<Matcher<'_>, PeftError> {
         Ok(match self {
             Self::Names(names) => Matcher::Names(names),
-            Self::Regex(pattern) => {
-                Matcher::Regex(Regex::new(&format!("^(?:{pattern})$")).map_err(|source| {
-                    PeftError::InvalidPattern { pattern: pattern.clone(), source: Box::new(source) }
-                })?)
-            }
+            Self::Regex(pattern) => Matcher::Regex(compile(pattern, &format!("^(?:{pattern})$"))?),
             Self::AllLinear => Matcher::AllLinear,
         })
+    }
+}
+
+/// The expression that matches a whole name, or its end behind a dot, as PEFT's `rank_pattern` and `alpha_pattern` do.
+///
+/// # Errors
+/// [`PeftError::InvalidPattern`].
+pub(crate) fn compile_pattern(pattern: &str) -> Result<Regex, PeftError> {
+    compile(pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))
+}
+
+fn compile(pattern: &str, expression: &str) -> Result<Regex, PeftError> {
+    Regex::new(expression).map_err(|source| PeftError::InvalidPattern {
+        pattern: pattern.to_string(),
+        source: Box::new(source),
+    })
+}
+
+/// The value of the first pattern that matches `name`.
+///
+/// # Errors
+/// [`PeftError::InvalidPattern`].
+pub(crate) fn first_match<T: Copy>(patterns: &[(String, T)], name: &str) -> Result<Option<T>, PeftError> {
+    for (pattern, value) in patterns {
+        if compile_pattern(pattern)?.is_match(name) {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// `layers_to_transform` and `layers_pattern`, ready to match.
+pub(crate) struct LayerFilter<'a> {
+    layers: &'a [usize],
+    /// Each with one group, the layer's number.
+    patterns: Vec<Regex>,
+}
+
+impl<'a> LayerFilter<'a> {
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn new(layers: Option<&'a [usize]>, patterns: &[String]) -> Result<Self, PeftError> {
+        let patterns = if patterns.is_empty() {
+            vec![compile("", r"^.*?\.[^.]*\.(\d+)\.")?]
+        } else {
+            let with_number =
+                |pattern: &String| compile(pattern, &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
+            patterns.iter().map(with_number).collect::<Result<_, _>>()?
+        };
+        Ok(Self { layers: layers.unwrap_or_default(), patterns })
+    }
+
+    /// Whether a module that matched by the end of its name lies in one of the layers.
+    fn allows(&self, module: &str) -> bool {
+        if self.layers.is_empty() {
+            return true;
+        }
+        let found = self.patterns.iter().find_map(|pattern| pattern.captures(module));
+        let number = found.and_then(|groups| groups.get(groups.len() - 1)?.as_str().parse().ok());
+        number.is_some_and(|number: usize| self.layers.contains(&number))
     }
 }
 
@@ -96,6 +152,16 @@ pub(crate) enum Matcher<'a> {
 }
 
 impl Matcher<'_> {
+    /// Whether a module is meant, in one of the layers that `filter` allows.
+    ///
+    /// As in PEFT, the filter does not concern modules whose whole name is listed.
+    pub(crate) fn matches_within(&self, module: &str, is_linear: bool, filter: &LayerFilter) -> bool {
+        match self {
+            Self::Names(names) if names.contains(module) => true,
+            _ => self.matches(module, is_linear) && filter.allows(module),
+        }
+    }
+
     pub(crate) fn matches(&self, module: &str, is_linear: bool) -> bool {
         match self {
             Self::Names(names) => names.iter().any(|name| matches_name(module, name)),
@@ -146,6 +212,27 @@ mod tests {
         assert!(matches(TargetModules::AllLinear, "layers.0.q_proj"));
         assert!(!matches(TargetModules::AllLinear, "lm_head"));
         assert!(!TargetModules::AllLinear.compile().unwrap().matches("embed_tokens", false));
+    }
+
+    #[test]
+    fn layers_are_filtered_by_their_first_number() {
+        let allows = |module: &str, layers: &[usize], patterns: &[&str]| {
+            let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
+            LayerFilter::new(Some(layers), &patterns).unwrap().allows(module)
+        };
+        assert!(allows("model.layers.1.q_proj", &[0, 1], &[]));
+        assert!(!allows("model.layers.10.q_proj", &[0, 1], &[]));
+        assert!(allows("model.layers.001.q_proj", &[1], &["layers"]));
+        assert!(!allows("model.layers.1.q_proj", &[1], &["h"]));
+        assert!(allows("layers.1.q_proj", &[1], &["layers"]));
+        assert!(!allows("layers.1.q_proj", &[1], &[]), "without a pattern something stands before `layers`");
+        assert!(allows("model.layers.1.experts.2.w", &[1], &[]));
+        assert!(!allows("model.layers.1.experts.2.w", &[2], &[]));
+        assert!(allows("anything", &[], &[]));
+        let q = TargetModules::from(["a.layers.3.q"]);
+        let filter = LayerFilter::new(Some(&[1]), &[]).unwrap();
+        assert!(q.compile().unwrap().matches_within("a.layers.3.q", true, &filter));
+        assert!(!q.compile().unwrap().matches_within("b.a.layers.3.q", true, &filter));
     }
 
     #[test]

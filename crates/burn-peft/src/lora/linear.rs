@@ -8,8 +8,9 @@ use burn::nn::Linear;
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 
+use super::display_adapters;
 use crate::adapter::Adapters;
-use crate::seam::LORA_LINEAR_MARK;
+use crate::seam::announce;
 
 /// `nn::Linear` whose adapters work on activations:
 ///
@@ -46,14 +47,15 @@ impl LoraLinear {
     /// - output: `[.., d_output]`
     ///
     /// # Panics
-    /// If the input's last axis is not `d_input`.
+    /// If the input's last axis is not `d_input`, and if rows of the batch were given adapters
+    /// ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) and the first axis has another length.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let Some(adapters) = self.0.weight.reparameterization::<Adapters>() else {
             return self.0.forward(input);
         };
         let bias = self.0.bias.as_ref().map(|bias| bias.val());
-        let output = linear(input.clone(), self.0.weight.base(), bias);
-        adapters.active().fold(output, |output, adapter| output + adapter.forward(input.clone()))
+        let output = linear(input.clone(), adapters.weight(self.0.weight.base()), bias);
+        adapters.add_linear(input, output)
     }
 }
 
@@ -105,8 +107,7 @@ impl Module for LoraLinear {
 
     /// Announces the wrapper, which adds nothing to the path, and visits the inner layer.
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        visitor.enter_module("", LORA_LINEAR_MARK);
-        visitor.exit_module("", LORA_LINEAR_MARK);
+        announce(visitor);
         self.0.visit(visitor);
     }
 
@@ -122,22 +123,7 @@ impl ModuleDisplay for LoraLinear {
 
     fn custom_content(&self, content: Content) -> Option<Content> {
         let content = self.0.custom_content(content)?;
-        let Some(adapters) = self.0.weight.reparameterization::<Adapters>() else {
-            return Some(content);
-        };
-        let names: Vec<String> = adapters
-            .list
-            .iter()
-            .map(|adapter| {
-                let [_, r] = adapter.a.shape().dims();
-                format!(
-                    "{} (r {r}{})",
-                    adapter.info.name,
-                    if adapter.info.active { "" } else { ", inactive" }
-                )
-            })
-            .collect();
-        Some(content.add("adapters", &names.join(", ")))
+        Some(display_adapters(self.0.weight.reparameterization::<Adapters>(), content))
     }
 }
 
@@ -153,6 +139,7 @@ mod tests {
     use burn::tensor::Tolerance;
 
     use super::*;
+    use crate::adapter::{Adapter, LowRank, Update};
     use crate::{InitLoraWeights, LoraConfig, PeftModel};
 
     #[derive(Module, Debug)]
@@ -179,7 +166,8 @@ mod tests {
     /// `y = x W + b + scaling (x A) B`, element by element.
     fn reference(layer: &LoraLinear, x: &Tensor<2>) -> Vec<f32> {
         let adapter = &layer.weight.reparameterization::<Adapters>().unwrap().list[0];
-        let (w, a, b) = (values(layer.weight.base()), values(adapter.a.val()), values(adapter.b.val()));
+        let factors = adapter.low_rank().unwrap();
+        let (w, a, b) = (values(layer.weight.base()), values(factors.a.val()), values(factors.b.val()));
         let bias: Vec<f32> = layer.bias.as_ref().unwrap().val().into_data().try_to_vec().unwrap();
         let x = values(x.clone());
         let mut y = vec![];
@@ -236,11 +224,15 @@ mod tests {
         let model = model(&device, 0.2);
         let adapter = &model.proj.weight.reparameterization::<Adapters>().unwrap().list[0];
         // With x = 1 and A = B = 1 a row's output counts the inputs that were kept.
-        let ones = |shape| burn::module::Param::from_tensor(Tensor::<2>::ones(shape, &device));
-        let counting = crate::adapter::Adapter { a: ones([3, 1]), b: ones([1, 1]), ..adapter.clone() };
+        let ones = |shape: [usize; 2]| Tensor::ones(shape, &device);
+        let factors = LowRank::new(ones([3, 1]), ones([1, 1]), None, 0.2);
+        let adapters = Adapters {
+            list: vec![Adapter::new(Update::LowRank(factors), adapter.info.clone()).set_active(true)],
+            ..Default::default()
+        };
         const ROWS: usize = 20_000;
-        let rows = values(counting.forward(Tensor::<2>::ones([ROWS, 3], &device)));
-        let unit = counting.info.scaling as f32 / 0.8;
+        let rows = values(adapters.add_linear(ones([ROWS, 3]), Tensor::zeros([ROWS, 1], &device)));
+        let unit = adapter.info.scaling as f32 / 0.8;
         let kept: f32 = rows.iter().map(|row| row / unit).sum();
         assert!(rows.iter().all(|row| (row / unit - (row / unit).round()).abs() < 1e-4));
         // Six standard deviations of 60 000 draws.

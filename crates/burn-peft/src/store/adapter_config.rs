@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::PeftError;
+use crate::error::{ConfigProblem, PeftError};
 use crate::lora::{Bias, InitLoraWeights, LoraConfig};
 use crate::target::{ALL_LINEAR, TargetModules};
 
@@ -18,22 +18,15 @@ const UNSUPPORTED_HINT: &str =
 /// Keys that PEFT writes and that this version supports at their neutral value only: `null`, `false`, or empty.
 const NEUTRAL_ONLY: &[&str] = &[
     "alora_invocation_tokens",
-    "alpha_pattern",
     "arrow_config",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
     "loftq_config",
-    "lora_bias",
     "lora_ga_config",
-    "modules_to_save",
     "monteclora_config",
-    "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -42,37 +35,32 @@ const NEUTRAL_ONLY: &[&str] = &[
     "velora_config",
 ];
 
-/// Keys that have no effect on what an adapter computes.
-const WITHOUT_EFFECT: &[&str] = &[
-    "auto_mapping",
-    "inference_mode",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-];
+/// Keys that have no effect on what an adapter computes; their values are written back as they were read.
+const KEPT: &[&str] = &["auto_mapping", "megatron_config", "megatron_core", "qalora_group_size", "revision"];
+
+/// Keys whose values PEFT writes by rules of its own, whatever it read.
+const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"];
 
 /// PEFT's JSON for `config`: every key that PEFT writes, sorted, indented by 2.
 pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftError> {
     let mut map: Map<String, Value> = NEUTRAL_ONLY.iter().map(|key| (key.to_string(), Value::Null)).collect();
-    for key in ["ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"] {
+    for key in ["ensure_weight_tying", "use_dora", "use_qalora"] {
         map.insert(key.into(), json!(false));
     }
-    for key in ["alpha_pattern", "loftq_config", "rank_pattern"] {
-        map.insert(key.into(), json!({}));
-    }
+    let names_or_null = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
     let entries = [
-        ("auto_mapping", Value::Null),
+        ("alpha_pattern", patterns_to_json(&config.alpha_pattern, |alpha| number(*alpha))),
         ("base_model_name_or_path", json!(config.base_model_name_or_path)),
         (
             "bias",
             json!(match config.bias {
                 Bias::None => "none",
+                Bias::All => "all",
+                Bias::LoraOnly => "lora_only",
             }),
         ),
         ("exclude_modules", targets_to_json(config.exclude_modules.as_ref())),
+        ("fan_in_fan_out", json!(config.fan_in_fan_out)),
         ("inference_mode", json!(true)),
         (
             "init_lora_weights",
@@ -82,66 +70,185 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
                 InitLoraWeights::Random => json!(false),
             },
         ),
+        ("layers_pattern", names_or_null(&config.layers_pattern)),
+        ("layers_to_transform", json!(config.layers_to_transform)),
+        ("loftq_config", json!({})),
         ("lora_alpha", number(config.lora_alpha)),
+        ("lora_bias", json!(config.lora_bias)),
         ("lora_dropout", json!(config.lora_dropout)),
-        ("megatron_config", Value::Null),
-        ("megatron_core", json!("megatron.core")),
+        ("modules_to_save", names_or_null(&config.modules_to_save)),
         ("peft_type", json!("LORA")),
         ("peft_version", json!(PEFT_VERSION)),
-        ("qalora_group_size", json!(16)),
         ("r", json!(config.r)),
-        ("revision", Value::Null),
+        ("rank_pattern", patterns_to_json(&config.rank_pattern, |r| json!(r))),
         ("target_modules", targets_to_json(config.target_modules.as_ref())),
         ("task_type", json!(config.task_type)),
         ("use_rslora", json!(config.use_rslora)),
     ];
     map.extend(entries.into_iter().map(|(key, value)| (key.to_string(), value)));
+    map.extend(KEPT.iter().map(|key| (key.to_string(), kept_default(key))));
+    map.extend(config.kept.clone());
     map.sort_keys();
     serde_json::to_vec_pretty(&map).map_err(|source| PeftError::Json { path: path.into(), source })
 }
 
 /// The configuration in a JSON text, and the keys in it that were not understood and ask for nothing.
+///
+/// # Errors
+/// [`PeftError::Json`], [`PeftError::UnsupportedConfig`] with every problem.
 pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
     let map: Map<String, Value> =
         serde_json::from_slice(text).map_err(|source| PeftError::Json { path: path.into(), source })?;
     let mut config = LoraConfig::default();
     let mut ignored = Vec::new();
+    let mut problems = Vec::new();
     for (key, value) in &map {
-        let unsupported =
-            |hint| PeftError::UnsupportedConfig { field: key.clone(), found: value.to_string(), hint };
-        let wrong = || unsupported("the value has the wrong type for this key");
-        match key.as_str() {
-            "peft_type" if value == "LORA" => {}
-            "peft_type" => return Err(unsupported("only adapters of type LORA can be loaded")),
-            "r" => config.r = value.as_u64().and_then(|r| usize::try_from(r).ok()).ok_or_else(wrong)?,
-            "lora_alpha" => config.lora_alpha = value.as_f64().ok_or_else(wrong)?,
-            "lora_dropout" => config.lora_dropout = value.as_f64().ok_or_else(wrong)?,
-            "use_rslora" => config.use_rslora = value.as_bool().ok_or_else(wrong)?,
-            "target_modules" => config.target_modules = targets_from_json(value).ok_or_else(wrong)?,
-            "exclude_modules" => config.exclude_modules = targets_from_json(value).ok_or_else(wrong)?,
-            "base_model_name_or_path" => {
-                config.base_model_name_or_path = text_or_null(value).ok_or_else(wrong)?
+        match read_field(&mut config, key, value) {
+            Ok(Field::Understood) => {}
+            Ok(Field::Ignored) => ignored.push(key.clone()),
+            Err(hint) => {
+                problems.push(ConfigProblem { field: key.clone(), found: value.to_string(), hint });
             }
-            "task_type" => config.task_type = text_or_null(value).ok_or_else(wrong)?,
-            "bias" if value == "none" => config.bias = Bias::None,
-            "init_lora_weights" => {
-                config.init_lora_weights = match value {
-                    Value::Bool(true) => InitLoraWeights::KaimingUniform,
-                    Value::Bool(false) => InitLoraWeights::Random,
-                    Value::String(name) if name == "gaussian" => InitLoraWeights::Gaussian,
-                    _ => return Err(unsupported(UNSUPPORTED_HINT)),
-                }
-            }
-            known if WITHOUT_EFFECT.contains(&known) => {}
-            known if is_neutral(value) => {
-                if !NEUTRAL_ONLY.contains(&known) {
-                    ignored.push(key.clone());
-                }
-            }
-            _ => return Err(unsupported(UNSUPPORTED_HINT)),
         }
     }
+    if !problems.is_empty() {
+        return Err(PeftError::UnsupportedConfig { path: path.into(), problems });
+    }
     Ok((config, ignored))
+}
+
+/// What PEFT writes for a key of [`KEPT`] that nobody set.
+fn kept_default(key: &str) -> Value {
+    match key {
+        "megatron_core" => json!("megatron.core"),
+        "qalora_group_size" => json!(16),
+        _ => Value::Null,
+    }
+}
+
+/// What became of an entry.
+enum Field {
+    Understood,
+    Ignored,
+}
+
+/// Puts one entry into `config`, or tells what is wrong with it.
+fn read_field(config: &mut LoraConfig, key: &str, value: &Value) -> Result<Field, &'static str> {
+    const WRONG_TYPE: &str = "the value has the wrong type for this key";
+    let wrong = || WRONG_TYPE;
+    let index = |value: &Value| value.as_u64().and_then(|number| usize::try_from(number).ok());
+    match key {
+        "peft_type" if value == "LORA" => {}
+        "peft_type" => return Err("only adapters of type LORA can be loaded"),
+        kept if KEPT.contains(&kept) => {
+            if *value != kept_default(kept) {
+                config.kept.insert(key.to_string(), value.clone());
+            }
+        }
+        rewritten if REWRITTEN.contains(&rewritten) => {}
+        // Absent and null are one: the default.
+        known if value.is_null() => {
+            return Ok(if is_known(known) { Field::Understood } else { Field::Ignored });
+        }
+        "r" => config.r = index(value).ok_or_else(wrong)?,
+        "lora_alpha" => config.lora_alpha = value.as_f64().ok_or_else(wrong)?,
+        "lora_dropout" => config.lora_dropout = value.as_f64().ok_or_else(wrong)?,
+        "use_rslora" => config.use_rslora = value.as_bool().ok_or_else(wrong)?,
+        "lora_bias" => config.lora_bias = value.as_bool().ok_or_else(wrong)?,
+        "fan_in_fan_out" => config.fan_in_fan_out = value.as_bool().ok_or_else(wrong)?,
+        "rank_pattern" => config.rank_pattern = patterns_from_json(value, index).ok_or_else(wrong)?,
+        "alpha_pattern" => {
+            config.alpha_pattern = patterns_from_json(value, Value::as_f64).ok_or_else(wrong)?
+        }
+        "layers_to_transform" => {
+            let layers = match value {
+                Value::Array(layers) => layers.iter().map(index).collect(),
+                layer => index(layer).map(|layer| vec![layer]),
+            };
+            config.layers_to_transform = Some(layers.ok_or_else(wrong)?);
+        }
+        "layers_pattern" => config.layers_pattern = names_from_json(value).ok_or_else(wrong)?,
+        "modules_to_save" => config.modules_to_save = names_from_json(value).ok_or_else(wrong)?,
+        "target_modules" => config.target_modules = Some(targets_from_json(value).ok_or_else(wrong)?),
+        "exclude_modules" => {
+            config.exclude_modules = Some(targets_from_json(value).ok_or_else(wrong)?)
+                .filter(|targets| *targets != TargetModules::Names(Default::default()));
+        }
+        "base_model_name_or_path" => {
+            config.base_model_name_or_path = Some(value.as_str().ok_or_else(wrong)?.to_string());
+        }
+        "task_type" => config.task_type = Some(value.as_str().ok_or_else(wrong)?.to_string()),
+        "bias" => {
+            config.bias = match value.as_str() {
+                Some("none") => Bias::None,
+                Some("all") => Bias::All,
+                Some("lora_only") => Bias::LoraOnly,
+                _ => return Err("expected \"none\", \"all\" or \"lora_only\""),
+            }
+        }
+        "init_lora_weights" => {
+            config.init_lora_weights = match value {
+                Value::Bool(true) => InitLoraWeights::KaimingUniform,
+                Value::Bool(false) => InitLoraWeights::Random,
+                Value::String(name) if name == "gaussian" => InitLoraWeights::Gaussian,
+                _ => return Err(UNSUPPORTED_HINT),
+            }
+        }
+        known if is_neutral(value) => {
+            return Ok(if is_known(known) { Field::Understood } else { Field::Ignored });
+        }
+        _ => return Err(UNSUPPORTED_HINT),
+    }
+    Ok(Field::Understood)
+}
+
+/// Whether PEFT has a key of this name that is read here, at its neutral value at least.
+fn is_known(key: &str) -> bool {
+    const READ: &[&str] = &[
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    ];
+    READ.contains(&key) || NEUTRAL_ONLY.contains(&key)
+}
+
+fn patterns_to_json<T>(patterns: &[(String, T)], value: impl Fn(&T) -> Value) -> Value {
+    // A repeated pattern never counts after its first mention.
+    let mut map = Map::new();
+    for (pattern, own) in patterns {
+        map.entry(pattern.clone()).or_insert_with(|| value(own));
+    }
+    map.sort_keys();
+    Value::Object(map)
+}
+
+fn patterns_from_json<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<(String, T)>> {
+    let patterns = value.as_object()?;
+    patterns.iter().map(|(pattern, value)| Some((pattern.clone(), read(value)?))).collect()
+}
+
+/// A list of names, or a single one.
+fn names_from_json(value: &Value) -> Option<Vec<String>> {
+    match value {
+        Value::String(name) if name.is_empty() => Some(vec![]),
+        Value::String(name) => Some(vec![name.clone()]),
+        Value::Array(names) => names.iter().map(|name| Some(name.as_str()?.to_string())).collect(),
+        _ => None,
+    }
 }
 
 /// Whether a value asks for nothing.
@@ -169,23 +276,14 @@ fn targets_to_json(targets: Option<&TargetModules>) -> Value {
     }
 }
 
-fn targets_from_json(value: &Value) -> Option<Option<TargetModules>> {
+fn targets_from_json(value: &Value) -> Option<TargetModules> {
     match value {
-        Value::Null => Some(None),
-        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Some(Some(TargetModules::AllLinear)),
-        Value::String(pattern) => Some(Some(TargetModules::Regex(pattern.clone()))),
+        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Some(TargetModules::AllLinear),
+        Value::String(pattern) => Some(TargetModules::Regex(pattern.clone())),
         Value::Array(names) => {
             let names: Option<Vec<&str>> = names.iter().map(Value::as_str).collect();
-            Some(Some(names?.into_iter().collect()))
+            Some(names?.into_iter().collect())
         }
-        _ => None,
-    }
-}
-
-fn text_or_null(value: &Value) -> Option<Option<String>> {
-    match value {
-        Value::Null => Some(None),
-        Value::String(text) => Some(Some(text.clone())),
         _ => None,
     }
 }
@@ -220,9 +318,49 @@ mod tests {
                 .with_target_modules(TargetModules::Regex(".*q".into()))
                 .with_exclude_modules(["x"]),
             LoraConfig::new(2).with_target_modules(TargetModules::AllLinear),
+            LoraConfig::new(4)
+                .with_target_modules(["q"])
+                .with_rank_pattern([("a", 3), ("b", 2)])
+                .with_alpha_pattern([("a", 0.5), ("b", 2.0)])
+                .with_layers_to_transform([1, 0])
+                .with_layers_pattern(["h"])
+                .with_bias(Bias::LoraOnly)
+                .with_modules_to_save(["norm", "lm_head"]),
+            LoraConfig::new(4).with_target_modules(["q"]).with_lora_bias(true),
         ] {
             let json = to_json(&config, path).unwrap();
             assert_eq!(from_json(&json, path).unwrap(), (config, vec![]));
         }
+    }
+
+    #[test]
+    fn what_has_no_effect_is_written_as_it_was_read() {
+        let path = Path::new("x");
+        let text =
+            br#"{"peft_type": "LORA", "target_modules": ["q"], "revision": "v1", "qalora_group_size": 32,
+            "auto_mapping": {"base_model_class": "Net", "parent_library": "lib"}, "megatron_core": "core",
+            "fan_in_fan_out": true, "layers_to_transform": 3, "layers_pattern": "h", "use_rslora": null}"#;
+        let (config, ignored) = from_json(text, path).unwrap();
+        assert!(ignored.is_empty());
+        let written: Map<String, Value> = serde_json::from_slice(&to_json(&config, path).unwrap()).unwrap();
+        assert_eq!(written["revision"], "v1");
+        assert_eq!(written["qalora_group_size"], 32);
+        assert_eq!(written["auto_mapping"]["base_model_class"], "Net");
+        assert_eq!(written["megatron_core"], "core");
+        assert_eq!(written["fan_in_fan_out"], true);
+        assert_eq!(written["layers_to_transform"], json!([3]));
+        assert_eq!(written["layers_pattern"], json!(["h"]));
+        assert_eq!(written["use_rslora"], false);
+        assert_eq!(written.len(), 41);
+    }
+
+    #[test]
+    fn every_problem_is_listed() {
+        let text = br#"{"peft_type": "LOHA", "r": "8", "bias": "some", "use_dora": true, "brand_new": [1]}"#;
+        let error = from_json(text, Path::new("dir/adapter_config.json")).unwrap_err();
+        let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{error}") };
+        let fields: Vec<&str> = problems.iter().map(|problem| &*problem.field).collect();
+        assert_eq!(fields, ["peft_type", "r", "bias", "use_dora", "brand_new"]);
+        assert!(error.to_string().starts_with("cannot use the configuration in `dir/adapter_config.json`:"));
     }
 }

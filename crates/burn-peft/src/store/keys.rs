@@ -1,49 +1,128 @@
-//! What PEFT calls the tensors of an adapter.
+//! What PEFT calls the tensors of an adapter, and how it lays them out.
 
-use burn::module::Param;
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, LayerKind};
+use crate::adapter::{Adapter, LayerKind, LowRank, Site, Update};
+use crate::inject::Change;
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
 const PREFIX: &str = "base_model.model.";
 
-/// The key of the weight that the adapter at `module` adapts.
-pub(super) fn base_layer(module: &str) -> String {
-    format!("{PREFIX}{module}.base_layer.weight")
+/// One tensor of an adapter's file.
+pub(super) struct Entry {
+    pub(super) key: String,
+    /// The shape in the file, PyTorch's layout.
+    pub(super) shape: Vec<usize>,
+    pub(super) part: Part,
 }
 
-/// One of the two factors.
+/// What a tensor is to the adapter of one parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Factor {
+pub(super) enum Part {
     A,
     B,
+    /// The bias of `B`, wherever it is kept in memory.
+    Bias,
+    Copy,
 }
 
-impl Factor {
-    /// The key of this factor of the adapter at `module`.
-    pub(super) fn key(self, module: &str, kind: LayerKind) -> String {
-        let suffix = match (kind, self) {
-            (LayerKind::Linear | LayerKind::LoraLinear, Self::A) => "lora_A.weight",
-            (LayerKind::Linear | LayerKind::LoraLinear, Self::B) => "lora_B.weight",
-            (LayerKind::Embedding, Self::A) => "lora_embedding_A",
-            (LayerKind::Embedding, Self::B) => "lora_embedding_B",
-        };
-        format!("{PREFIX}{module}.{suffix}")
-    }
-
-    /// The shape in the file, the transpose of ours: `A` is `[r, d_in]`, `B` is `[d_out, r]`.
-    pub(super) fn stored_shape(self, [d_in, d_out]: [usize; 2], r: usize) -> [usize; 2] {
-        match self {
-            Self::A => [r, d_in],
-            Self::B => [d_out, r],
+/// The tensors that the adapter of the parameter at `site` has in a file.
+///
+/// `is_adapted` tells whether the same adapter has an update of low rank in the same module: PEFT has moved the
+/// module's own parameters into `base_layer` then.
+pub(super) fn entries(site: &Site, change: Change, lora_bias: bool, is_adapted: bool) -> Vec<Entry> {
+    let entry = |suffix: &str, shape: Vec<usize>, part| Entry {
+        key: format!("{PREFIX}{}.{suffix}", site.name),
+        shape,
+        part,
+    };
+    match change {
+        Change::LowRank { r, .. } => {
+            let [d_in, d_out] = site.factor_dims();
+            if site.kind.is_embedding() {
+                return vec![
+                    entry("lora_embedding_A", vec![r, d_in], Part::A),
+                    entry("lora_embedding_B", vec![d_out, r], Part::B),
+                ];
+            }
+            let (mut a, mut b) = (vec![r, d_in], vec![d_out, r]);
+            if site.kind == LayerKind::Conv {
+                // `A` is a convolution of the same kernel, `B` one of kernel 1.
+                a = [&[r], &site.shape[1..]].concat();
+                b.resize(site.shape.len(), 1);
+            }
+            let mut entries = vec![entry("lora_A.weight", a, Part::A), entry("lora_B.weight", b, Part::B)];
+            if lora_bias && site.kind.in_activation_space() {
+                entries.push(entry("lora_B.bias", vec![d_out], Part::Bias));
+            }
+            entries
+        }
+        Change::Shift { .. } => vec![entry("lora_B.bias", site.shape.clone(), Part::Bias)],
+        Change::Copy => {
+            let mut shape = site.shape.clone();
+            if is_transposed(site) {
+                shape.reverse();
+            }
+            let inside = if is_adapted { "base_layer." } else { "" };
+            vec![entry(&format!("{inside}{}", site.parameter), shape, Part::Copy)]
         }
     }
+}
 
-    pub(super) fn of(self, adapter: &Adapter) -> &Param<Tensor<2>> {
-        match self {
-            Self::A => &adapter.a,
-            Self::B => &adapter.b,
+/// The key of the weight that an adapter adapts. PEFT adds it for embeddings and output layers.
+pub(super) fn base_layer(site: &Site) -> Entry {
+    let mut shape = site.shape.clone();
+    if is_transposed(site) {
+        shape.reverse();
+    }
+    Entry { key: format!("{PREFIX}{}.base_layer.weight", site.name), shape, part: Part::Copy }
+}
+
+/// Burn keeps the weight of a linear layer as `[d_in, d_out]`, PyTorch as `[d_out, d_in]`.
+fn is_transposed(site: &Site) -> bool {
+    site.kind.is_linear() && site.parameter == "weight"
+}
+
+/// A tensor of `adapter` as the file has it, flattened.
+pub(super) fn to_file(adapter: &Adapter, part: Part) -> Option<Tensor<1>> {
+    let matrix = |tensor: Tensor<2>| {
+        let elements = tensor.shape().num_elements();
+        tensor.transpose().reshape([elements])
+    };
+    match (&adapter.update, part) {
+        (Update::LowRank(factors), Part::A) => Some(matrix(factors.a.val())),
+        (Update::LowRank(factors), Part::B) => Some(matrix(factors.b.val())),
+        (Update::LowRank(LowRank { bias: Some(bias), .. }), Part::Bias) => Some(bias.val()),
+        (Update::Shift(shift), Part::Bias) => Some(shift.val()),
+        (Update::Copy(copy), Part::Copy) => Some(flip(copy.val(), &adapter.info.site)),
+        _ => None,
+    }
+}
+
+/// A copy in the other of the two layouts.
+fn flip(copy: Tensor<1>, site: &Site) -> Tensor<1> {
+    match (is_transposed(site), &site.shape[..]) {
+        (true, [d_in, d_out]) => {
+            let elements = d_in * d_out;
+            copy.reshape([*d_in, *d_out]).transpose().reshape([elements])
         }
+        _ => copy,
+    }
+}
+
+/// The factor in a file, flattened, as it is in memory.
+pub(super) fn factor_from_file(stored: Tensor<1>, rows: usize) -> Tensor<2> {
+    let columns = stored.shape().num_elements() / rows.max(1);
+    stored.reshape([rows, columns]).transpose()
+}
+
+/// A copied parameter in a file, flattened, as it is in memory.
+pub(super) fn copy_from_file(stored: Tensor<1>, site: &Site) -> Tensor<1> {
+    match (is_transposed(site), &site.shape[..]) {
+        (true, [d_in, d_out]) => {
+            let elements = d_in * d_out;
+            stored.reshape([*d_out, *d_in]).transpose().reshape([elements])
+        }
+        _ => stored,
     }
 }

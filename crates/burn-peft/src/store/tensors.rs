@@ -3,7 +3,7 @@
 //! The `safetensors` crate is used directly: burn-store writes a module's own parameters under the module's own paths,
 //! and here neither the paths nor the layout nor the set of tensors are the module's.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -12,11 +12,14 @@ use safetensors::{SafeTensors, serialize};
 
 use crate::error::{PeftError, TensorProblem};
 
+/// A tensor on its way to a file: its key, its shape there, its elements.
+pub(super) type Stored = (String, Vec<usize>, Tensor<1>);
+
 /// The bytes of a safetensors file with these tensors and the metadata that PyTorch's readers ask for.
-pub(super) fn to_bytes(path: &Path, tensors: &BTreeMap<String, Tensor<2>>) -> Result<Vec<u8>, PeftError> {
-    let stored: Vec<(&String, Dtype, Vec<usize>, TensorData)> = tensors
+pub(super) fn to_bytes(path: &Path, tensors: &[Stored]) -> Result<Vec<u8>, PeftError> {
+    let stored: Vec<(&String, Dtype, &Vec<usize>, TensorData)> = tensors
         .iter()
-        .map(|(key, tensor)| {
+        .map(|(key, shape, tensor)| {
             let data = tensor.to_data();
             let dtype = match data.dtype() {
                 DType::F16 => Dtype::F16,
@@ -24,13 +27,15 @@ pub(super) fn to_bytes(path: &Path, tensors: &BTreeMap<String, Tensor<2>>) -> Re
                 _ => Dtype::F32,
             };
             let data = if dtype == Dtype::F32 { data.convert::<f32>() } else { data };
-            (key, dtype, tensor.dims().to_vec(), data)
+            (key, dtype, shape, data)
         })
         .collect();
     let error = |source| PeftError::Safetensors { path: path.into(), source };
     let views = stored
         .iter()
-        .map(|(key, dtype, shape, data)| Ok((*key, TensorView::new(*dtype, shape.clone(), data.as_bytes())?)))
+        .map(|(key, dtype, shape, data)| {
+            Ok((*key, TensorView::new(*dtype, shape.to_vec(), data.as_bytes())?))
+        })
         .collect::<Result<Vec<_>, _>>()
         .map_err(error)?;
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
@@ -54,13 +59,13 @@ impl<'a> Reader<'a> {
         self.file.tensor(key).is_ok()
     }
 
-    /// The tensor `key`, in f32, if it has the expected shape.
+    /// The tensor `key`, in f32 and flattened, if it has the expected shape.
     pub(super) fn take(
         &mut self,
         key: &str,
-        expected: [usize; 2],
+        expected: &[usize],
         device: &Device,
-    ) -> Result<Tensor<2>, TensorProblem> {
+    ) -> Result<Tensor<1>, TensorProblem> {
         let view = self
             .file
             .tensor(key)
@@ -84,7 +89,8 @@ impl<'a> Reader<'a> {
                 return Err(TensorProblem::DType { key: key.to_string(), found: format!("{other:?}") });
             }
         };
-        Ok(Tensor::from_data(TensorData::new(values, expected), (device, DType::F32)))
+        let elements = values.len();
+        Ok(Tensor::from_data(TensorData::new(values, [elements]), (device, DType::F32)))
     }
 
     /// Keys that nobody took, sorted.
@@ -97,7 +103,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Whether two tensors differ by no more than one of them having been rounded to a 16-bit type.
-pub(super) fn equal_up_to_rounding(one: &Tensor<2>, other: &Tensor<2>) -> bool {
+pub(super) fn equal_up_to_rounding(one: &Tensor<1>, other: &Tensor<1>) -> bool {
     // Half of the last of bfloat16's 8 significant bits is 2^-8 of the number at worst, and f16's smallest step is 2^-24.
     const RELATIVE: f64 = 1.0 / 256.0;
     const ABSOLUTE: f64 = 1.0 / (1 << 24) as f64;
@@ -107,7 +113,7 @@ pub(super) fn equal_up_to_rounding(one: &Tensor<2>, other: &Tensor<2>) -> bool {
 }
 
 /// The tensor in f32, without its graph.
-fn plain_f32(tensor: &Tensor<2>) -> Tensor<2> {
+fn plain_f32(tensor: &Tensor<1>) -> Tensor<1> {
     let tensor = tensor.clone().cast(DType::F32);
     if tensor.is_autodiff() { tensor.inner() } else { tensor }
 }

@@ -1,0 +1,186 @@
+use std::ops::Deref;
+
+use burn::module::{
+    Content, Devices, DisplaySettings, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
+    ModuleVisitor,
+};
+use burn::nn::Embedding;
+use burn::tensor::module::embedding;
+use burn::tensor::{Device, Int, Tensor};
+
+use super::display_adapters;
+use crate::adapter::Adapters;
+use crate::seam::announce;
+
+/// `nn::Embedding` whose adapters work on what is looked up:
+///
+/// `y = W[ids] + Σ scaling * A[ids] B`, summed over the active adapters.
+///
+/// The dense table `A B`, as large as the vocabulary times the width, is never built; on a plain `nn::Embedding` it is,
+/// at every forward pass. As [`LoraLinear`](crate::LoraLinear), the wrapper adds nothing to parameter paths, converts
+/// by [`From`] in both directions and dereferences to the plain layer.
+///
+/// # Example
+/// ```
+/// use burn::nn::EmbeddingConfig;
+/// use burn::tensor::{Device, Tensor};
+/// use burn_peft::LoraEmbedding;
+///
+/// let device = Device::default();
+/// let layer = LoraEmbedding::from(EmbeddingConfig::new(10, 4).init(&device));
+/// let ids = Tensor::from_data([[1, 5, 9]], &device);
+/// assert_eq!(layer.forward(ids).dims(), [1, 3, 4]);
+/// ```
+#[derive(Clone, Debug)]
+pub struct LoraEmbedding(Embedding);
+
+impl LoraEmbedding {
+    /// Looks up `ids` and adds the updates of the active adapters.
+    ///
+    /// # Shapes
+    /// - ids: `[batch_size, sequence]`
+    /// - output: `[batch_size, sequence, d_model]`
+    ///
+    /// # Panics
+    /// If rows of the batch were given adapters ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) and the
+    /// batch has another number of rows.
+    pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let Some(adapters) = self.0.weight.reparameterization::<Adapters>() else {
+            return self.0.forward(ids);
+        };
+        let output = embedding(adapters.weight(self.0.weight.base()), ids.clone());
+        adapters.add_embedding(ids, output)
+    }
+}
+
+impl From<Embedding> for LoraEmbedding {
+    fn from(layer: Embedding) -> Self {
+        Self(layer)
+    }
+}
+
+/// The plain layer; adapters stay attached and work through the weight.
+impl From<LoraEmbedding> for Embedding {
+    fn from(layer: LoraEmbedding) -> Self {
+        layer.0
+    }
+}
+
+impl Deref for LoraEmbedding {
+    type Target = Embedding;
+
+    fn deref(&self) -> &Embedding {
+        &self.0
+    }
+}
+
+impl Module for LoraEmbedding {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.0.collect_devices(devices)
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self(self.0.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self(self.0.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        Self(self.0.train())
+    }
+
+    fn valid(&self) -> Self {
+        Self(self.0.valid())
+    }
+
+    fn materialize(self) -> Self {
+        Self(self.0.materialize())
+    }
+
+    /// Announces the wrapper, which adds nothing to the path, and visits the inner layer.
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        announce(visitor);
+        self.0.visit(visitor);
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        Self(self.0.map(mapper))
+    }
+}
+
+impl ModuleDisplay for LoraEmbedding {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        self.0.custom_settings()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let content = self.0.custom_content(content)?;
+        Some(display_adapters(self.0.weight.reparameterization::<Adapters>(), content))
+    }
+}
+
+impl ModuleDisplayDefault for LoraEmbedding {
+    fn content(&self, content: Content) -> Option<Content> {
+        ModuleDisplayDefault::content(&self.0, content)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::EmbeddingConfig;
+    use burn::tensor::Tolerance;
+
+    use super::*;
+    use crate::{InitLoraWeights, LoraConfig, PeftModel};
+
+    #[derive(Module, Debug)]
+    struct Model {
+        embed: LoraEmbedding,
+    }
+
+    fn model(device: &Device) -> Model {
+        let mut model = Model { embed: EmbeddingConfig::new(9, 4).init(device).into() };
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(6.0)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["embed"]);
+        model.add_adapter("default", &config).unwrap();
+        model
+    }
+
+    #[test]
+    fn looking_up_factors_equals_looking_up_the_dense_table() {
+        let device = Device::default();
+        let model = model(&device);
+        let ids = Tensor::<2, Int>::from_data([[0, 8, 3], [3, 3, 1]], &device);
+        let looked_up = model.embed.forward(ids.clone());
+        let plain: Embedding = model.embed.clone().into();
+        let dense = plain.forward(ids.clone());
+        looked_up.clone().into_data().assert_approx_eq::<f32>(&dense.into_data(), Tolerance::absolute(1e-6));
+        let bare = embedding(plain.weight.base(), ids);
+        let moved: f32 = (bare - looked_up).abs().max().into_scalar();
+        assert!(moved > 0.1, "the adapter moved the output by {moved} only");
+    }
+
+    #[test]
+    fn only_looked_up_rows_of_a_get_gradients() {
+        let device = Device::default().autodiff();
+        let model = model(&device);
+        let ids = Tensor::<2, Int>::from_data([[0, 8, 3]], &device);
+        let grads = model.embed.forward(ids).powi_scalar(2).sum().backward();
+        let adapter = &model.embed.weight.reparameterization::<Adapters>().unwrap().list[0];
+        let a = adapter.low_rank().unwrap().a.val().grad(&grads).unwrap();
+        let rows: Vec<f32> = a.abs().sum_dim(1).into_data().try_to_vec().unwrap();
+        let touched: Vec<usize> = (0..9).filter(|row| rows[*row] > 0.0).collect();
+        assert_eq!(touched, [0, 3, 8]);
+        assert!(model.embed.weight.base().grad(&grads).is_none());
+    }
+
+    #[test]
+    fn display_names_the_adapters() {
+        let text = model(&Device::default()).to_string();
+        assert!(text.contains("default (r 2)"), "{text}");
+    }
+}

@@ -1,0 +1,138 @@
+//! The combined adapter of a whole model.
+
+use std::sync::Arc;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+
+use super::{CombinationType, Source};
+use crate::adapter::{Adapter, LowRank, Update};
+use crate::error::PeftError;
+use crate::inject::{InjectionReport, Plan};
+use crate::lora::{Bias, LoraConfig};
+use crate::seam::Layout;
+use crate::target::TargetModules;
+
+/// Adds the adapter `name` that combines `sources`, names with their weights, to the states of `layout`.
+pub(crate) fn add(
+    layout: &mut Layout,
+    name: &str,
+    sources: &[(&str, f64)],
+    combination_type: CombinationType,
+) -> Result<InjectionReport, PeftError> {
+    let combination_type = combination_type.for_adapters(sources.len());
+    combination_type.validate()?;
+    if let Some((source, weight)) = sources.iter().find(|(_, weight)| !weight.is_finite()) {
+        return Err(PeftError::InvalidConfig {
+            field: "weights",
+            expected: "finite numbers",
+            found: format!("{weight} for `{source}`"),
+        });
+    }
+    let ranks: Vec<usize> = sources.iter().map(|(source, _)| greatest_rank(layout, source)).collect();
+    let rank = combination_type.rank(&ranks)?;
+    let config = combined_config(layout, sources, rank)?;
+
+    let plan = Plan::new(layout, name, &config)?;
+    let mut combined = vec![];
+    for target in &plan.targets {
+        let state = layout.states.get(&target.path);
+        let parts: Vec<(&Adapter, f64)> =
+            sources.iter().filter_map(|(source, weight)| Some((state?.get(source)?, *weight))).collect();
+        combined.push((target.path.clone(), combine(&parts, combination_type, rank, &config)?));
+    }
+    let mut combined = combined.into_iter();
+    plan.add_to(&mut layout.states, |target| {
+        let (path, update) = combined.next()?;
+        debug_assert_eq!(path, target.path);
+        update.map(|update| if target.device.is_autodiff() { update.train() } else { update })
+    });
+    Ok(plan.into_report())
+}
+
+fn greatest_rank(layout: &Layout, name: &str) -> usize {
+    let adapters = layout.states.values().filter_map(|state| state.get(name));
+    adapters.filter_map(|adapter| Some(adapter.low_rank()?.rank())).max().unwrap_or(0)
+}
+
+/// The configuration of the first source, with scaling 1 and exactly the modules that the sources adapt.
+fn combined_config(layout: &Layout, sources: &[(&str, f64)], rank: usize) -> Result<LoraConfig, PeftError> {
+    let mut modules = vec![];
+    let mut lora_bias = false;
+    let mut first: Option<Arc<LoraConfig>> = None;
+    for (source, _) in sources {
+        for adapter in layout.states.values().filter_map(|state| state.get(source)) {
+            let info = &adapter.info;
+            first.get_or_insert_with(|| info.config.clone());
+            lora_bias |= info.config.lora_bias;
+            match &adapter.update {
+                Update::LowRank(_) => modules.push(info.site.name.clone()),
+                Update::Shift(_) => {}
+                Update::Copy(_) => {
+                    return Err(PeftError::CannotCombine {
+                        name: source.to_string(),
+                        parameter: format!("{}.{}", info.site.name, info.site.parameter),
+                    });
+                }
+            }
+        }
+    }
+    let first = first.map(|config| LoraConfig::clone(&config)).unwrap_or_default();
+    Ok(LoraConfig {
+        r: rank,
+        lora_alpha: rank as f64,
+        use_rslora: false,
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        target_modules: Some(modules.into_iter().collect::<TargetModules>()),
+        exclude_modules: None,
+        layers_to_transform: None,
+        layers_pattern: vec![],
+        modules_to_save: vec![],
+        bias: Bias::None,
+        lora_bias,
+        ..first
+    })
+}
+
+/// The combined update of one parameter, on plain tensors.
+fn combine(
+    parts: &[(&Adapter, f64)],
+    combination_type: CombinationType,
+    rank: usize,
+    config: &LoraConfig,
+) -> Result<Option<Update>, PeftError> {
+    let mut sources = vec![];
+    let mut sum: Option<Tensor<1>> = None;
+    let mut width = None;
+    for (adapter, weight) in parts {
+        let scaling = adapter.info.scaling;
+        let adapter = adapter.valid();
+        let bias = match adapter.update {
+            Update::LowRank(LowRank { a, b, bias, .. }) => {
+                let b = b.val();
+                width = Some((b.dims()[1], b.device()));
+                sources.push(Source { a: a.val(), b, scaling, weight: *weight });
+                bias
+            }
+            Update::Shift(shift) => Some(shift),
+            Update::Copy(_) => None,
+        };
+        if let Some(bias) = bias {
+            let part = bias.val().mul_scalar(weight * scaling);
+            sum = Some(match sum {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+    }
+    let Some((d_out, device)) = width else {
+        return Ok(sum.map(|sum| Update::Shift(burn::module::Param::from_tensor(sum))));
+    };
+    let (a, b) = combination_type.combine(&sources, rank)?;
+    // On plain layers the bias is another parameter's.
+    let shows_its_input = parts.iter().any(|(adapter, _)| adapter.info.site.kind.in_activation_space());
+    let bias =
+        (config.lora_bias && shows_its_input).then(|| sum.unwrap_or_else(|| Tensor::zeros([d_out], &device)));
+    Ok(Some(Update::LowRank(LowRank::new(a, b, bias, config.lora_dropout))))
+}
