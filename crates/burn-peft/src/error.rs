@@ -3,6 +3,8 @@ use std::path::PathBuf;
 
 use strsim::jaro_winkler;
 
+use crate::weighted::CombinationType;
+
 /// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
 ///
 /// Every operation that returns this error leaves the model as it was.
@@ -12,7 +14,7 @@ pub enum PeftError {
     /// A configuration value is outside its range.
     #[error("invalid `{field}`: expected {expected}, found {found}")]
     InvalidConfig {
-        /// The field of [`LoraConfig`](crate::LoraConfig).
+        /// The field of [`LoraConfig`](crate::LoraConfig) or [`CombinationType`], or the argument.
         field: &'static str,
         /// The accepted values.
         expected: &'static str,
@@ -122,6 +124,27 @@ pub enum PeftError {
         name: String,
         /// Paths of the layers.
         modules: Vec<String>,
+    },
+
+    /// This way of combining adapters needs adapters of one rank.
+    #[error(
+        "combining adapters as `{combination_type}` needs adapters of one rank, found ranks {}\nhint: `cat` and `svd` take adapters of any ranks",
+        rank_list(.ranks)
+    )]
+    UnequalRanks {
+        /// How they were to be combined.
+        combination_type: CombinationType,
+        /// Their ranks, in the order in which they were named.
+        ranks: Vec<usize>,
+    },
+
+    /// A combination of adapters met infinities or NaNs.
+    #[error(
+        "combining adapters as `{combination_type}` gives non-finite numbers\nhint: look for non-finite weights, scalings and factors among the adapters"
+    )]
+    NonFiniteCombination {
+        /// How they were to be combined.
+        combination_type: CombinationType,
     },
 
     /// The tensors of an adapter file do not fit the model.
@@ -268,6 +291,10 @@ fn join(names: &[String]) -> String {
         text.push_str(&format!(" and {} more", names.len() - SHOWN));
     }
     text
+}
+
+fn rank_list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn closest_hint(closest: &[String]) -> String {

@@ -38,6 +38,7 @@ mod seam;
 mod store;
 mod summary;
 mod target;
+mod weighted;
 
 pub use error::{PeftError, TensorProblem};
 pub use inject::{AdaptedModule, InjectionReport};
@@ -46,3 +47,4 @@ pub use model::{DEFAULT_ADAPTER, PeftModel};
 pub use store::LoadReport;
 pub use summary::ParameterSummary;
 pub use target::TargetModules;
+pub use weighted::{CombinationType, MajoritySign};
