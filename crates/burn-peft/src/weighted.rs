@@ -23,8 +23,8 @@ use merge::{Merge, Pruning};
 ///
 /// Below, `Aᵢ` (`[d_in, rᵢ]`), `Bᵢ` (`[rᵢ, d_out]`) and `sᵢ` are the factors and the scaling of the `i`-th adapter at a
 /// layer, whose update is `sᵢ Aᵢ Bᵢ`, and `wᵢ` is its weight, of any sign. The result is `A` (`[d_in, r]`) and `B`
-/// (`[r, d_out]`) with a scaling of 1. One adapter alone is combined as [`Linear`](Self::Linear), whatever is asked for:
-/// `A B = w s A₁ B₁`.
+/// (`[r, d_out]`) with a scaling of 1. One adapter alone is combined as [`Linear`](Self::Linear), whatever is asked
+/// for: `A B = w₁ s₁ A₁ B₁`.
 ///
 /// | | acts on | rank `r` |
 /// |---|---|---|
@@ -47,15 +47,16 @@ use merge::{Merge, Pruning};
 /// the greatest magnitude; among equal ones the first. Random pruning keeps each element with probability `d` and
 /// multiplies it by `1 / d`. A density of 1 prunes nothing.
 ///
-/// Where signs are elected, each element has one sign for all adapters, from the pruned tensors before they are weighted
-/// (see [`MajoritySign`]), and the result is the mean over the weighted elements that have this sign; 0 if none has.
+/// Where signs are elected, each element has one sign for all adapters, from the pruned tensors before they are
+/// weighted (see [`MajoritySign`]), and the result is the mean over the weighted elements that have this sign; 0 if
+/// none has.
 ///
 /// # Differences from PEFT
 /// This is what PEFT 0.21.2 computes, with these exceptions.
 /// - There, the result takes `use_rslora` over from the first adapter, so with rsLoRA its scaling is `√r` instead of 1
 ///   and the update is as many times too large. Here it is 1.
-/// - There, a `rank` above the smaller dimension of a layer gives factors that do not have the rank of the configuration.
-///   Here they are padded with zeros.
+/// - There, a `rank` above the smaller dimension of a layer is an error or, for a square layer, gives factors of another
+///   rank than the configuration's. Here they are padded with zeros.
 /// - PEFT's `svd_clamp`, and its `dare_linear_svd`, `dare_ties_svd` and `magnitude_prune_svd`, are not available.
 /// - There, biases of adapters (`lora_bias`) are ignored. Here the result has `Σ wᵢ sᵢ biasᵢ`.
 ///
@@ -98,8 +99,8 @@ pub enum CombinationType {
     /// PEFT's `ties_svd`.
     ///
     /// The combined update is dense. Its singular value decomposition runs on one core of the host, in time
-    /// `O(d_in d_out min(d_in, d_out))` for every layer: a second or less for dimensions of hundreds, tens of seconds for
-    /// 2048 by 2048, and eight times as much for every doubling.
+    /// `O(d_in d_out min(d_in, d_out))` for every layer: a second or less for dimensions of hundreds, tens of seconds
+    /// for 2048 by 2048, and eight times as much for every doubling.
     TiesSvd {
         /// The share of elements that is kept, in `(0, 1]`.
         density: f64,
@@ -215,7 +216,8 @@ impl CombinationType {
 
     /// Factors of shape `[d_in, rank]` and `[rank, d_out]`, whose scaling is 1.
     ///
-    /// `rank` is what [`rank`](Self::rank) gives for all adapters of the combination, of which a layer may have some only.
+    /// `rank` is what [`rank`](Self::rank) gives for all adapters of the combination, of which a layer may have some
+    /// only.
     pub(crate) fn combine(
         &self,
         sources: &[Source],

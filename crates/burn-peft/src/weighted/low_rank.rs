@@ -6,11 +6,11 @@ use burn::tensor::Tensor;
 /// Bound on the sweeps that a singular value may take; a few suffice, and Burn panics at the bound.
 const SWEEPS: usize = 200;
 
-/// `left`, `core` and `right` with `left core right = a b`: orthonormal columns, a matrix no larger than the rank of the
-/// factors, and orthonormal rows. The factors are finite.
+/// `left`, `core` and `right` with `left core right = a b`: orthonormal columns, a matrix no larger than the rank of
+/// the factors, and orthonormal rows. The factors are finite.
 ///
-/// Each factor is decomposed by itself. Burn's `qr` would do as well, but makes a square matrix of the longer dimension,
-/// which is the vocabulary for an embedding.
+/// Each factor is decomposed by itself. Burn's `qr` would do as well, but makes a square matrix of the longer
+/// dimension, which is the vocabulary for an embedding.
 pub(super) fn compress(a: Tensor<2>, b: Tensor<2>) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let (left, a_values, a_right) = svd::<2, 1>(a, SWEEPS);
     let (b_left, b_values, right) = svd::<2, 1>(b, SWEEPS);
