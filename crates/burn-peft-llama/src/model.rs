@@ -7,7 +7,7 @@ use burn::{
     nn::{Embedding, Initializer, Linear},
     tensor::{Bool, Device, Int, Tensor},
 };
-use burn_peft::LoraLinear;
+use burn_peft::{LoraEmbedding, LoraLinear};
 
 use crate::{
     Batch, LlamaAttention, LlamaBlock, LlamaConfig, LlamaMlp, RmsNorm,
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Module, Debug)]
 pub struct Llama {
     /// A vector for each token, `[vocab_size, hidden_size]`.
-    pub embed_tokens: Embedding,
+    pub embed_tokens: LoraEmbedding,
     /// The blocks.
     pub layers: Vec<LlamaBlock>,
     /// The norm behind the blocks.
@@ -118,7 +118,7 @@ impl LlamaForCausalLm {
         };
 
         let weight = source.embedding("model.embed_tokens.weight", [config.vocab_size, hidden])?;
-        let embed_tokens = Embedding { weight };
+        let embed_tokens = Embedding { weight }.into();
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let path = format!("model.layers.{i}");

@@ -64,6 +64,17 @@ pub enum PeftError {
         closest: Vec<String>,
     },
 
+    /// Modules would get an update of low rank and a copy at once: `modules_to_save` copies every module whose name ends
+    /// with an entry, and keeps away from `target_modules` only those that match it between dots.
+    #[error(
+        "modules are both targets and to be saved whole: {}\nhint: narrow `modules_to_save`, or put them into `exclude_modules`",
+        join(.modules)
+    )]
+    TargetAlsoSaved {
+        /// Names of the modules.
+        modules: Vec<String>,
+    },
+
     /// A key mapping gives two parameters one name.
     #[error("the key mapping makes `{name}` of both {}\nhint: make its rules tell them apart", join(.paths))]
     AmbiguousKeyMapping {

@@ -201,6 +201,13 @@ impl Plan {
 
     /// Finds layers that cannot do what the configuration asks of them.
     fn check_layers(&self, parameters: &[Parameter], adapted: &BTreeSet<String>) -> Result<(), PeftError> {
+        let both = adapted
+            .iter()
+            .filter(|module| self.config.modules_to_save.iter().any(|saved| is_part_of(module, saved)));
+        let both: Vec<String> = both.cloned().collect();
+        if !both.is_empty() {
+            return Err(PeftError::TargetAlsoSaved { modules: both });
+        }
         let modules = |is_meant: &dyn Fn(&Site) -> bool| -> Vec<String> {
             let weights = parameters.iter().map(|(_, site)| site).filter(|site| site.parameter == "weight");
             let meant = weights.filter(|site| adapted.contains(&site.name) && is_meant(site));
