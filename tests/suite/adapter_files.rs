@@ -139,12 +139,9 @@ fn what_is_not_computed_here_is_refused_by_name() {
     let fixture = Fixture::open("gqa-tied-qv");
     for (field, value) in [
         ("use_dora", json!(true)),
-        ("bias", json!("all")),
-        ("modules_to_save", json!(["lm_head"])),
-        ("rank_pattern", json!({"q_proj": 7})),
-        ("lora_bias", json!(true)),
+        ("bias", json!("some")),
+        ("init_lora_weights", json!("pissa")),
         ("peft_type", json!("LOHA")),
-        ("fan_in_fan_out", json!(true)),
     ] {
         let mut changed = config(&fixture.directory);
         changed[field] = value;
