@@ -15,3 +15,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/src/guide.md")]
 struct Guide;
+
+/// And those in the chapter on several adapters.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/adapters.md")]
+struct Adapters;
