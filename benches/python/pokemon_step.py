@@ -2,6 +2,7 @@
 step that `cargo run --release --example pokemon -- --model DIR --arms lora` prints.
 
 usage: python pokemon_step.py MODEL_DIR [--steps 10] [--batch-size 16] [--rank 16] [--dtype f32|bf16] [--threads 2]
+       [--save DIR]
 
 Same work as the example: the bare name as the user's turn, the system text of the experiment, loss on the answer and its
 end token alone, left padding, every linear layer but the output layer adapted, AdamW, clipping at 1.
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", metavar="DIR", help="keep the adapter, to be evaluated with `pokemon --adapter DIR`")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -83,6 +85,8 @@ def main():
         seconds.append(time.perf_counter() - start)
         print(f"step {step + 1}: loss {loss.item():.4f}, {seconds[-1]:.2f} s", flush=True)
     print(f"median {statistics.median(seconds[1:] or seconds):.2f} s a step, {args.dtype}, {list(inputs['input_ids'].shape)} tokens")
+    if args.save:
+        model.save_pretrained(args.save)
 
 
 if __name__ == "__main__":
