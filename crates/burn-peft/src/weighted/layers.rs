@@ -45,7 +45,9 @@ pub(crate) fn add(
     plan.add_to(&mut layout.states, |target| {
         let (path, update) = combined.next()?;
         debug_assert_eq!(path, target.path);
-        update.map(|update| if target.device.is_autodiff() { update.train() } else { update })
+        // A bias that no source has starts from zero, so that the adapter is whole.
+        let Some(update) = update else { return Update::init(&plan.config, target, None) };
+        Some(if target.device.is_autodiff() { update.train() } else { update })
     });
     Ok(plan.into_report())
 }
