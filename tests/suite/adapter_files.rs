@@ -6,7 +6,7 @@ use std::path::Path;
 use burn::tensor::{Device, TensorData};
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel, TensorProblem};
 use burn_peft_llama::{Collator, Example, LlamaForCausalLm, PaddingSide, Tokenizer};
-use burn_peft_tests::fixture::{ADAPTERS, Fixture, read_tensors};
+use burn_peft_tests::fixture::{ADAPTERS, Fixture, read_file, read_json, write_adapter};
 use burn_peft_tests::parameters::parameters;
 use serde_json::{Value, json};
 
@@ -16,11 +16,11 @@ use crate::common::{load_adapted, load_base, masked_logits};
 const EXPORT: &str = "BURN_PEFT_EXPORT";
 
 fn tensors(directory: &Path) -> BTreeMap<String, TensorData> {
-    read_tensors(&std::fs::read(directory.join("adapter_model.safetensors")).unwrap())
+    read_file(&directory.join("adapter_model.safetensors"))
 }
 
 fn config(directory: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(directory.join("adapter_config.json")).unwrap()).unwrap()
+    read_json(&directory.join("adapter_config.json"))
 }
 
 #[test]
@@ -34,11 +34,13 @@ fn what_peft_wrote_is_written_again_with_the_same_tensors_and_the_same_configura
 
             let mut expected = tensors(&fixture.directory);
             // peft adds the table of an adapted embedding, which belongs to the base.
-            expected.retain(|key, _| !key.contains(".base_layer."));
+            expected.retain(|key, _| !key.ends_with(".base_layer.weight"));
             assert_eq!(tensors(directory.path()), expected, "{case}");
 
             let mut found = config(directory.path());
-            found["target_modules"].as_array_mut().unwrap().sort_by_key(ToString::to_string);
+            if let Some(names) = found["target_modules"].as_array_mut() {
+                names.sort_by_key(ToString::to_string);
+            }
             assert_eq!(found, config(&fixture.directory), "{case}");
         }
     }
@@ -76,7 +78,7 @@ fn every_tensor_that_does_not_fit_is_named_and_the_model_stays_as_it_was() {
     let wide = TensorData::new(vec![0.5_f32; 3 * 31], [3, 31]);
     broken.insert(key(1, "v_proj", "A"), wide);
     let directory = tempfile::tempdir().unwrap();
-    write(directory.path(), &config(&fixture.directory), &broken);
+    write_adapter(directory.path(), &config(&fixture.directory), &broken);
 
     let mut model = load_base("gqa-tied", &Device::flex());
     let before = parameters(&model);
@@ -115,7 +117,7 @@ fn the_adapted_weight_in_a_file_must_be_the_models_up_to_rounding() {
             let weight = TensorData::new(values, weight.shape().clone());
             changed.insert(key.into(), weight);
             let directory = tempfile::tempdir().unwrap();
-            write(directory.path(), &config(&fixture.directory), &changed);
+            write_adapter(directory.path(), &config(&fixture.directory), &changed);
             let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
             model.load_adapter(DEFAULT_ADAPTER, directory.path())
         };
@@ -146,7 +148,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
         let mut changed = config(&fixture.directory);
         changed[field] = value;
         let directory = tempfile::tempdir().unwrap();
-        write(directory.path(), &changed, &tensors(&fixture.directory));
+        write_adapter(directory.path(), &changed, &tensors(&fixture.directory));
         let mut model = load_base("gqa-tied", &Device::flex());
         let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
         assert!(error.to_string().contains(&format!("`{field}`")), "{field}: {error}");
@@ -158,7 +160,7 @@ fn the_least_configuration_that_peft_reads_is_read() {
     let fixture = Fixture::open("gqa-tied-qv");
     let directory = tempfile::tempdir().unwrap();
     let least = json!({"peft_type": "LORA", "target_modules": ["v_proj", "q_proj"], "r": 3});
-    write(directory.path(), &least, &tensors(&fixture.directory));
+    write_adapter(directory.path(), &least, &tensors(&fixture.directory));
     let mut model = load_base("gqa-tied", &Device::flex());
     model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
     let again = tempfile::tempdir().unwrap();
@@ -247,20 +249,4 @@ fn rows_of_floats(data: &TensorData) -> Vec<Vec<Vec<f32>>> {
     let values: Vec<f32> = data.iter().collect();
     let (width, depth) = (data.shape()[1], data.shape()[2]);
     values.chunks(width * depth).map(|row| row.chunks(depth).map(<[f32]>::to_vec).collect()).collect()
-}
-
-/// Writes an adapter directory with whatever it is given.
-fn write(directory: &Path, config: &Value, tensors: &BTreeMap<String, TensorData>) {
-    std::fs::write(directory.join("adapter_config.json"), config.to_string()).unwrap();
-    let bytes: Vec<(&String, Vec<u8>, Vec<usize>)> = tensors
-        .iter()
-        .map(|(key, data)| {
-            (key, data.iter::<f32>().flat_map(f32::to_le_bytes).collect(), data.shape().to_vec())
-        })
-        .collect();
-    let views = bytes.iter().map(|(key, bytes, shape)| {
-        (key, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
-    });
-    let file = safetensors::serialize(views, None).unwrap();
-    std::fs::write(directory.join("adapter_model.safetensors"), file).unwrap();
 }
