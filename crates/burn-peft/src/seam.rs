@@ -386,7 +386,7 @@ impl Module for Adapters {
             let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
             match &adapter.update {
                 Update::LowRank(factors) => factors.visit(&mut offering),
-                Update::Copy(param) => visit_as(COPY, param, &mut offering),
+                Update::Copy(copied) => copied.visit(&mut offering),
                 Update::Shift(param) => visit_as(SHIFT, param, &mut offering),
             }
             visitor.exit_module(&adapter.info.name, ADAPTER);
@@ -403,7 +403,7 @@ impl Module for Adapters {
             let mut listening = Listening { mapper: &mut *mapper, attached: &mut attached };
             let update = match update {
                 Update::LowRank(factors) => Update::LowRank(factors.map(&mut listening)),
-                Update::Copy(param) => Update::Copy(map_as(COPY, param, &mut listening)),
+                Update::Copy(copied) => Update::Copy(copied.map(&mut listening)),
                 Update::Shift(param) => Update::Shift(map_as(SHIFT, param, &mut listening)),
             };
             mapper.exit_module(&info.name, ADAPTER);
@@ -414,8 +414,7 @@ impl Module for Adapters {
     }
 }
 
-/// The last component of the path of a trained copy, and of a trained shift.
-const COPY: &str = "copy";
+/// The last component of the path of a trained shift.
 const SHIFT: &str = "bias";
 
 fn visit_as<V: ModuleVisitor>(name: &str, param: &Param<Tensor<1>>, visitor: &mut V) {
