@@ -335,8 +335,15 @@ impl Adapters {
         self.list.insert(at, adapter);
     }
 
+    /// The active adapters in the order in which they are applied: a copy, which takes the parameter's place, before the
+    /// updates that are added to it.
     pub(crate) fn active(&self) -> impl Iterator<Item = &Adapter> {
-        self.list.iter().filter(|adapter| adapter.info.active)
+        let active = |are_copies: bool| {
+            self.list.iter().filter(move |adapter| {
+                adapter.info.active && matches!(adapter.update, Update::Copy(_)) == are_copies
+            })
+        };
+        active(true).chain(active(false))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&Adapter> {
