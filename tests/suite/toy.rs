@@ -8,7 +8,7 @@ use burn::nn::conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, PaddingConfig2d};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_peft::{DEFAULT_ADAPTER, PeftError, PeftModel};
+use burn_peft::{DEFAULT_ADAPTER, LoraEmbedding, LoraLinear, PeftError, PeftModel};
 use burn_peft_tests::fixture::{TOYS, directory, read_facts, read_file, read_json, write_adapter};
 use burn_peft_tests::parameters::{base_parameters, from_torch, gradients, parameters, to_peft};
 use burn_peft_tests::tolerance::{
@@ -24,6 +24,49 @@ struct Toy {
     conv2d: Conv2d,
     pointwise: Conv2d,
     linear: Linear,
+}
+
+/// The same with layers that show their input to their adapters, where there are such layers.
+#[derive(Module, Debug)]
+struct WrappedToy {
+    embedding: LoraEmbedding,
+    conv1d: Conv1d,
+    conv2d: Conv2d,
+    pointwise: Conv2d,
+    linear: LoraLinear,
+}
+
+/// Either of them.
+trait ToyModel: PeftModel + From<Toy> {
+    /// `[batch, 13]` to `[batch, 7]`.
+    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<2>;
+}
+
+impl ToyModel for Toy {
+    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<2> {
+        let x = middle(self.embedding.forward(ids), &self.conv1d, &self.conv2d, &self.pointwise);
+        self.linear.forward(x)
+    }
+}
+
+impl ToyModel for WrappedToy {
+    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<2> {
+        let x = middle(self.embedding.forward(ids), &self.conv1d, &self.conv2d, &self.pointwise);
+        self.linear.forward(x)
+    }
+}
+
+/// `[batch, 13, 8]` to `[batch, 24]`.
+fn middle(x: Tensor<3>, conv1d: &Conv1d, conv2d: &Conv2d, pointwise: &Conv2d) -> Tensor<2> {
+    let x = conv1d.forward(x.swap_dims(1, 2)).tanh();
+    let x = conv2d.forward(x.reshape([-1, 2, 4, 6])).tanh();
+    pointwise.forward(x).tanh().flatten(1, 3)
+}
+
+impl From<Toy> for WrappedToy {
+    fn from(Toy { embedding, conv1d, conv2d, pointwise, linear }: Toy) -> Self {
+        Self { embedding: embedding.into(), conv1d, conv2d, pointwise, linear: linear.into() }
+    }
 }
 
 #[derive(Deserialize)]
@@ -51,7 +94,7 @@ impl Case {
         TOYS.into_iter().map(Self::open)
     }
 
-    fn base(&self, device: &Device) -> Toy {
+    fn base<M: ToyModel>(&self, device: &Device) -> M {
         let stored = read_file(&directory(self.name).join("model.safetensors"));
         let data = |name: &str| from_torch(name, &stored[name]);
         fn param<const D: usize>(data: TensorData, device: &Device) -> Param<Tensor<D>> {
@@ -73,11 +116,11 @@ impl Case {
         toy.pointwise.weight = param(data("pointwise.weight"), device);
         toy.linear.weight = param(data("linear.weight"), device);
         toy.linear.bias = Some(param(data("linear.bias"), device));
-        toy
+        toy.into()
     }
 
-    fn adapted(&self, device: &Device) -> Toy {
-        let mut toy = self.base(device);
+    fn adapted<M: ToyModel>(&self, device: &Device) -> M {
+        let mut toy: M = self.base(device);
         toy.load_adapter(DEFAULT_ADAPTER, directory(self.name)).unwrap();
         toy
     }
@@ -86,30 +129,24 @@ impl Case {
         Tensor::from_data(self.expected["input_ids"].clone(), device)
     }
 
-    fn output(&self, toy: &Toy, device: &Device) -> TensorData {
+    fn output<M: ToyModel>(&self, toy: &M, device: &Device) -> TensorData {
         toy.forward(self.ids(device)).into_data()
-    }
-}
-
-impl Toy {
-    /// `[batch, 13]` to `[batch, 7]`.
-    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<2> {
-        let x = self.embedding.forward(ids).swap_dims(1, 2);
-        let x = self.conv1d.forward(x).tanh();
-        let x = self.conv2d.forward(x.reshape([-1, 2, 4, 6])).tanh();
-        let x = self.pointwise.forward(x).tanh();
-        self.linear.forward(x.flatten(1, 3))
     }
 }
 
 #[test]
 fn outputs_of_base_adapted_and_merged_model_are_those_of_peft() {
+    check_outputs::<Toy>();
+    check_outputs::<WrappedToy>();
+}
+
+fn check_outputs<M: ToyModel>() {
     for case in Case::all() {
         let name = case.name;
         for device in [Device::flex(), Device::flex().autodiff()] {
-            let base = case.output(&case.base(&device), &device);
+            let base = case.output(&case.base::<M>(&device), &device);
             let worst_base = assert_close(name, &base, &case.expected["base.output"], FORWARD);
-            let mut toy = case.adapted(&device);
+            let mut toy: M = case.adapted(&device);
             let before = parameters(&toy);
             let adapted = case.output(&toy, &device);
             let worst = assert_close(name, &adapted, &case.expected["output"], FORWARD);
@@ -137,10 +174,15 @@ fn outputs_of_base_adapted_and_merged_model_are_those_of_peft() {
 
 #[test]
 fn gradients_are_those_of_peft_and_the_base_has_none() {
+    check_gradients::<Toy>();
+    check_gradients::<WrappedToy>();
+}
+
+fn check_gradients<M: ToyModel>() {
     for case in Case::all() {
         let name = case.name;
         let device = Device::flex().autodiff();
-        let toy = case.adapted(&device);
+        let toy: M = case.adapted(&device);
         let loss = toy.forward(case.ids(&device)).square().sum();
         let value = f64::from(loss.clone().into_scalar::<f32>());
         assert_close_number(name, value, case.facts.loss, LOSS);
@@ -158,14 +200,19 @@ fn gradients_are_those_of_peft_and_the_base_has_none() {
             assert_close(&format!("{name} gradient of {key}"), &found[*key], gradient, GRADIENT)
         });
         println!("{name}: gradients deviate by {:.1e}", worst.fold(0.0, f64::max));
-        assert_eq!(base_parameters(&toy), parameters(&case.base(&device)), "{name}");
+        assert_eq!(base_parameters(&toy), parameters(&case.base::<M>(&device)), "{name}");
     }
 }
 
 #[test]
 fn files_are_written_as_peft_wrote_them() {
+    check_files::<Toy>();
+    check_files::<WrappedToy>();
+}
+
+fn check_files<M: ToyModel>() {
     for case in Case::all() {
-        let toy = case.adapted(&Device::flex());
+        let toy: M = case.adapted(&Device::flex());
         let (written, there) = (tempfile::tempdir().unwrap(), directory(case.name));
         toy.save_adapter(DEFAULT_ADAPTER, written.path()).unwrap();
         let both = |file: &str| [written.path().join(file), there.join(file)];
@@ -185,7 +232,7 @@ fn dropout_is_refused_on_plain_layers_that_do_not_show_their_input() {
         config["lora_dropout"] = 0.1.into();
         let changed = tempfile::tempdir().unwrap();
         write_adapter(changed.path(), &config, &read_file(&there.join("adapter_model.safetensors")));
-        let mut toy = case.base(&Device::flex());
+        let mut toy: Toy = case.base(&Device::flex());
         let error = toy.load_adapter(DEFAULT_ADAPTER, changed.path()).unwrap_err();
         let PeftError::DropoutNeedsLoraLinear { modules } = &error else { panic!("{error}") };
         let mut expected = case.facts.adapted_modules.clone();
@@ -205,7 +252,7 @@ pub(crate) fn export(root: &Path) {
         std::fs::create_dir_all(directory.join("base")).unwrap();
         let weights = burn_peft_tests::fixture::directory(case.name).join("model.safetensors");
         std::fs::copy(weights, directory.join("base/model.safetensors")).unwrap();
-        let mut toy = case.adapted(&device);
+        let mut toy: Toy = case.adapted(&device);
         toy.save_pretrained(adapter).unwrap();
         let rows = |data: &TensorData| -> Vec<Vec<f32>> {
             let values: Vec<f32> = data.iter().collect();
@@ -215,7 +262,7 @@ pub(crate) fn export(root: &Path) {
         toy.merge_and_unload().unwrap();
         let expected = serde_json::json!({
             "input_ids": rows(&case.expected["input_ids"]),
-            "base.output": rows(&case.output(&case.base(&device), &device)),
+            "base.output": rows(&case.output(&case.base::<Toy>(&device), &device)),
             "output": rows(&adapted),
             "merged.output": rows(&case.output(&toy, &device)),
         });
