@@ -158,7 +158,7 @@ impl ModuleVisitor for Reader {
             levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
         match (inside, param.reparameterization::<Note>()) {
             (Some(depth), Some(Note::Offer(state))) => {
-                self.layout.states.insert(self.path[..depth].join("."), state.clone());
+                self.layout.states.insert(self.path[..depth].join("."), Adapters::clone(state));
             }
             (Some(_), _) => {}
             (None, _) => self.layout.parameters.push(BaseParameter {
@@ -216,7 +216,7 @@ impl Reparameterizer for Table {
 #[derive(Debug, Clone)]
 enum Note {
     /// To visitors: the state itself.
-    Offer(Adapters),
+    Offer(Box<Adapters>),
     /// From mappers: the state is to be dropped.
     Drop,
 }
@@ -380,7 +380,7 @@ impl Module for Adapters {
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let mut note = Some(Note::Offer(self.clone()));
+        let mut note = Some(Note::Offer(Box::new(self.clone())));
         for adapter in &self.list {
             visitor.enter_module(&adapter.info.name, ADAPTER);
             let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
