@@ -1,20 +1,24 @@
 """Reads in Python what this project writes in Rust: a base model in transformers, an adapter in peft.
 
-usage: python tests/check_in_python.py --base DIR [--adapter DIR] [--expected JSON|SAFETENSORS]
+usage: python tests/check_in_python.py --export DIR
+       python tests/check_in_python.py --base DIR [--adapter DIR] [--expected JSON|SAFETENSORS]
        python tests/check_in_python.py --base DIR --adapter DIR --predictions CSV [--system TEXT] [--out CSV]
 needs: pip install -r tests/fixtures/requirements.txt
 
+--export is what these tests write, every case of the fixtures and adapters that were never in Python; its directories
+CASE/base, CASE/adapter and CASE/expected.json are checked one after the other, as with the three options below:
+    BURN_PEFT_EXPORT=DIR cargo test -p burn-peft-tests export_for_python
 --base is a model of transformers, or, if there is no config.json, the weights of tests/fixtures/toy.py.
 --adapter is laid out as peft saves adapters: the adapter `default` in the directory itself, others in directories of
 their names. Every tensor that peft expects must be there, and no other one.
 --expected compares logits, of all positions; those of padding do not count.
-As JSON: {"input_ids": [[..]], "attention_mask": [[..]], "logits": [[[..]]]}. As safetensors: the same names, or several
-batches with a prefix of `right.` and `left.`, and any of
+{"input_ids": [[..]], "attention_mask": [[..]], "logits": [[[..]]]} as JSON or as safetensors, or the same with several
+batches, which have the prefixes `right.` and `left.`, and any of
     logits                  the first adapter
     base.logits             no adapter
     NAME.logits             the adapter of that name
     both.logits             all adapters at once
-    mixed.logits            the adapter of each row that --rows names, `__base__` for none
+    mixed.logits            the adapter of each row that --rows or a JSON's `adapter_names` names, `__base__` for none
     merged.logits, NAME.merged.logits, both.merged.logits
                             the same once merged
 Without a prefix they are about the batch without one, or else the one of `right.`; the toy has `output` for `logits`.
@@ -117,7 +121,7 @@ def check_adapter(model, name, directory):
 
 
 def check_outputs(model, expected, rows, of_base):
-    """Compares what is about the base alone, which must be asked for before an adapter changes it, or all of the rest."""
+    """Compares what is about the base alone, which must be asked for before an adapter changes it, or all the rest."""
     batches = {side: {name: expected[f"{side}{name}"].long() for name in ["input_ids", "attention_mask"]
                       if f"{side}{name}" in expected} for side in ["", *SIDES]}
     compared = 0
@@ -174,9 +178,26 @@ def compare(name, here, there, mask):
 
 
 def read_expected(path):
+    """The tensors of a file, and the adapters of the rows of a mixed batch, if the file names them."""
     if pathlib.Path(path).suffix == ".safetensors":
-        return load_file(path)
-    return {name: torch.tensor(value) for name, value in json.loads(pathlib.Path(path).read_text()).items()}
+        return load_file(path), None
+    entries = json.loads(pathlib.Path(path).read_text())
+    rows = entries.pop("adapter_names", None)
+    return {name: torch.tensor(value) for name, value in entries.items()}, rows
+
+
+def check_all(base, adapter=None, expected=None, rows=None):
+    """The model, with the adapters if there are any."""
+    model = load_base(base)
+    expected, named = read_expected(expected) if expected else ({}, None)
+    rows = rows or named
+    if expected:
+        check_outputs(model, expected, rows, of_base=True)
+    if adapter:
+        model = load_adapters(model, adapter)
+    if expected:
+        check_outputs(model, expected, rows, of_base=False)
+    return model
 
 
 def types_named(text):
@@ -216,7 +237,8 @@ def check_predictions(model, tokenizer, path, arm, seed, system, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="directory of the base model")
+    parser.add_argument("--export", help="directory of directories, each with a base, an adapter and logits")
+    parser.add_argument("--base", help="directory of the base model")
     parser.add_argument("--adapter", help="directory of the adapter, or of several")
     parser.add_argument("--expected", help="JSON or safetensors with logits to compare")
     parser.add_argument("--rows", type=lambda text: text.split(","), help="adapters of the rows of mixed.logits: a,__base__,b")
@@ -227,14 +249,16 @@ def main():
     parser.add_argument("--out", help="CSV to write the answers to")
     arguments = parser.parse_args()
 
-    model = load_base(arguments.base)
-    expected = read_expected(arguments.expected) if arguments.expected else {}
-    if expected:
-        check_outputs(model, expected, arguments.rows, of_base=True)
-    if arguments.adapter:
-        model = load_adapters(model, arguments.adapter)
-    if expected:
-        check_outputs(model, expected, arguments.rows, of_base=False)
+    if bool(arguments.export) == bool(arguments.base):
+        parser.error("expected either --export or --base")
+    if arguments.export:
+        cases = sorted(path.parent for path in pathlib.Path(arguments.export).glob("*/expected.json"))
+        for case in cases:
+            print(f"== {case.name}")
+            check_all(case / "base", case / "adapter", case / "expected.json")
+        check(cases, f"cases: {len(cases)}")
+        sys.exit(failures > 0)
+    model = check_all(arguments.base, arguments.adapter, arguments.expected, arguments.rows)
     if arguments.predictions:
         tokenizer = AutoTokenizer.from_pretrained(arguments.base)
         check_predictions(model, tokenizer, arguments.predictions, arguments.arm, arguments.seed, arguments.system,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
 use burn_peft_llama::{Batch, Collator, Example, PaddingSide};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -18,15 +19,37 @@ pub const PAD_TOKEN_ID: u32 = 0;
 /// The cases that are base models.
 pub const BASES: [&str; 3] = ["gqa-tied", "mha-biased", "rope-scaled"];
 
-/// The cases that are adapters.
-pub const ADAPTERS: [&str; 6] = [
+/// The cases that are adapters of one of the bases.
+pub const ADAPTERS: [&str; 22] = [
     "gqa-tied-qv",
     "gqa-tied-rslora",
     "gqa-tied-embedding",
     "mha-biased-all-linear",
     "mha-biased-qv-rslora",
     "mha-biased-head",
+    "mha-biased-patterns",
+    "gqa-tied-layers",
+    "mha-biased-layers-pattern",
+    "gqa-tied-exclude",
+    "rope-scaled-regex",
+    "mha-biased-embedding-head",
+    "gqa-tied-gaussian",
+    "mha-biased-bias-all",
+    "mha-biased-bias-lora-only",
+    "mha-biased-lora-bias",
+    "gqa-tied-lora-bias",
+    "mha-biased-save-head",
+    "mha-biased-save-norm",
+    "gqa-tied-save-layernorm",
+    "rope-scaled-save-embedding",
+    "mha-biased-save-linear",
 ];
+
+/// The cases that are adapters of a model of plain layers.
+pub const TOYS: [&str; 2] = ["toy", "toy-biases"];
+
+/// The cases that are something else, each read by a test of its own.
+pub const OTHERS: [&str; 5] = ["fan-in-fan-out", "old", "targeting", "two-adapters", "weighted"];
 
 /// One case: a directory of a model or an adapter, and what is expected of it.
 pub struct Fixture {
@@ -51,6 +74,17 @@ pub struct Facts {
     /// Of an adapter: the adapted modules.
     #[serde(default)]
     pub adapted_modules: Vec<String>,
+    /// Of an adapter: the rank at each adapted module.
+    #[serde(default)]
+    pub ranks: BTreeMap<String, usize>,
+    /// Of an adapter: the factor of the update at each adapted module.
+    #[serde(default)]
+    pub scalings: BTreeMap<String, f64>,
+    /// Of an adapter: the modules that are trained in full.
+    #[serde(default)]
+    pub saved_modules: Vec<String>,
+    /// Of an adapter: why peft does not merge it.
+    pub merge_error: Option<String>,
     /// Of an adapter: what peft's `print_trainable_parameters` prints.
     pub trainable_parameters: Option<String>,
     /// AdamW on the right-padded batch.
@@ -87,10 +121,18 @@ impl Fixture {
     pub fn open(case: &str) -> Self {
         let directory = directory(case);
         let facts = read_facts(&directory);
-        let bytes = std::fs::read(directory.join("expected.safetensors"))
-            .unwrap_or_else(|error| panic!("`{case}`: {error}"));
-        let tensors = read_tensors(&bytes);
+        let tensors = read_file(&directory.join("expected.safetensors"));
         Self { directory, facts, tensors }
+    }
+
+    /// The `adapter_config.json` of an adapter.
+    pub fn config(&self) -> serde_json::Value {
+        read_json(&self.directory.join("adapter_config.json"))
+    }
+
+    /// The `adapter_model.safetensors` of an adapter.
+    pub fn adapter_tensors(&self) -> BTreeMap<String, TensorData> {
+        read_file(&self.directory.join("adapter_model.safetensors"))
     }
 
     /// A tensor by name.
@@ -167,13 +209,59 @@ pub fn read_facts<T: DeserializeOwned>(directory: &Path) -> T {
     serde_json::from_value(facts).unwrap_or_else(|error| panic!("`{}`: {error}\n{HINT}", path.display()))
 }
 
+/// Reads a JSON file.
+///
+/// # Panics
+/// If it cannot be read.
+pub fn read_json(path: &Path) -> serde_json::Value {
+    let text = std::fs::read(path).unwrap_or_else(|error| panic!("`{}`: {error}", path.display()));
+    serde_json::from_slice(&text).unwrap()
+}
+
+/// The tensors of a safetensors file by name: see [`read_tensors`].
+///
+/// # Panics
+/// If it cannot be read.
+pub fn read_file(path: &Path) -> BTreeMap<String, TensorData> {
+    read_tensors(&std::fs::read(path).unwrap_or_else(|error| panic!("`{}`: {error}", path.display())))
+}
+
+/// Writes a safetensors file of f32.
+///
+/// # Panics
+/// If it cannot be written.
+pub fn write_file(path: &Path, tensors: &BTreeMap<String, TensorData>) {
+    let stored = |(name, data): (&String, &TensorData)| {
+        (
+            name.clone(),
+            data.shape().to_vec(),
+            data.iter::<f32>().flat_map(f32::to_le_bytes).collect::<Vec<_>>(),
+        )
+    };
+    let stored: Vec<_> = tensors.iter().map(stored).collect();
+    let views = stored
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// Writes an adapter directory with whatever it is given.
+///
+/// # Panics
+/// If it cannot be written.
+pub fn write_adapter(directory: &Path, config: &serde_json::Value, tensors: &BTreeMap<String, TensorData>) {
+    std::fs::create_dir_all(directory).unwrap();
+    std::fs::write(directory.join("adapter_config.json"), config.to_string()).unwrap();
+    write_file(&directory.join("adapter_model.safetensors"), tensors);
+}
+
 /// The tensors of a safetensors file of f32 and i64 by name.
 ///
 /// # Panics
 /// If the file holds anything else.
 pub fn read_tensors(bytes: &[u8]) -> BTreeMap<String, TensorData> {
     let file = SafeTensors::deserialize(bytes).unwrap();
-    let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+    let read = |(name, view): (String, TensorView<'_>)| {
         let (bytes, shape) = (view.data(), view.shape().to_vec());
         let data = match view.dtype() {
             Dtype::F32 => {
@@ -195,5 +283,24 @@ fn prefix(side: PaddingSide) -> &'static str {
     match side {
         PaddingSide::Right => "right",
         PaddingSide::Left => "left",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn no_case_is_forgotten() {
+        let entries = std::fs::read_dir(directory("")).unwrap().map(Result::unwrap);
+        let folders = entries.filter(|entry| entry.path().join("expected.json").is_file());
+        let found: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        let known = BASES.iter().chain(&ADAPTERS).chain(&TOYS).chain(&OTHERS);
+        assert_eq!(found, known.map(ToString::to_string).collect());
+        let is_adapter = |case: &&String| directory(case).join("adapter_config.json").is_file();
+        let adapters: BTreeSet<String> = found.iter().filter(is_adapter).cloned().collect();
+        assert_eq!(adapters, ADAPTERS.iter().chain(&TOYS).map(ToString::to_string).collect());
     }
 }

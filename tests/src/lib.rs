@@ -5,6 +5,7 @@
 pub mod fixture;
 pub mod parameters;
 pub mod tolerance;
+pub mod tree;
 
 /// The example in the README compiles and runs.
 #[cfg(doctest)]

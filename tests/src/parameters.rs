@@ -31,35 +31,95 @@ pub fn is_adapter(path: &str) -> bool {
 /// A tensor of a checkpoint or a gradient of it as Burn has it: linear weights are `[d_in, d_out]` there, `[d_out, d_in]`
 /// in torch.
 pub fn from_torch(name: &str, data: &TensorData) -> TensorData {
-    if data.shape().len() == 2 && !name.contains("embed_tokens.weight") {
-        transposed(data)
-    } else {
-        data.clone()
+    let module = name.strip_suffix(".weight").unwrap_or(name);
+    if data.shape().len() == 2 && !is_embedding(module) { transposed(data) } else { data.clone() }
+}
+
+/// The entries of `by_path` that belong to adapter `default` of `model`, values or gradients, as peft has them: by their
+/// key in `adapter_model.safetensors`, in torch's layout.
+///
+/// # Panics
+/// If one of them belongs to another adapter.
+pub fn to_peft<M: Module>(model: &M, by_path: &BTreeMap<String, TensorData>) -> BTreeMap<String, TensorData> {
+    let all = parameters(model);
+    let adapters = by_path.iter().filter(|(path, _)| is_adapter(path));
+    let convert = |(path, data): (&String, &TensorData)| {
+        let place = Place::of(path);
+        let base = all[&format!("{}.{}", place.module, place.parameter)].shape();
+        let is_adapted = all.contains_key(&format!("{}.weight{MARK}a", place.module));
+        (place.peft_key(is_adapted), place.to_torch(data, base))
+    };
+    adapters.map(convert).collect()
+}
+
+/// What precedes the last component in the path of a parameter of adapter `default`.
+const MARK: &str = ".peft.default.";
+
+/// Where a parameter of an adapter is.
+struct Place<'a> {
+    module: &'a str,
+    /// The base parameter that it belongs to, `weight` or `bias`.
+    parameter: &'a str,
+    /// `a`, `b`, `bias` or `copy`.
+    part: &'a str,
+}
+
+impl<'a> Place<'a> {
+    fn of(path: &'a str) -> Self {
+        let (base, part) = path.split_once(MARK).unwrap_or_else(|| panic!("`{path}` is no adapter's"));
+        let (module, parameter) = base.rsplit_once('.').unwrap();
+        Self { module, parameter, part }
+    }
+
+    /// peft moves the parameters of a module that it adapts into `base_layer`.
+    fn peft_key(&self, is_adapted: bool) -> String {
+        let Self { module, parameter, part } = self;
+        let suffix = match (*part, is_embedding(module)) {
+            ("a", false) => "lora_A.weight",
+            ("b", false) => "lora_B.weight",
+            ("a", true) => "lora_embedding_A",
+            ("b", true) => "lora_embedding_B",
+            ("bias", false) => "lora_B.bias",
+            ("copy", _) if is_adapted => &format!("base_layer.{parameter}"),
+            ("copy", _) => parameter,
+            _ => panic!("unknown part `{part}` of `{module}`"),
+        };
+        format!("base_model.model.{module}.{suffix}")
+    }
+
+    /// A part of an adapter in torch's layout; `base` is the shape of the base parameter in Burn's.
+    ///
+    /// The factors of a convolution are convolutions: `A` has the base's kernel, `B` one of 1.
+    fn to_torch(&self, data: &TensorData, base: &[usize]) -> TensorData {
+        let is_convolution = base.len() > 2;
+        match self.part {
+            "a" | "b" => {
+                let factor = transposed(data);
+                let [rows, columns] = [factor.shape()[0], factor.shape()[1]];
+                match (is_convolution, self.part) {
+                    (false, _) => factor,
+                    (true, "a") => shaped(&factor, &[&[rows], &base[1..]].concat()),
+                    (true, _) => shaped(&factor, &[&[rows, columns], &vec![1; base.len() - 2][..]].concat()),
+                }
+            }
+            "copy" => {
+                let copy = shaped(data, base);
+                let is_linear = base.len() == 2 && !is_embedding(self.module);
+                if is_linear { transposed(&copy) } else { copy }
+            }
+            _ => data.clone(),
+        }
     }
 }
 
-/// The name of an adapter's parameter in `adapter_model.safetensors`.
-///
-/// # Panics
-/// If `path` is not that of an adapter's parameter.
-pub fn peft_key(path: &str) -> String {
-    let (weight, factor) =
-        path.split_once(".peft.default.").unwrap_or_else(|| panic!("`{path}` is no adapter's"));
-    let module = weight.strip_suffix(".weight").unwrap();
-    let suffix = match (module.ends_with("embed_tokens"), factor) {
-        (false, "a") => "lora_A.weight",
-        (false, "b") => "lora_B.weight",
-        (true, "a") => "lora_embedding_A",
-        (true, "b") => "lora_embedding_B",
-        _ => panic!("unknown factor in `{path}`"),
-    };
-    format!("base_model.model.{module}.{suffix}")
+/// Embeddings are told by their names: `embed`, `embedding`, `embed_tokens`.
+fn is_embedding(module: &str) -> bool {
+    module.rsplit('.').next().is_some_and(|name| name.starts_with("embed"))
 }
 
-/// The adapters' entries of `by_path` as peft has them: by its key, transposed.
-pub fn to_peft(by_path: &BTreeMap<String, TensorData>) -> BTreeMap<String, TensorData> {
-    let adapters = by_path.iter().filter(|(path, _)| is_adapter(path));
-    adapters.map(|(path, data)| (peft_key(path), transposed(data))).collect()
+/// The same values of f32 in another shape.
+fn shaped(data: &TensorData, shape: &[usize]) -> TensorData {
+    TensorData::new(data.iter::<f32>().collect::<Vec<_>>(), shape.to_vec())
 }
 
 /// The transpose of a matrix of f32.

@@ -29,6 +29,9 @@ pub const TRAINED: Tolerance = Tolerance(1e-4);
 /// The same sums in another order: merged against adapted, weight space against activation space.
 pub const REORDERED: Tolerance = Tolerance(1e-5);
 
+/// Combined adapters: a singular value decomposition in f32 against another one.
+pub const COMBINED: Tolerance = Tolerance(1e-5);
+
 /// Logits of a real model of 30 blocks, absolute: its logits are about 20.
 pub const REAL_LOGITS: f64 = 1e-3;
 

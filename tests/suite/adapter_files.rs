@@ -1,26 +1,27 @@
 //! Adapter directories: what peft wrote is read and written again, and what does not fit is named.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, TensorData};
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel, TensorProblem};
-use burn_peft_llama::{Collator, Example, LlamaForCausalLm, PaddingSide, Tokenizer};
-use burn_peft_tests::fixture::{ADAPTERS, Fixture, read_tensors};
-use burn_peft_tests::parameters::parameters;
+use burn_peft::{DEFAULT_ADAPTER, LoadOptions, PeftError, PeftModel, TensorProblem};
+use burn_peft_llama::PaddingSide;
+use burn_peft_tests::fixture::{
+    ADAPTERS, Fixture, directory, read_facts, read_file, read_json, write_adapter,
+};
+use burn_peft_tests::parameters::{parameters, to_peft};
+use burn_peft_tests::tolerance::{FORWARD, assert_close};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::common::{load_adapted, load_base, masked_logits};
-
-/// The directory to export to, for `tests/check_in_python.py`.
-const EXPORT: &str = "BURN_PEFT_EXPORT";
+use crate::common::{SIDES, load_adapted, load_base, masked_logits};
 
 fn tensors(directory: &Path) -> BTreeMap<String, TensorData> {
-    read_tensors(&std::fs::read(directory.join("adapter_model.safetensors")).unwrap())
+    read_file(&directory.join("adapter_model.safetensors"))
 }
 
 fn config(directory: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(directory.join("adapter_config.json")).unwrap()).unwrap()
+    read_json(&directory.join("adapter_config.json"))
 }
 
 #[test]
@@ -34,11 +35,13 @@ fn what_peft_wrote_is_written_again_with_the_same_tensors_and_the_same_configura
 
             let mut expected = tensors(&fixture.directory);
             // peft adds the table of an adapted embedding, which belongs to the base.
-            expected.retain(|key, _| !key.contains(".base_layer."));
+            expected.retain(|key, _| !key.ends_with(".base_layer.weight"));
             assert_eq!(tensors(directory.path()), expected, "{case}");
 
             let mut found = config(directory.path());
-            found["target_modules"].as_array_mut().unwrap().sort_by_key(ToString::to_string);
+            if let Some(names) = found["target_modules"].as_array_mut() {
+                names.sort_by_key(ToString::to_string);
+            }
             assert_eq!(found, config(&fixture.directory), "{case}");
         }
     }
@@ -76,7 +79,7 @@ fn every_tensor_that_does_not_fit_is_named_and_the_model_stays_as_it_was() {
     let wide = TensorData::new(vec![0.5_f32; 3 * 31], [3, 31]);
     broken.insert(key(1, "v_proj", "A"), wide);
     let directory = tempfile::tempdir().unwrap();
-    write(directory.path(), &config(&fixture.directory), &broken);
+    write_adapter(directory.path(), &config(&fixture.directory), &broken);
 
     let mut model = load_base("gqa-tied", &Device::flex());
     let before = parameters(&model);
@@ -105,6 +108,8 @@ fn the_adapted_weight_in_a_file_must_be_the_models_up_to_rounding() {
     for (case, key) in [
         ("gqa-tied-embedding", "base_model.model.model.embed_tokens.base_layer.weight"),
         ("mha-biased-head", "base_model.model.lm_head.base_layer.weight"),
+        ("mha-biased-embedding-head", "base_model.model.model.embed_tokens.base_layer.weight"),
+        ("mha-biased-embedding-head", "base_model.model.lm_head.base_layer.weight"),
     ] {
         let fixture = Fixture::open(case);
         let load = |change: &dyn Fn(f32) -> f32| {
@@ -115,7 +120,7 @@ fn the_adapted_weight_in_a_file_must_be_the_models_up_to_rounding() {
             let weight = TensorData::new(values, weight.shape().clone());
             changed.insert(key.into(), weight);
             let directory = tempfile::tempdir().unwrap();
-            write(directory.path(), &config(&fixture.directory), &changed);
+            write_adapter(directory.path(), &config(&fixture.directory), &changed);
             let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
             model.load_adapter(DEFAULT_ADAPTER, directory.path())
         };
@@ -136,20 +141,164 @@ fn an_adapter_for_another_model_is_refused() {
 
 #[test]
 fn what_is_not_computed_here_is_refused_by_name() {
-    let fixture = Fixture::open("gqa-tied-qv");
-    for (field, value) in [
-        ("use_dora", json!(true)),
-        ("bias", json!("some")),
-        ("init_lora_weights", json!("pissa")),
+    let unsupported = [
         ("peft_type", json!("LOHA")),
-    ] {
-        let mut changed = config(&fixture.directory);
-        changed[field] = value;
+        ("alora_invocation_tokens", json!([5, 7])),
+        ("arrow_config", json!({"top_k": 3})),
+        ("bias", json!("some")),
+        ("corda_config", json!({"corda_method": "kpm"})),
+        ("ensure_weight_tying", json!(true)),
+        ("eva_config", json!({"rho": 2.0})),
+        ("init_lora_weights", json!("pissa")),
+        ("kasa_config", json!({"beta": 1.0})),
+        ("layer_replication", json!([[0, 2], [1, 2]])),
+        ("layers_to_transform", json!([-1])),
+        ("loftq_config", json!({"loftq_bits": 4})),
+        ("lora_ga_config", json!({"direction": "ArB2r"})),
+        ("monteclora_config", json!({"num_samples": 8})),
+        ("r", json!("3")),
+        ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
+        ("trainable_token_indices", json!([1, 2])),
+        ("use_bdlora", json!({"nblocks": 2})),
+        ("use_dora", json!(true)),
+        ("use_qalora", json!(true)),
+        ("velora_config", json!({"num_groups": 4})),
+        ("a_setting_of_the_future", json!(0.5)),
+    ];
+    let initializations =
+        ["pissa_niter_4", "olora", "eva", "loftq", "corda", "orthogonal", "lora_ga", "mitra"];
+    let initializations = initializations.map(|name| ("init_lora_weights", json!(name)));
+    let refused = |changes: &[(&str, Value)]| -> Vec<String> {
+        let fixture = Fixture::open("gqa-tied-qv");
+        let mut changed = fixture.config();
+        for (field, value) in changes {
+            changed[*field] = value.clone();
+        }
         let directory = tempfile::tempdir().unwrap();
-        write(directory.path(), &changed, &tensors(&fixture.directory));
+        write_adapter(directory.path(), &changed, &fixture.adapter_tensors());
         let mut model = load_base("gqa-tied", &Device::flex());
         let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
-        assert!(error.to_string().contains(&format!("`{field}`")), "{field}: {error}");
+        assert!(model.adapters().is_empty());
+        let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{changes:?}: {error}") };
+        for (field, value) in changes {
+            assert!(error.to_string().contains(&format!("`{field}` is {value}")), "{field}: {error}");
+        }
+        problems.iter().map(|problem| problem.field.clone()).collect()
+    };
+    for change in unsupported.iter().chain(&initializations) {
+        assert_eq!(refused(std::slice::from_ref(change)), [change.0]);
+    }
+    let all: BTreeSet<String> = refused(&unsupported).into_iter().collect();
+    assert_eq!(all, unsupported.iter().map(|(field, _)| field.to_string()).collect());
+}
+
+#[derive(Deserialize)]
+struct OtherConfigs {
+    tensors: String,
+    configs: Vec<String>,
+}
+
+#[test]
+fn configurations_of_old_releases_and_flags_without_effect_mean_the_same() {
+    let device = Device::flex();
+    for case in ["old", "fan-in-fan-out"] {
+        let others: OtherConfigs = read_facts(&directory(case));
+        let fixture = Fixture::open(&others.tensors);
+        let model = load_adapted(&fixture, &device);
+        for name in &others.configs {
+            let other = directory(case).join(name);
+            let there = tempfile::tempdir().unwrap();
+            write_adapter(there.path(), &config(&other), &fixture.adapter_tensors());
+            let mut loaded = load_base(fixture.facts.base.as_ref().unwrap(), &device);
+            let report = loaded.load_adapter(DEFAULT_ADAPTER, there.path()).unwrap();
+            assert!(report.ignored_keys.is_empty(), "{name}: {report}");
+            for side in SIDES {
+                let batch = fixture.batch(side, &device);
+                let logits = masked_logits(&loaded, &batch);
+                assert_eq!(logits, masked_logits(&model, &batch), "{name}");
+                assert_close(name, &logits, fixture.logits(side), FORWARD);
+            }
+
+            let again = tempfile::tempdir().unwrap();
+            loaded.save_adapter(DEFAULT_ADAPTER, again.path()).unwrap();
+            let mut expected = fixture.config();
+            // peft takes the flag back when it meets a linear layer. Here it has no effect and is handed on.
+            expected["fan_in_fan_out"] = json!(name == "asked");
+            assert_eq!(config(again.path()), expected, "{name}");
+        }
+    }
+}
+
+#[test]
+fn lenient_loading_reports_the_same_problems_and_loads_what_fits() {
+    let fixture = Fixture::open("gqa-tied-layers");
+    let key = |projection: &str, factor: &str| {
+        format!("base_model.model.model.layers.1.{projection}.lora_{factor}.weight")
+    };
+    let mut broken = fixture.adapter_tensors();
+    let count = broken.len();
+    broken.remove(&key("self_attn.q_proj", "B"));
+    broken.insert(key("self_attn.v_proj", "A"), TensorData::new(vec![0.5_f32; 3 * 31], [3, 31]));
+    broken.insert(key("self_attn.o_proj", "A"), TensorData::new(vec![0.5_f32; 3 * 32], [3, 32]));
+    let directory = tempfile::tempdir().unwrap();
+    write_adapter(directory.path(), &fixture.config(), &broken);
+
+    let mut model = load_base("gqa-tied", &Device::flex());
+    let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
+    let PeftError::IncompatibleAdapter { problems, .. } = error else { panic!("{error}") };
+    assert_eq!(problems.len(), 3, "{problems:?}");
+    let report = model
+        .load_adapter_with(DEFAULT_ADAPTER, directory.path(), &LoadOptions::new().with_lenient(true))
+        .unwrap();
+    assert_eq!(report.problems, problems);
+    assert_eq!(report.tensors, count - 2);
+    assert!(report.to_string().contains(&key("self_attn.q_proj", "B")), "{report}");
+
+    let found = to_peft(&model, &parameters(&model));
+    assert_eq!(found.len(), count);
+    for (key_there, tensor) in &found {
+        if *key_there == key("self_attn.q_proj", "B") {
+            assert!(tensor.iter::<f32>().all(|value| value == 0.0), "a fresh `B` is zero");
+        } else if *key_there == key("self_attn.v_proj", "A") {
+            let bound = 1.0 / 32_f32.sqrt();
+            assert!(tensor.iter::<f32>().all(|value| value.abs() <= bound), "a fresh `A` is within {bound}");
+            assert!(tensor.iter::<f32>().any(|value| value != 0.0), "a fresh `A` is not zero");
+        } else {
+            assert_eq!(*tensor, broken[key_there], "{key_there}");
+        }
+    }
+}
+
+/// peft 0.4 wrote trained biases under another key and 0.10 to 0.13 not at all; peft ignores the first and misses
+/// nothing in the second. Here both are said, and lenient loading leaves the bias as it is in the base.
+#[test]
+fn biases_that_old_releases_misplaced_are_missed() {
+    let fixture = Fixture::open("mha-biased-bias-lora-only");
+    let moved = |key: &str| key.replace(".base_layer.bias", ".bias");
+    let is_bias = |key: &str| key.ends_with(".base_layer.bias");
+    let all = fixture.adapter_tensors();
+    let without: BTreeMap<_, _> = all.clone().into_iter().filter(|(key, _)| !is_bias(key)).collect();
+    let misplaced: BTreeMap<_, _> = all.iter().map(|(key, data)| (moved(key), data.clone())).collect();
+    let biases = all.len() - without.len();
+    for (tensors, unexpected) in [(without, 0), (misplaced, biases)] {
+        let directory = tempfile::tempdir().unwrap();
+        write_adapter(directory.path(), &fixture.config(), &tensors);
+        let mut model = load_base("mha-biased", &Device::flex());
+        let base = parameters(&model);
+        let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
+        let PeftError::IncompatibleAdapter { problems, .. } = &error else { panic!("{error}") };
+        let is_missing =
+            |problem: &&TensorProblem| matches!(problem, TensorProblem::Missing { key, .. } if is_bias(key));
+        assert_eq!(problems.iter().filter(is_missing).count(), biases, "{error}");
+        assert_eq!(problems.len(), biases + unexpected, "{error}");
+
+        let lenient = LoadOptions::new().with_lenient(true);
+        let report = model.load_adapter_with(DEFAULT_ADAPTER, directory.path(), &lenient).unwrap();
+        assert_eq!(&report.problems, problems);
+        let loaded = parameters(&model);
+        for path in &report.injection.copied_parameters {
+            assert_eq!(loaded[&format!("{path}.peft.default.copy")], base[path], "{path}");
+        }
     }
 }
 
@@ -158,7 +307,7 @@ fn the_least_configuration_that_peft_reads_is_read() {
     let fixture = Fixture::open("gqa-tied-qv");
     let directory = tempfile::tempdir().unwrap();
     let least = json!({"peft_type": "LORA", "target_modules": ["v_proj", "q_proj"], "r": 3});
-    write(directory.path(), &least, &tensors(&fixture.directory));
+    write_adapter(directory.path(), &least, &tensors(&fixture.directory));
     let mut model = load_base("gqa-tied", &Device::flex());
     model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
     let again = tempfile::tempdir().unwrap();
@@ -166,101 +315,4 @@ fn the_least_configuration_that_peft_reads_is_read() {
     let config = config(again.path());
     assert_eq!((&config["lora_alpha"], &config["lora_dropout"]), (&json!(8), &json!(0.0)));
     assert_eq!((&config["use_rslora"], &config["init_lora_weights"]), (&json!(false), &json!(true)));
-}
-
-/// Not a test of its own: writes a base, an adapter and logits that `check_in_python.py` compares.
-#[test]
-fn export_for_python() {
-    let Some(root) = std::env::var_os(EXPORT) else {
-        println!("skipped: `{EXPORT}` names no directory to export to");
-        return;
-    };
-    let device = Device::flex();
-    for case in ADAPTERS {
-        let fixture = Fixture::open(case);
-        let directory = Path::new(&root).join(case);
-        let base = load_base(fixture.facts.base.as_ref().unwrap(), &device);
-        base.save_pretrained(directory.join("base")).unwrap();
-        let mut model = base;
-        model.load_adapter(DEFAULT_ADAPTER, &fixture.directory).unwrap();
-        export(&directory, &model, &fixture);
-    }
-
-    // One that was never in Python, with every setting away from its default.
-    let fixture = Fixture::open("rope-scaled");
-    let directory = Path::new(&root).join("new");
-    let mut model = load_base("rope-scaled", &device);
-    model.save_pretrained(directory.join("base")).unwrap();
-    let config = LoraConfig::new(5)
-        .with_lora_alpha(7.5)
-        .with_use_rslora(true)
-        .with_lora_dropout(0.1)
-        .with_target_modules(burn_peft::TargetModules::Regex(r".*\.(q|k|down)_proj".into()))
-        .with_exclude_modules(["layers.1.mlp.down_proj"])
-        .with_init_lora_weights(burn_peft::InitLoraWeights::Random);
-    model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
-    export(&directory, &model, &fixture);
-}
-
-/// Not a test of its own: logits of any base model with any adapter, such as those that the Pokémon experiment saved.
-#[test]
-fn export_any_adapter_for_python() {
-    let paths = [EXPORT, "BURN_PEFT_EXPORT_BASE", "BURN_PEFT_EXPORT_ADAPTER"].map(std::env::var_os);
-    let [Some(root), Some(base), Some(adapter)] = paths else {
-        println!("skipped: no base and adapter to export");
-        return;
-    };
-    let mut model = LlamaForCausalLm::from_pretrained(Path::new(&base), &Device::flex()).unwrap();
-    model.load_adapter(DEFAULT_ADAPTER, &adapter).unwrap();
-    let tokenizer = Tokenizer::load(Path::new(&base)).unwrap();
-    let examples: Vec<Example> = ["Pikachu is an Electric-type Pokémon.", "Types:"]
-        .map(|text| tokenizer.encode_document(text).unwrap())
-        .into();
-    let collator = Collator::new(0).with_side(PaddingSide::Left);
-    let batch = collator.collate(&examples, &Device::flex()).unwrap();
-    let expected = json!({
-        "input_ids": rows(&batch.input_ids.to_data()),
-        "attention_mask": rows(&batch.attention_mask.clone().int().into_data()),
-        "logits": rows_of_floats(&masked_logits(&model, &batch)),
-    });
-    std::fs::create_dir_all(&root).unwrap();
-    std::fs::write(Path::new(&root).join("expected.json"), expected.to_string()).unwrap();
-}
-
-fn export(directory: &Path, model: &burn_peft_llama::LlamaForCausalLm, fixture: &Fixture) {
-    model.save_adapter(DEFAULT_ADAPTER, directory.join("adapter")).unwrap();
-    let batch = fixture.batch(PaddingSide::Left, &Device::flex());
-    let rows = |name: &str| rows(fixture.data(name));
-    let expected = json!({
-        "input_ids": rows("left.input_ids"),
-        "attention_mask": rows("left.attention_mask"),
-        "logits": rows_of_floats(&masked_logits(model, &batch)),
-    });
-    std::fs::write(directory.join("expected.json"), expected.to_string()).unwrap();
-}
-
-fn rows(data: &TensorData) -> Vec<Vec<i64>> {
-    data.iter::<i64>().collect::<Vec<_>>().chunks(data.shape()[1]).map(<[i64]>::to_vec).collect()
-}
-
-fn rows_of_floats(data: &TensorData) -> Vec<Vec<Vec<f32>>> {
-    let values: Vec<f32> = data.iter().collect();
-    let (width, depth) = (data.shape()[1], data.shape()[2]);
-    values.chunks(width * depth).map(|row| row.chunks(depth).map(<[f32]>::to_vec).collect()).collect()
-}
-
-/// Writes an adapter directory with whatever it is given.
-fn write(directory: &Path, config: &Value, tensors: &BTreeMap<String, TensorData>) {
-    std::fs::write(directory.join("adapter_config.json"), config.to_string()).unwrap();
-    let bytes: Vec<(&String, Vec<u8>, Vec<usize>)> = tensors
-        .iter()
-        .map(|(key, data)| {
-            (key, data.iter::<f32>().flat_map(f32::to_le_bytes).collect(), data.shape().to_vec())
-        })
-        .collect();
-    let views = bytes.iter().map(|(key, bytes, shape)| {
-        (key, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
-    });
-    let file = safetensors::serialize(views, None).unwrap();
-    std::fs::write(directory.join("adapter_model.safetensors"), file).unwrap();
 }

@@ -4,10 +4,13 @@
 
 mod adapter_files;
 mod common;
+mod export;
 mod llama_parity;
 mod lora_formula;
 mod lora_parity;
 mod real_model;
 mod state;
 mod targeting;
+mod toy;
 mod training_parity;
+mod weighted;

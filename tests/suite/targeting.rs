@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use burn::module::{Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor};
-use burn::nn::{Embedding, EmbeddingConfig, LinearConfig};
 use burn::tensor::Device;
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, LoraLinear, PeftError, PeftModel, TargetModules};
+use burn_peft::{DEFAULT_ADAPTER, InjectionReport, LoraConfig, PeftError, PeftModel, TargetModules};
 use burn_peft_tests::fixture::{directory, read_facts};
+use burn_peft_tests::parameters::parameters;
+use burn_peft_tests::tree::Tree;
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -14,6 +14,9 @@ use serde::Deserialize;
 struct Truth {
     keys: Vec<String>,
     rows: Vec<Row>,
+    layer_rows: Vec<LayerRow>,
+    pattern_rows: Vec<PatternRow>,
+    saved_rows: Vec<SavedRow>,
 }
 
 #[derive(Deserialize)]
@@ -22,6 +25,40 @@ struct Row {
     exclude_modules: Option<Names>,
     matched: Option<BTreeSet<String>>,
     error: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct LayerRow {
+    key: String,
+    target_modules: Names,
+    layers_to_transform: Option<Layers>,
+    layers_pattern: Option<Names>,
+    matched: Option<bool>,
+    error: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PatternRow {
+    patterns: Vec<String>,
+    key: String,
+    found: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct SavedRow {
+    target_modules: Names,
+    modules_to_save: Vec<String>,
+    adapted: Option<BTreeSet<String>>,
+    saved: Option<BTreeSet<String>>,
+    error: Option<String>,
+}
+
+/// As in `adapter_config.json`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Layers {
+    One(i64),
+    Many(Vec<i64>),
 }
 
 /// As in `adapter_config.json`.
@@ -52,6 +89,100 @@ fn every_row_of_the_table_is_answered_as_peft_answers_it() {
         assert_eq!(answer.as_ref().ok(), row.matched.as_ref(), "{question}: {answer:?}");
         assert_eq!(answer.err().map(kind), row.error.as_deref(), "{question}");
     }
+}
+
+#[test]
+fn layers_are_chosen_as_peft_chooses_them() {
+    let truth: Truth = read_facts(&directory("targeting"));
+    assert!(truth.layer_rows.len() >= 60);
+    let mut without_type = vec![];
+    for row in truth.layer_rows {
+        let mut config = LoraConfig::new(2).with_target_modules(row.target_modules.clone());
+        let layers = match row.layers_to_transform.clone() {
+            None => None,
+            Some(Layers::One(layer)) => Some(vec![layer]),
+            Some(Layers::Many(layers)) => Some(layers),
+        };
+        if let Some(layers) = layers {
+            let Ok(layers) = layers.into_iter().map(usize::try_from).collect::<Result<Vec<_>, _>>() else {
+                without_type.push(row);
+                continue;
+            };
+            config = config.with_layers_to_transform(layers);
+        }
+        config = match row.layers_pattern.clone() {
+            None => config,
+            Some(Names::Text(text)) if text.is_empty() => config,
+            Some(Names::Text(pattern)) => config.with_layers_pattern([pattern]),
+            Some(Names::List(patterns)) => config.with_layers_pattern(patterns),
+        };
+        let key = [row.key.clone()];
+        let answer = match Tree::new(&key, &Device::flex()).add_adapter(DEFAULT_ADAPTER, &config) {
+            Ok(report) => {
+                assert_eq!(paths(&report), key.into(), "{row:?}");
+                Ok(true)
+            }
+            Err(PeftError::NoModuleMatched { .. }) => Ok(false),
+            Err(PeftError::InvalidConfig { .. }) => Err("invalid"),
+            Err(other) => panic!("{row:?}: {other}"),
+        };
+        assert_eq!((answer.ok(), answer.err()), (row.matched, row.error.as_deref()), "{row:?}");
+    }
+    // No layer has a negative number, and none can be asked for here.
+    assert_eq!(without_type.len(), 1, "{without_type:?}");
+    assert_eq!(without_type[0].matched, Some(false));
+}
+
+#[test]
+fn the_pattern_that_decides_is_the_one_that_decides_in_peft() {
+    let truth: Truth = read_facts(&directory("targeting"));
+    assert!(truth.pattern_rows.len() >= 30);
+    for row in truth.pattern_rows {
+        const DEFAULT: usize = 2;
+        let rank_of = |pattern: &String| 10 + row.patterns.iter().position(|other| other == pattern).unwrap();
+        let ranks = row.patterns.iter().map(|pattern| (pattern, rank_of(pattern)));
+        let config = LoraConfig::new(DEFAULT).with_target_modules([&row.key]).with_rank_pattern(ranks);
+        let mut tree = Tree::new(std::slice::from_ref(&row.key), &Device::flex());
+        let report = tree.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
+        assert_eq!(report.modules[0].r, row.found.as_ref().map_or(DEFAULT, rank_of), "{row:?}");
+    }
+}
+
+#[test]
+fn modules_are_saved_as_peft_saves_them() {
+    let truth: Truth = read_facts(&directory("targeting"));
+    assert!(truth.saved_rows.len() >= 25);
+    let mut refused = vec![];
+    for row in truth.saved_rows {
+        let config = LoraConfig::new(2)
+            .with_target_modules(row.target_modules.clone())
+            .with_modules_to_save(&row.modules_to_save);
+        let mut tree = Tree::new(&truth.keys, &Device::flex());
+        let base = parameters(&tree);
+        match tree.add_adapter(DEFAULT_ADAPTER, &config) {
+            Ok(report) => {
+                assert_eq!(Some(paths(&report)), row.adapted, "{row:?}");
+                let saved = row.saved.as_ref().unwrap();
+                let is_saved =
+                    |path: &&String| saved.iter().any(|saved| path.starts_with(&format!("{saved}.")));
+                let expected: BTreeSet<&String> = base.keys().filter(is_saved).collect();
+                assert_eq!(report.copied_parameters.iter().collect::<BTreeSet<_>>(), expected, "{row:?}");
+            }
+            Err(PeftError::TargetAlsoSaved { .. }) => {
+                assert_eq!(row.error.as_deref(), Some("overlap"), "{row:?}")
+            }
+            Err(PeftError::AllModulesExcluded { .. }) => {
+                assert_eq!(row.error.as_deref(), Some("excluded"), "{row:?}");
+            }
+            Err(PeftError::NoModuleToSave { .. }) => refused.push(row),
+            Err(other) => panic!("{row:?}: {other}"),
+        }
+    }
+    // peft saves nothing, without a word, where no module has any of the names. Here that is an error: nobody asks for
+    // nothing, and what the names were meant for would not be trained.
+    let names: Vec<&String> = refused.iter().flat_map(|row| &row.modules_to_save).collect();
+    assert_eq!(names, [".*head", "layers.*", "no_such_module"]);
+    assert!(refused.iter().all(|row| row.saved.as_ref().is_some_and(BTreeSet::is_empty)));
 }
 
 proptest! {
@@ -125,97 +256,9 @@ fn adapted(
     config.exclude_modules = exclusions;
     let mut tree = Tree::new(keys, &Device::flex());
     let report = tree.add_adapter(DEFAULT_ADAPTER, &config)?;
-    Ok(report.modules.into_iter().map(|module| module.path).collect())
+    Ok(paths(&report))
 }
 
-/// A module with leaves at any paths: linear layers, and embeddings where the path says so.
-#[derive(Clone, Debug)]
-struct Tree {
-    linears: Vec<(String, LoraLinear)>,
-    embeddings: Vec<(String, Embedding)>,
-}
-
-impl Tree {
-    fn new(keys: &[String], device: &Device) -> Self {
-        let (embeddings, linears): (Vec<_>, Vec<_>) =
-            keys.iter().cloned().partition(|key| key.ends_with("embed_tokens"));
-        let linear = |key| (key, LinearConfig::new(3, 2).init(device).into());
-        let embedding = |key| (key, EmbeddingConfig::new(5, 3).init(device));
-        Self {
-            linears: linears.into_iter().map(linear).collect(),
-            embeddings: embeddings.into_iter().map(embedding).collect(),
-        }
-    }
-
-    fn each(
-        self,
-        linear: impl FnMut(LoraLinear) -> LoraLinear,
-        embedding: impl FnMut(Embedding) -> Embedding,
-    ) -> Self {
-        fn each<T>(list: Vec<(String, T)>, mut change: impl FnMut(T) -> T) -> Vec<(String, T)> {
-            list.into_iter().map(|(key, module)| (key, change(module))).collect()
-        }
-        Self { linears: each(self.linears, linear), embeddings: each(self.embeddings, embedding) }
-    }
-}
-
-const CONTAINER: &str = "Struct:Tree";
-
-impl Module for Tree {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        let devices =
-            self.linears.iter().fold(devices, |devices, (_, module)| module.collect_devices(devices));
-        self.embeddings.iter().fold(devices, |devices, (_, module)| module.collect_devices(devices))
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        self.each(|module| module.fork(device), |module| module.fork(device))
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        self.each(|module| module.to_device(device), |module| module.to_device(device))
-    }
-
-    fn train(self) -> Self {
-        self.each(Module::train, Module::train)
-    }
-
-    fn valid(&self) -> Self {
-        self.clone().each(|module| module.valid(), |module| module.valid())
-    }
-
-    fn materialize(self) -> Self {
-        self.each(Module::materialize, Module::materialize)
-    }
-
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        fn within<V: ModuleVisitor>(visitor: &mut V, key: &str, module: &impl Module) {
-            key.split('.').for_each(|segment| visitor.enter_module(segment, CONTAINER));
-            module.visit(visitor);
-            key.rsplit('.').for_each(|segment| visitor.exit_module(segment, CONTAINER));
-        }
-        self.linears.iter().for_each(|(key, module)| within(visitor, key, module));
-        self.embeddings.iter().for_each(|(key, module)| within(visitor, key, module));
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        fn within<M: ModuleMapper, T: Module>(mapper: &mut M, (key, module): (String, T)) -> (String, T) {
-            key.split('.').for_each(|segment| mapper.enter_module(segment, CONTAINER));
-            let module = module.map(mapper);
-            key.rsplit('.').for_each(|segment| mapper.exit_module(segment, CONTAINER));
-            (key, module)
-        }
-        Self {
-            linears: self.linears.into_iter().map(|leaf| within(mapper, leaf)).collect(),
-            embeddings: self.embeddings.into_iter().map(|leaf| within(mapper, leaf)).collect(),
-        }
-    }
-}
-
-impl ModuleDisplay for Tree {}
-
-impl ModuleDisplayDefault for Tree {
-    fn content(&self, content: burn::module::Content) -> Option<burn::module::Content> {
-        Some(content)
-    }
+fn paths(report: &InjectionReport) -> BTreeSet<String> {
+    report.modules.iter().map(|module| module.path.clone()).collect()
 }

@@ -17,7 +17,8 @@ fn lora_training_follows_peft() {
         let (model, losses) = train(load_adapted(&fixture, &device), &batch, &fixture.facts.training);
         let loss = assert_losses(case, &losses, &fixture.facts.training.losses);
 
-        let (found, expected) = (to_peft(&parameters(&model)), fixture.with_prefix("trained.base_model"));
+        let (found, expected) =
+            (to_peft(&model, &parameters(&model)), fixture.with_prefix("trained.base_model"));
         assert_eq!(found.len(), expected.len(), "{case}");
         let tensors = expected.iter().map(|(rest, tensor)| {
             let key = format!("base_model{rest}");

@@ -92,8 +92,8 @@ pub(crate) struct Adapter {
 pub(crate) enum Update {
     /// Adds `scaling * A B` to a weight.
     LowRank(LowRank),
-    /// Takes the parameter's place: `modules_to_save`, and biases that are trained. Flattened, `[elements]`.
-    Copy(Param<Tensor<1>>),
+    /// Takes the parameter's place: `modules_to_save`, and biases that are trained.
+    Copy(Copied),
     /// Adds `scaling * shift` to a bias, `[d_out]`: the `lora_bias` of a layer that works through its weight.
     Shift(Param<Tensor<1>>),
 }
@@ -108,13 +108,22 @@ impl Update {
                 let elements: usize = target.site.shape.iter().product();
                 Self::Shift(Param::from_tensor(Tensor::zeros([elements], (device, DType::F32))))
             }
-            Change::Copy => {
+            Change::Copy { shift } => {
                 let base = base?.clone();
                 let base = if device.is_autodiff() { Tensor::from_inner(base) } else { base };
-                Self::Copy(Param::from_tensor(base))
+                let bias = shift.map(|_| Tensor::zeros(base.shape(), (device, DType::F32)));
+                Self::Copy(Copied { copy: Param::from_tensor(base), bias: bias.map(Param::from_tensor) })
             }
         })
     }
+}
+
+/// A trained copy of a parameter, flattened: `[elements]`.
+#[derive(Module, Debug)]
+pub(crate) struct Copied {
+    pub(crate) copy: Param<Tensor<1>>,
+    /// Adds `scaling * bias` to the copy: of a trained bias, the `lora_bias` of a layer that works through its weight.
+    pub(crate) bias: Option<Param<Tensor<1>>>,
 }
 
 /// The factors of an update, in Burn's layout, the transposes of PEFT's `lora_A.weight [r, d_in]` and
@@ -254,7 +263,11 @@ impl Adapter {
                 let bias = factors.bias.as_ref().map_or(0, |bias| bias.lazy_shape().num_elements());
                 factors.a.lazy_shape().num_elements() + factors.b.lazy_shape().num_elements() + bias
             }
-            Update::Copy(param) | Update::Shift(param) => param.lazy_shape().num_elements(),
+            Update::Copy(Copied { copy, bias }) => {
+                let bias = bias.as_ref().map_or(0, |bias| bias.lazy_shape().num_elements());
+                copy.lazy_shape().num_elements() + bias
+            }
+            Update::Shift(param) => param.lazy_shape().num_elements(),
         }
     }
 
@@ -262,14 +275,24 @@ impl Adapter {
     fn apply<const D: usize>(&self, value: Tensor<D>) -> Tensor<D> {
         let add = |value: Tensor<D>, delta: Tensor<D>| cast(value, delta.dtype()) + delta;
         let shape = value.shape();
+        let shifted = |value: Tensor<D>, bias: &Param<Tensor<1>>| {
+            let shape = value.shape();
+            add(value, bias.val().mul_scalar(self.info.scaling).reshape(shape))
+        };
         match &self.update {
             Update::LowRank(factors) => {
                 let delta = factors.product(self.info.scaling);
                 let delta = if self.info.site.kind == LayerKind::Conv { delta.transpose() } else { delta };
                 add(value, delta.reshape(shape))
             }
-            Update::Copy(copy) => copy.val().reshape(shape),
-            Update::Shift(shift) => add(value, shift.val().mul_scalar(self.info.scaling).reshape(shape)),
+            Update::Copy(Copied { copy, bias }) => {
+                let copy = copy.val().reshape(shape);
+                match bias {
+                    Some(bias) => shifted(copy, bias),
+                    None => copy,
+                }
+            }
+            Update::Shift(bias) => shifted(value, bias),
         }
     }
 }
@@ -312,8 +335,15 @@ impl Adapters {
         self.list.insert(at, adapter);
     }
 
+    /// The active adapters in the order in which they are applied: a copy, which takes the parameter's place, before the
+    /// updates that are added to it.
     pub(crate) fn active(&self) -> impl Iterator<Item = &Adapter> {
-        self.list.iter().filter(|adapter| adapter.info.active)
+        let active = |are_copies: bool| {
+            self.list.iter().filter(move |adapter| {
+                adapter.info.active && matches!(adapter.update, Update::Copy(_)) == are_copies
+            })
+        };
+        active(true).chain(active(false))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&Adapter> {

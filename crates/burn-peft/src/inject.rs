@@ -93,9 +93,17 @@ pub(crate) struct Target {
 /// What an adapter will do to a parameter; [`Update`] without tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Change {
-    LowRank { r: usize, lora_alpha: f64 },
-    Copy,
-    Shift { scaling: f64 },
+    LowRank {
+        r: usize,
+        lora_alpha: f64,
+    },
+    /// With the scaling of the shift that is added to the copy, if there is one.
+    Copy {
+        shift: Option<f64>,
+    },
+    Shift {
+        scaling: f64,
+    },
 }
 
 /// The parameters that `config` means, and what to tell about them.
@@ -238,18 +246,15 @@ impl Plan {
         let config = &self.config;
         let is_saved = config.modules_to_save.iter().any(|saved| is_part_of(&site.name, saved));
         let is_adapted = adapted.contains(&site.name);
+        let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
+        let takes_lora_bias = config.lora_bias && is_adapted && site.kind != LayerKind::LoraLinear;
+        let shift = takes_lora_bias.then(|| config.scaling_of(r, lora_alpha));
         Ok(match &*site.parameter {
-            _ if is_saved => Some(Change::Copy),
-            "weight" if is_adapted => {
-                let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
-                Some(Change::LowRank { r, lora_alpha })
-            }
-            "bias" if config.bias == Bias::All => Some(Change::Copy),
-            "bias" if config.bias == Bias::LoraOnly && is_adapted => Some(Change::Copy),
-            "bias" if config.lora_bias && is_adapted && site.kind != LayerKind::LoraLinear => {
-                let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
-                Some(Change::Shift { scaling: config.scaling_of(r, lora_alpha) })
-            }
+            _ if is_saved => Some(Change::Copy { shift: None }),
+            "weight" if is_adapted => Some(Change::LowRank { r, lora_alpha }),
+            "bias" if config.bias == Bias::All => Some(Change::Copy { shift }),
+            "bias" if config.bias == Bias::LoraOnly && is_adapted => Some(Change::Copy { shift }),
+            "bias" => shift.map(|scaling| Change::Shift { scaling }),
             _ => None,
         })
     }
@@ -267,7 +272,7 @@ impl Plan {
                 scaling: match target.change {
                     Change::LowRank { r, lora_alpha } => self.config.scaling_of(r, lora_alpha),
                     Change::Shift { scaling } => scaling,
-                    Change::Copy => 1.0,
+                    Change::Copy { shift } => shift.unwrap_or(1.0),
                 },
             };
             let adapter = Adapter::new(update, info).set_active(is_first);
@@ -277,7 +282,7 @@ impl Plan {
 
     /// Paths of the parameters of which the adapter trains copies.
     pub(crate) fn copied(&self) -> BTreeSet<String> {
-        let copied = self.targets.iter().filter(|target| target.change == Change::Copy);
+        let copied = self.targets.iter().filter(|target| matches!(target.change, Change::Copy { .. }));
         copied.map(|target| target.path.clone()).collect()
     }
 
@@ -301,7 +306,11 @@ impl Plan {
                         activation_space: site.kind.in_activation_space(),
                     });
                 }
-                Change::Copy | Change::Shift { .. } => num_params += site.shape.iter().product::<usize>(),
+                Change::Copy { shift } => {
+                    let tensors = if shift.is_some() { 2 } else { 1 };
+                    num_params += tensors * site.shape.iter().product::<usize>();
+                }
+                Change::Shift { .. } => num_params += site.shape.iter().product::<usize>(),
             }
         }
         InjectionReport {

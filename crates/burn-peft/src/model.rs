@@ -607,6 +607,23 @@ mod tests {
     }
 
     #[test]
+    fn updates_are_added_to_the_copy_of_another_adapter_whatever_their_names() {
+        for [update, copy] in [["a", "b"], ["b", "a"]] {
+            let mut net = Net::new(&Device::default());
+            net.add_adapter(update, &config().with_target_modules(["up"])).unwrap();
+            let saving = config().with_target_modules(["down"]).with_modules_to_save(["up"]);
+            net.add_adapter(copy, &saving).unwrap();
+            net.set_adapter(&[copy]).unwrap();
+            let alone = output(&net);
+            net.set_adapter(&[update, copy]).unwrap();
+            let both = output(&net);
+            assert!(distance(&alone, &both) > 1e-3);
+            net.merge_and_unload().unwrap();
+            output(&net).assert_approx_eq::<f32>(&both, Tolerance::absolute(1e-5));
+        }
+    }
+
+    #[test]
     fn a_merge_that_would_break_the_weights_changes_nothing() {
         let mut net = Net::new(&Device::default());
         net.add_adapter("default", &config().with_lora_alpha(1e300)).unwrap();

@@ -158,7 +158,7 @@ impl ModuleVisitor for Reader {
             levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
         match (inside, param.reparameterization::<Note>()) {
             (Some(depth), Some(Note::Offer(state))) => {
-                self.layout.states.insert(self.path[..depth].join("."), state.clone());
+                self.layout.states.insert(self.path[..depth].join("."), Adapters::clone(state));
             }
             (Some(_), _) => {}
             (None, _) => self.layout.parameters.push(BaseParameter {
@@ -216,7 +216,7 @@ impl Reparameterizer for Table {
 #[derive(Debug, Clone)]
 enum Note {
     /// To visitors: the state itself.
-    Offer(Adapters),
+    Offer(Box<Adapters>),
     /// From mappers: the state is to be dropped.
     Drop,
 }
@@ -380,13 +380,13 @@ impl Module for Adapters {
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let mut note = Some(Note::Offer(self.clone()));
+        let mut note = Some(Note::Offer(Box::new(self.clone())));
         for adapter in &self.list {
             visitor.enter_module(&adapter.info.name, ADAPTER);
             let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
             match &adapter.update {
                 Update::LowRank(factors) => factors.visit(&mut offering),
-                Update::Copy(param) => visit_as(COPY, param, &mut offering),
+                Update::Copy(copied) => copied.visit(&mut offering),
                 Update::Shift(param) => visit_as(SHIFT, param, &mut offering),
             }
             visitor.exit_module(&adapter.info.name, ADAPTER);
@@ -403,7 +403,7 @@ impl Module for Adapters {
             let mut listening = Listening { mapper: &mut *mapper, attached: &mut attached };
             let update = match update {
                 Update::LowRank(factors) => Update::LowRank(factors.map(&mut listening)),
-                Update::Copy(param) => Update::Copy(map_as(COPY, param, &mut listening)),
+                Update::Copy(copied) => Update::Copy(copied.map(&mut listening)),
                 Update::Shift(param) => Update::Shift(map_as(SHIFT, param, &mut listening)),
             };
             mapper.exit_module(&info.name, ADAPTER);
@@ -414,8 +414,7 @@ impl Module for Adapters {
     }
 }
 
-/// The last component of the path of a trained copy, and of a trained shift.
-const COPY: &str = "copy";
+/// The last component of the path of a trained shift.
 const SHIFT: &str = "bias";
 
 fn visit_as<V: ModuleVisitor>(name: &str, param: &Param<Tensor<1>>, visitor: &mut V) {

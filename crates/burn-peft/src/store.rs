@@ -12,7 +12,7 @@ use std::path::Path;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, LowRank, Site, Update, cast};
+use crate::adapter::{Adapter, Copied, LowRank, Site, Update, cast};
 use crate::error::{PeftError, TensorProblem, closest};
 use crate::inject::{Change, InjectionReport, Plan, Target};
 use crate::key_mapping::KeyMapping;
@@ -131,7 +131,7 @@ fn change_of(adapter: &Adapter) -> Change {
     let info = &adapter.info;
     match &adapter.update {
         Update::LowRank(factors) => Change::LowRank { r: factors.rank(), lora_alpha: info.config.lora_alpha },
-        Update::Copy(_) => Change::Copy,
+        Update::Copy(copied) => Change::Copy { shift: copied.bias.as_ref().map(|_| info.scaling) },
         Update::Shift(_) => Change::Shift { scaling: info.scaling },
     }
 }
@@ -258,13 +258,14 @@ pub(crate) fn load(
                 Update::LowRank(LowRank::new(a, b, bias, plan.config.lora_dropout))
             }
             Update::Shift(fresh) => Update::Shift(bias.map_or(fresh, Param::from_tensor)),
-            Update::Copy(fresh) => match copy {
-                Some(copy) => {
-                    let dtype = fresh.val().dtype();
-                    Update::Copy(Param::from_tensor(cast(keys::copy_from_file(copy, &target.site), dtype)))
-                }
-                None => Update::Copy(fresh),
-            },
+            Update::Copy(fresh) => {
+                let dtype = fresh.copy.val().dtype();
+                let stored = |copy| Param::from_tensor(cast(keys::copy_from_file(copy, &target.site), dtype));
+                Update::Copy(Copied {
+                    copy: copy.map_or(fresh.copy, stored),
+                    bias: fresh.bias.map(|fresh| bias.map_or(fresh, Param::from_tensor)),
+                })
+            }
         })
     });
     Ok(LoadReport { injection: plan.into_report(), tensors, ignored_keys, problems })

@@ -259,8 +259,7 @@ impl LoraConfig {
     /// # Errors
     /// [`PeftError::InvalidConfig`] for a value outside its range, for `target_modules` that are absent or empty, and
     /// for settings that exclude each other: `layers_pattern` without `layers_to_transform`, either of them with
-    /// `target_modules` that are no list, `lora_bias` with a `bias` that is trained. [`PeftError::InvalidPattern`] for
-    /// regular expressions that do not compile.
+    /// `target_modules` that are no list. [`PeftError::InvalidPattern`] for regular expressions that do not compile.
     pub fn validate(&self) -> Result<(), PeftError> {
         let invalid = |field, expected, found: &dyn fmt::Display| {
             Err(PeftError::InvalidConfig { field, expected, found: found.to_string() })
@@ -287,9 +286,6 @@ impl LoraConfig {
         let transformed = self.layers_to_transform.as_ref().is_some_and(|layers| !layers.is_empty());
         if !self.layers_pattern.is_empty() && !transformed {
             return invalid("layers_pattern", "`layers_to_transform` beside it", &"none");
-        }
-        if self.lora_bias && self.bias != Bias::None {
-            return invalid("lora_bias", "`bias` none beside it", &"trained biases");
         }
         match &self.target_modules {
             None => invalid("target_modules", "names, a regular expression or `all-linear`", &"nothing"),
@@ -351,10 +347,6 @@ mod tests {
         assert_eq!(
             message(by_regex.with_layers_to_transform([1])),
             "invalid `layers_to_transform`: expected `target_modules` that are a list, found a regular expression"
-        );
-        assert_eq!(
-            message(good.clone().with_lora_bias(true).with_bias(Bias::All)),
-            "invalid `lora_bias`: expected `bias` none beside it, found trained biases"
         );
         assert_eq!(
             message(good.clone().with_lora_dropout(1.0)),

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, LayerKind, LowRank, Site, Update};
+use crate::adapter::{Adapter, Copied, LayerKind, LowRank, Site, Update};
 use crate::inject::Change;
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
@@ -58,13 +58,17 @@ pub(super) fn entries(site: &Site, change: Change, lora_bias: bool, is_adapted: 
             entries
         }
         Change::Shift { .. } => vec![entry("lora_B.bias", site.shape.clone(), Part::Bias)],
-        Change::Copy => {
+        Change::Copy { shift } => {
             let mut shape = site.shape.clone();
             if is_transposed(site) {
                 shape.reverse();
             }
             let inside = if is_adapted { "base_layer." } else { "" };
-            vec![entry(&format!("{inside}{}", site.parameter), shape, Part::Copy)]
+            let mut entries = vec![entry(&format!("{inside}{}", site.parameter), shape, Part::Copy)];
+            if shift.is_some() {
+                entries.push(entry("lora_B.bias", site.shape.clone(), Part::Bias));
+            }
+            entries
         }
     }
 }
@@ -94,7 +98,8 @@ pub(super) fn to_file(adapter: &Adapter, part: Part) -> Option<Tensor<1>> {
         (Update::LowRank(factors), Part::B) => Some(matrix(factors.b.val())),
         (Update::LowRank(LowRank { bias: Some(bias), .. }), Part::Bias) => Some(bias.val()),
         (Update::Shift(shift), Part::Bias) => Some(shift.val()),
-        (Update::Copy(copy), Part::Copy) => Some(flip(copy.val(), &adapter.info.site)),
+        (Update::Copy(Copied { bias: Some(bias), .. }), Part::Bias) => Some(bias.val()),
+        (Update::Copy(Copied { copy, .. }), Part::Copy) => Some(flip(copy.val(), &adapter.info.site)),
         _ => None,
     }
 }
