@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::FloatDType;
 use burn_peft::{AdapterDirectory, StoredModule, TensorRole};
 use burn_peft_llama::LlamaConfig;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
 /// The table of contents of a model directory.
@@ -144,9 +145,9 @@ fn header(path: &Path) -> Result<Vec<(String, Vec<usize>, Dtype)>> {
     if length > file.metadata()?.len() {
         bail!("expected a safetensors file, found a header of {length} bytes");
     }
-    let mut bytes = prefix.to_vec();
+    let mut bytes = vec![];
     file.take(length).read_to_end(&mut bytes)?;
-    let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
+    let metadata: Metadata = serde_json::from_slice(&bytes)?;
     let tensors = metadata.tensors().into_iter();
     Ok(tensors.map(|(name, info)| (name, info.shape.clone(), info.dtype)).collect())
 }

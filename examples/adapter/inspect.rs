@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use burn::tensor::{Device, Tensor};
-use burn_peft::{AdapterDirectory, Bias, InitLoraWeights, LoraConfig, PeftError, StoredModule, TensorRole};
+use burn_peft::{
+    AdapterDirectory, Bias, InitLoraWeights, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole,
+};
 
 use crate::cli::InspectArgs;
 use crate::failure;
@@ -103,8 +105,14 @@ fn settings(adapter: &AdapterDirectory) -> String {
     let LoraConfig { r, lora_alpha, lora_dropout, .. } = config;
     let default = LoraConfig::default();
     let list = |names: &[String]| names.join(", ");
-    let targets = |targets: &burn_peft::TargetModules| match targets {
-        burn_peft::TargetModules::Names(names) => names.iter().cloned().collect::<Vec<_>>().join(", "),
+    let targets = |targets: &TargetModules| match targets {
+        TargetModules::Names(names) => {
+            let told = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+            match names.len().saturating_sub(SHOWN) {
+                0 => told,
+                more => format!("{told} and {more} more"),
+            }
+        }
         other => other.to_string(),
     };
     let told = |text: &Option<String>| text.clone().unwrap_or_else(|| "not told".into());
@@ -284,13 +292,13 @@ impl Contents {
                     short(mean(&mut updates.iter().map(|update| update.b))),
                 ]);
             }
-            text.push_str(&table::text(&rows));
+            text.push_str(&table::text(&rows, &[0]));
             text.push_str(
                 "  |.| are Frobenius norms, means over the modules; |update| is that of scaling B A\n",
             );
         }
         if !self.others.is_empty() {
-            let mut rows = vec![cells(&["other tensors", "count", "shape", "norm", "what"])];
+            let mut rows = vec![cells(&["other tensors", "what", "count", "shape", "norm"])];
             for ((role, name, shape), norms) in &self.others {
                 let what = match role {
                     TensorRole::LoraBias => "bias of B",
@@ -299,13 +307,13 @@ impl Contents {
                 };
                 rows.push(vec![
                     name.clone(),
+                    what.to_string(),
                     norms.len().to_string(),
                     format!("{shape:?}"),
                     short(mean(&mut norms.iter().copied())),
-                    what.to_string(),
                 ]);
             }
-            let _ = write!(text, "\n{}", table::text(&rows));
+            let _ = write!(text, "\n{}", table::text(&rows, &[0, 1]));
         }
         text
     }

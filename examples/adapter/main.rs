@@ -13,6 +13,8 @@ mod merge;
 mod numbers;
 mod output;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
 //! Text in columns.
 
-/// Lines of cells as text, indented by two: the first column to the left, all others to the right.
-pub fn text(rows: &[Vec<String>]) -> String {
+/// Lines of cells as text, indented by two: the columns `left` are set to the left, all others to the right.
+pub fn text(rows: &[Vec<String>], left: &[usize]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |i: usize| rows.iter().filter_map(|row| row.get(i)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|i| width(i).unwrap_or_default()).collect();
@@ -11,7 +11,7 @@ pub fn text(rows: &[Vec<String>]) -> String {
         let cells: Vec<String> = cells
             .map(
                 |(i, (cell, &width))| {
-                    if i == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                    if left.contains(&i) { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
                 },
             )
             .collect();
@@ -27,6 +27,6 @@ mod tests {
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
         let rows = [["a", "→", "1"], ["bcd", "xy", "23"]].map(|row| row.map(String::from).to_vec());
-        assert_eq!(text(&rows), "  a     →   1\n  bcd  xy  23\n");
+        assert_eq!(text(&rows, &[0]), "  a     →   1\n  bcd  xy  23\n");
     }
 }
