@@ -1,1 +1,1 @@
-//! The examples are the programs beside this crate; see `pokemon/`.
+//! The examples are the programs beside this crate; see `adapter/` and `pokemon/`.

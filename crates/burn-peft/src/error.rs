@@ -253,6 +253,15 @@ pub enum PeftError {
         problems: Vec<TensorProblem>,
     },
 
+    /// The tensors of an adapter file do not fit the configuration beside it.
+    #[error("the tensors in `{}` do not fit `adapter_config.json`:{}", .path.display(), lines(.problems))]
+    InconsistentAdapter {
+        /// The adapter's tensor file.
+        path: PathBuf,
+        /// Every tensor that does not fit.
+        problems: Vec<TensorProblem>,
+    },
+
     /// A directory holds no adapter that can be read.
     #[error("no adapter in `{}`: {reason}\nhint: {hint}", .path.display())]
     NoAdapter {

@@ -394,13 +394,13 @@ fn module_names<'a>(parameters: &'a [Parameter]) -> BTreeSet<&'a str> {
 
 /// Whether `module` is one that `modules_to_save` names or lies within one, by the rule with which PEFT keeps updates
 /// of low rank out of them.
-fn lies_within(module: &str, saved: &str) -> bool {
+pub(crate) fn lies_within(module: &str, saved: &str) -> bool {
     ancestors_and_self(module).any(|module| matches_name(module, saved))
 }
 
 /// Whether a parameter of `module` is copied because of the entry `saved`: PEFT copies every module whose name ends
 /// with it, not only behind a dot, with all it contains.
-fn is_part_of(module: &str, saved: &str) -> bool {
+pub(crate) fn is_part_of(module: &str, saved: &str) -> bool {
     !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
 }
 

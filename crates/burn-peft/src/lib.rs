@@ -49,7 +49,7 @@ pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear};
 pub use merge::MergeReport;
 pub use model::{DEFAULT_ADAPTER, PeftModel};
 pub use status::AdapterStatus;
-pub use store::{LoadOptions, LoadReport};
+pub use store::{AdapterDirectory, LoadOptions, LoadReport, StoredModule, StoredTensor, TensorRole};
 pub use summary::ParameterSummary;
 pub use target::TargetModules;
 pub use weighted::{CombinationType, MajoritySign};

@@ -1,6 +1,7 @@
 //! Adapter directories in the format of Hugging Face PEFT.
 
 mod adapter_config;
+mod directory;
 mod keys;
 mod tensors;
 
@@ -20,11 +21,15 @@ use crate::lora::LoraConfig;
 use crate::seam::{Layout, States};
 use crate::target::TargetModules;
 
+pub use directory::{AdapterDirectory, StoredModule, StoredTensor, TensorRole};
 use keys::{Entry, Part};
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// What can be done about a directory without an adapter.
+const GIVE_ADAPTER: &str = "give the directory that PEFT's `save_pretrained` wrote";
 
 /// How an adapter directory is loaded.
 ///
@@ -274,15 +279,18 @@ pub(crate) fn load(
 /// The configuration in an adapter directory, and the keys in it that were not understood and ask for nothing.
 pub(crate) fn read_config(directory: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
     let path = directory.join(CONFIG_FILE);
-    let text = std::fs::read(&path).map_err(|source| match source.kind() {
+    adapter_config::from_json(&read_config_text(directory, &path)?, &path)
+}
+
+fn read_config_text(directory: &Path, path: &Path) -> Result<Vec<u8>, PeftError> {
+    std::fs::read(path).map_err(|source| match source.kind() {
         ErrorKind::NotFound => PeftError::NoAdapter {
             path: directory.into(),
             reason: format!("there is no `{CONFIG_FILE}`"),
-            hint: "give the directory that PEFT's `save_pretrained` wrote",
+            hint: GIVE_ADAPTER,
         },
-        _ => PeftError::Io { path: path.clone(), source },
-    })?;
-    adapter_config::from_json(&text, &path)
+        _ => PeftError::Io { path: path.into(), source },
+    })
 }
 
 fn read_tensors(directory: &Path, path: &Path) -> Result<Vec<u8>, PeftError> {
@@ -295,7 +303,7 @@ fn read_tensors(directory: &Path, path: &Path) -> Result<Vec<u8>, PeftError> {
         ErrorKind::NotFound => PeftError::NoAdapter {
             path: directory.into(),
             reason: format!("there is no `{TENSOR_FILE}`"),
-            hint: "give the directory that PEFT's `save_pretrained` wrote",
+            hint: GIVE_ADAPTER,
         },
         _ => PeftError::Io { path: path.into(), source },
     })

@@ -1,9 +1,11 @@
 use std::fmt;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::error::PeftError;
 use crate::key_mapping::KeyMapping;
+use crate::store;
 use crate::target::{TargetModules, compile_pattern, first_match};
 
 /// How a model is adapted: PEFT's `LoraConfig`, with PEFT's names and defaults.
@@ -138,6 +140,17 @@ impl LoraConfig {
         }
     }
 
+    /// Reads `adapter_config.json` of an adapter directory. PEFT's `LoraConfig.from_pretrained`.
+    ///
+    /// [`AdapterDirectory`](crate::AdapterDirectory) also tells what is wrong with a configuration that is refused here.
+    ///
+    /// # Errors
+    /// - [`PeftError::NoAdapter`], [`PeftError::Io`], [`PeftError::Json`]: the file
+    /// - [`PeftError::UnsupportedConfig`] with every entry that asks for something else than LoRA as it is computed here
+    pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
+        Ok(store::read_config(directory.as_ref())?.0)
+    }
+
     /// Sets [`lora_alpha`](Self::lora_alpha).
     pub fn with_lora_alpha(mut self, lora_alpha: f64) -> Self {
         self.lora_alpha = lora_alpha;
@@ -261,42 +274,48 @@ impl LoraConfig {
     /// for settings that exclude each other: `layers_pattern` without `layers_to_transform`, either of them with
     /// `target_modules` that are no list. [`PeftError::InvalidPattern`] for regular expressions that do not compile.
     pub fn validate(&self) -> Result<(), PeftError> {
-        let invalid = |field, expected, found: &dyn fmt::Display| {
-            Err(PeftError::InvalidConfig { field, expected, found: found.to_string() })
+        self.problems().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that [`validate`](Self::validate) finds wrong.
+    pub(crate) fn problems(&self) -> Vec<PeftError> {
+        let mut problems = vec![];
+        let mut invalid = |field, expected, found: &dyn fmt::Display| {
+            problems.push(PeftError::InvalidConfig { field, expected, found: found.to_string() });
         };
         if self.r == 0 {
-            return invalid("r", "a positive integer", &self.r);
+            invalid("r", "a positive integer", &self.r);
         }
         if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, r)| *r == 0) {
-            return invalid("rank_pattern", "positive integers", &format!("0 for `{pattern}`"));
+            invalid("rank_pattern", "positive integers", &format!("0 for `{pattern}`"));
         }
         if !self.lora_alpha.is_finite() {
-            return invalid("lora_alpha", "a finite number", &self.lora_alpha);
+            invalid("lora_alpha", "a finite number", &self.lora_alpha);
         }
         if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite()) {
-            return invalid("alpha_pattern", "finite numbers", &format!("{alpha} for `{pattern}`"));
+            invalid("alpha_pattern", "finite numbers", &format!("{alpha} for `{pattern}`"));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return invalid("lora_dropout", "a probability in [0, 1)", &self.lora_dropout);
-        }
-        let patterns = self.rank_pattern.iter().map(|(pattern, _)| pattern);
-        for pattern in patterns.chain(self.alpha_pattern.iter().map(|(pattern, _)| pattern)) {
-            compile_pattern(pattern)?;
+            invalid("lora_dropout", "a probability in [0, 1)", &self.lora_dropout);
         }
         let transformed = self.layers_to_transform.as_ref().is_some_and(|layers| !layers.is_empty());
         if !self.layers_pattern.is_empty() && !transformed {
-            return invalid("layers_pattern", "`layers_to_transform` beside it", &"none");
+            invalid("layers_pattern", "`layers_to_transform` beside it", &"none");
         }
         match &self.target_modules {
             None => invalid("target_modules", "names, a regular expression or `all-linear`", &"nothing"),
             Some(TargetModules::Names(names)) if names.is_empty() => {
-                invalid("target_modules", "at least one name", &"an empty list")
+                invalid("target_modules", "at least one name", &"an empty list");
             }
             Some(TargetModules::Regex(_)) if transformed => {
-                invalid("layers_to_transform", "`target_modules` that are a list", &"a regular expression")
+                invalid("layers_to_transform", "`target_modules` that are a list", &"a regular expression");
             }
-            Some(_) => Ok(()),
+            Some(_) => {}
         }
+        let patterns = self.rank_pattern.iter().map(|(pattern, _)| pattern);
+        let patterns = patterns.chain(self.alpha_pattern.iter().map(|(pattern, _)| pattern));
+        problems.extend(patterns.filter_map(|pattern| compile_pattern(pattern).err()));
+        problems
     }
 }
 

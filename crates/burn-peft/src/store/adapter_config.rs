@@ -92,29 +92,50 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
     serde_json::to_vec_pretty(&map).map_err(|source| PeftError::Json { path: path.into(), source })
 }
 
-/// The configuration in a JSON text, and the keys in it that were not understood and ask for nothing.
+/// What a configuration file says.
+pub(super) struct Parsed {
+    /// The entries that were understood; defaults for all others.
+    pub(super) config: LoraConfig,
+    /// Entries that were not understood and ask for nothing.
+    pub(super) ignored: Vec<(String, Value)>,
+    /// Entries that cannot be used.
+    pub(super) problems: Vec<ConfigProblem>,
+    /// The version of PEFT that wrote it.
+    pub(super) peft_version: Option<String>,
+}
+
+/// Reads a JSON text as far as it goes.
 ///
 /// # Errors
-/// [`PeftError::Json`], [`PeftError::UnsupportedConfig`] with every problem.
-pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
+/// [`PeftError::Json`].
+pub(super) fn parse(text: &[u8], path: &Path) -> Result<Parsed, PeftError> {
     let map: Map<String, Value> =
         serde_json::from_slice(text).map_err(|source| PeftError::Json { path: path.into(), source })?;
     let mut config = LoraConfig::default();
-    let mut ignored = Vec::new();
-    let mut problems = Vec::new();
+    let (mut ignored, mut problems) = (vec![], vec![]);
     for (key, value) in &map {
         match read_field(&mut config, key, value) {
             Ok(Field::Understood) => {}
-            Ok(Field::Ignored) => ignored.push(key.clone()),
+            Ok(Field::Ignored) => ignored.push((key.clone(), value.clone())),
             Err(hint) => {
                 problems.push(ConfigProblem { field: key.clone(), found: value.to_string(), hint });
             }
         }
     }
+    let peft_version = map.get("peft_version").and_then(Value::as_str).map(str::to_string);
+    Ok(Parsed { config, ignored, problems, peft_version })
+}
+
+/// The configuration in a JSON text, and the keys in it that were not understood and ask for nothing.
+///
+/// # Errors
+/// [`PeftError::Json`], [`PeftError::UnsupportedConfig`] with every problem.
+pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
+    let Parsed { config, ignored, problems, .. } = parse(text, path)?;
     if !problems.is_empty() {
         return Err(PeftError::UnsupportedConfig { path: path.into(), problems });
     }
-    Ok((config, ignored))
+    Ok((config, ignored.into_iter().map(|(key, _)| key).collect()))
 }
 
 /// What PEFT writes for a key of [`KEPT`] that nobody set.

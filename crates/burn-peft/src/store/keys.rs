@@ -73,6 +73,27 @@ pub(super) fn entries(site: &Site, change: Change, lora_bias: bool, is_adapted: 
     }
 }
 
+/// A key taken apart: the module's name, and what stands behind it. `None` if it is no key of PEFT's.
+pub(super) fn split(key: &str) -> Option<(&str, &str)> {
+    const ENDS: &[&str] = &[
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "base_layer.weight",
+        "base_layer.bias",
+    ];
+    let path = key.strip_prefix(PREFIX)?;
+    let known = ENDS.iter().find_map(|end| Some((path.strip_suffix(end)?.strip_suffix('.')?, *end)));
+    known.or_else(|| path.rsplit_once('.'))
+}
+
+/// The key of a module's tensor; the inverse of [`split`].
+pub(super) fn join(module: &str, end: &str) -> String {
+    format!("{PREFIX}{module}.{end}")
+}
+
 /// The key of the weight that an adapter adapts. PEFT adds it for embeddings and output layers.
 pub(super) fn base_layer(site: &Site) -> Entry {
     let mut shape = site.shape.clone();

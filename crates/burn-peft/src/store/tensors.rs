@@ -78,19 +78,10 @@ impl<'a> Reader<'a> {
                 found: view.shape().to_vec(),
             });
         }
-        let bytes = view.data();
-        let values: Vec<f32> = match view.dtype() {
-            Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::BF16 => {
-                bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
-            }
-            other => {
-                return Err(TensorProblem::DType { key: key.to_string(), found: format!("{other:?}") });
-            }
-        };
-        let elements = values.len();
-        Ok(Tensor::from_data(TensorData::new(values, [elements]), (device, DType::F32)))
+        decode(view.dtype(), view.data(), device).ok_or_else(|| TensorProblem::DType {
+            key: key.to_string(),
+            found: format!("{:?}", view.dtype()),
+        })
     }
 
     /// Keys that nobody took, sorted.
@@ -100,6 +91,23 @@ impl<'a> Reader<'a> {
         names.sort();
         names
     }
+}
+
+/// Whether adapters can have tensors of this type.
+pub(super) fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
+/// The elements of a tensor in a file, in f32; `None` if [`is_float`] does not hold.
+pub(super) fn decode(dtype: Dtype, bytes: &[u8], device: &Device) -> Option<Tensor<1>> {
+    let values: Vec<f32> = match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        _ => return None,
+    };
+    let elements = values.len();
+    Some(Tensor::from_data(TensorData::new(values, [elements]), (device, DType::F32)))
 }
 
 /// Whether two tensors differ by no more than one of them having been rounded to a 16-bit type.

@@ -1,0 +1,44 @@
+//! For people who have an adapter as files: what is in it, and a model with it merged.
+//!
+//! `cargo run --release --example adapter -- --help` lists the commands.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+#![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
+
+mod base;
+mod cli;
+#[path = "../pokemon/failure.rs"]
+mod failure;
+mod inspect;
+mod merge;
+mod numbers;
+mod output;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Merging allocates and frees a buffer for every weight; the system allocator maps and unmaps them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    match run(&cli::Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprint!("{}", failure::text(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether what was asked about is good.
+fn run(cli: &cli::Cli) -> anyhow::Result<bool> {
+    match &cli.command {
+        cli::Command::Inspect(args) => inspect::run(args),
+        cli::Command::Merge(args) => merge::run(args).map(|()| true),
+    }
+}
