@@ -13,7 +13,8 @@ pub struct Tolerance(pub f64);
 /// Forward passes in f32 against another implementation in f32.
 pub const FORWARD: Tolerance = Tolerance(1e-5);
 
-/// Gradients in f32 against another implementation in f32.
+/// Gradients in f32 against another implementation in f32. Measured: 7.4e-6, of the case `mha-biased-patterns`;
+/// the rest is for processors that sum in another order.
 pub const GRADIENT: Tolerance = Tolerance(2e-5);
 
 /// A loss against another implementation's.
@@ -23,8 +24,9 @@ pub const LOSS: Tolerance = Tolerance(2e-6);
 pub const TRAJECTORY: Tolerance = Tolerance(1e-5);
 
 /// Tensors after ten optimizer steps. AdamW divides by the gradient's magnitude, so small gradients pass on their
-/// rounding errors in full.
-pub const TRAINED: Tolerance = Tolerance(1e-4);
+/// rounding errors in full: in f64 the same steps lead as far from torch's f32. Measured: 2.4e-5, of the tensors of
+/// `mha-biased-bias-all` and of the logits of `mha-biased-all-linear`.
+pub const TRAINED: Tolerance = Tolerance(5e-5);
 
 /// The same sums in another order: merged against adapted, weight space against activation space.
 pub const REORDERED: Tolerance = Tolerance(1e-5);

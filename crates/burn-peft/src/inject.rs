@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
-use crate::adapter::{Adapter, AdapterInfo, LayerKind, Site, Update};
+use crate::adapter::{Adapter, AdapterInfo, Change, LayerKind, Site, Update};
 use crate::error::{PeftError, closest};
 use crate::key_mapping::KeyMapping;
 use crate::lora::{Bias, LoraConfig};
@@ -90,20 +90,11 @@ pub(crate) struct Target {
     pub(crate) change: Change,
 }
 
-/// What an adapter will do to a parameter; [`Update`] without tensors.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Change {
-    LowRank {
-        r: usize,
-        lora_alpha: f64,
-    },
-    /// With the scaling of the shift that is added to the copy, if there is one.
-    Copy {
-        shift: Option<f64>,
-    },
-    Shift {
-        scaling: f64,
-    },
+impl Target {
+    /// A fresh update for it; a copy needs the value that it starts from, flattened and without a graph.
+    pub(crate) fn fresh(&self, config: &LoraConfig, base: Option<&Tensor<1>>) -> Option<Update> {
+        Update::init(config, self.change, &self.site, &self.device, base)
+    }
 }
 
 /// The parameters that `config` means, and what to tell about them.

@@ -40,6 +40,7 @@ mod status;
 mod store;
 mod summary;
 mod target;
+mod tensor;
 mod weighted;
 
 pub use error::{ConfigProblem, PeftError, TensorProblem};

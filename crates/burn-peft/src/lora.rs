@@ -10,24 +10,10 @@
 //! ```
 mod config;
 mod embedding;
+mod factors;
 mod linear;
-
-use burn::module::Content;
-
-use crate::adapter::Adapters;
 
 pub use config::{Bias, InitLoraWeights, LoraConfig};
 pub use embedding::LoraEmbedding;
+pub(crate) use factors::LowRank;
 pub use linear::LoraLinear;
-
-/// The names and ranks of a layer's adapters, for its `Display`.
-fn display_adapters(adapters: Option<&Adapters>, content: Content) -> Content {
-    let Some(adapters) = adapters else { return content };
-    let describe = |adapter: &crate::adapter::Adapter| {
-        let rank = adapter.low_rank().map_or("copy".to_string(), |factors| format!("r {}", factors.rank()));
-        let inactive = if adapter.info.active { "" } else { ", inactive" };
-        format!("{} ({rank}{inactive})", adapter.info.name)
-    };
-    let names: Vec<String> = adapters.list.iter().map(describe).collect();
-    content.add("adapters", &names.join(", "))
-}

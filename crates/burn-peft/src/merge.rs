@@ -6,9 +6,10 @@ use std::fmt;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::adapter::{Adapters, cast};
+use crate::adapter::Adapters;
 use crate::error::PeftError;
 use crate::seam::{Layout, States, attach, base_values};
+use crate::tensor::cast;
 
 /// What merging did to the weights.
 #[non_exhaustive]

@@ -78,7 +78,7 @@ pub trait PeftModel: Module {
         let mut layout = Layout::of(self)?;
         let plan = Plan::new(&layout, name, config)?;
         let base = base_values(self, &plan.copied());
-        plan.add_to(&mut layout.states, |target| Update::init(&plan.config, target, base.get(&target.path)));
+        plan.add_to(&mut layout.states, |target| target.fresh(&plan.config, base.get(&target.path)));
         attach(self, layout.states, true);
         Ok(plan.into_report())
     }

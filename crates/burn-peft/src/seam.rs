@@ -12,7 +12,7 @@ use burn::module::{
 };
 use burn::tensor::{Device, Shape, Tensor};
 
-use crate::adapter::{Adapter, Adapters, Update};
+use crate::adapter::{Adapter, Adapters, AttachedState, Update};
 use crate::error::PeftError;
 
 /// The container name under which a layer that works on activations, [`LoraLinear`](crate::LoraLinear) or
@@ -30,14 +30,6 @@ const REPARAMETERIZATION: &str = "Reparameterization";
 
 /// The states of a model by the path of their weight, `….q_proj.weight`.
 pub(crate) type States = BTreeMap<String, Adapters>;
-
-/// Whether a state still counts, or waits for `materialize()` to remove it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum AttachedState {
-    #[default]
-    Attached,
-    Dropped,
-}
 
 /// A floating-point parameter of the base model.
 #[derive(Debug, Clone)]

@@ -13,13 +13,14 @@ use std::path::Path;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, Copied, LowRank, Site, Update, cast};
+use crate::adapter::{Adapter, Change, Copied, Site, Update};
 use crate::error::{PeftError, TensorProblem, closest};
-use crate::inject::{Change, InjectionReport, Plan, Target};
+use crate::inject::{InjectionReport, Plan, Target};
 use crate::key_mapping::KeyMapping;
-use crate::lora::LoraConfig;
+use crate::lora::{LoraConfig, LowRank};
 use crate::seam::{Layout, States};
 use crate::target::TargetModules;
+use crate::tensor::cast;
 
 pub use directory::{AdapterDirectory, StoredModule, StoredTensor, TensorRole};
 use keys::{Entry, Part};
@@ -253,7 +254,7 @@ pub(crate) fn load(
     plan.add_to(&mut layout.states, |target| {
         let mut take = |part| found.remove(&(target.path.clone(), part));
         let (a, b, bias, copy) = (take(Part::A), take(Part::B), take(Part::Bias), take(Part::Copy));
-        let fresh = Update::init(&plan.config, target, copies.get(&target.path));
+        let fresh = target.fresh(&plan.config, copies.get(&target.path));
         Some(match fresh? {
             Update::LowRank(fresh) => {
                 let a = a.map_or(fresh.a.val(), |a| keys::factor_from_file(a, fresh.rank()));

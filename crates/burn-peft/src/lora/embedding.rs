@@ -8,7 +8,6 @@ use burn::nn::Embedding;
 use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor};
 
-use super::display_adapters;
 use crate::adapter::Adapters;
 use crate::seam::announce;
 
@@ -117,7 +116,10 @@ impl ModuleDisplay for LoraEmbedding {
 
     fn custom_content(&self, content: Content) -> Option<Content> {
         let content = self.0.custom_content(content)?;
-        Some(display_adapters(self.0.weight.reparameterization::<Adapters>(), content))
+        Some(match self.0.weight.reparameterization::<Adapters>() {
+            Some(adapters) => content.add("adapters", &adapters.describe()),
+            None => content,
+        })
     }
 }
 

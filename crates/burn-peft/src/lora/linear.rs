@@ -8,7 +8,6 @@ use burn::nn::Linear;
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 
-use super::display_adapters;
 use crate::adapter::Adapters;
 use crate::seam::announce;
 
@@ -123,7 +122,10 @@ impl ModuleDisplay for LoraLinear {
 
     fn custom_content(&self, content: Content) -> Option<Content> {
         let content = self.0.custom_content(content)?;
-        Some(display_adapters(self.0.weight.reparameterization::<Adapters>(), content))
+        Some(match self.0.weight.reparameterization::<Adapters>() {
+            Some(adapters) => content.add("adapters", &adapters.describe()),
+            None => content,
+        })
     }
 }
 
@@ -139,7 +141,8 @@ mod tests {
     use burn::tensor::Tolerance;
 
     use super::*;
-    use crate::adapter::{Adapter, LowRank, Update};
+    use crate::adapter::{Adapter, Update};
+    use crate::lora::LowRank;
     use crate::{InitLoraWeights, LoraConfig, PeftModel};
 
     #[derive(Module, Debug)]

@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, Copied, LayerKind, LowRank, Site, Update};
-use crate::inject::Change;
+use crate::adapter::{Adapter, Change, Copied, LayerKind, Site, Update};
+use crate::lora::LowRank;
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
 const PREFIX: &str = "base_model.model.";

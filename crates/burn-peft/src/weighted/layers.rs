@@ -6,10 +6,10 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::{CombinationType, Source};
-use crate::adapter::{Adapter, LowRank, Update};
+use crate::adapter::{Adapter, Update};
 use crate::error::PeftError;
 use crate::inject::{InjectionReport, Plan};
-use crate::lora::{Bias, LoraConfig};
+use crate::lora::{Bias, LoraConfig, LowRank};
 use crate::seam::Layout;
 use crate::target::TargetModules;
 
@@ -46,7 +46,7 @@ pub(crate) fn add(
         let (path, update) = combined.next()?;
         debug_assert_eq!(path, target.path);
         // A bias that no source has starts from zero, so that the adapter is whole.
-        let Some(update) = update else { return Update::init(&plan.config, target, None) };
+        let Some(update) = update else { return target.fresh(&plan.config, None) };
         Some(if target.device.is_autodiff() { update.train() } else { update })
     });
     Ok(plan.into_report())
