@@ -5,9 +5,12 @@
 mod adapter_files;
 mod common;
 mod export;
+mod key_mapping;
+mod lifecycle;
 mod llama_parity;
 mod lora_formula;
 mod lora_parity;
+mod misuse;
 mod real_model;
 mod state;
 mod targeting;

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 
 use strsim::jaro_winkler;
 
+use crate::target::ALL_LINEAR;
 use crate::weighted::CombinationType;
 
 /// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
@@ -107,16 +108,19 @@ pub enum PeftError {
         parameters: Vec<String>,
     },
 
-    /// Merged adapters cannot be deleted.
-    #[error("cannot delete adapter `{name}` while it is merged\nhint: unmerge it first")]
+    /// While adapters are merged, they cannot be deleted, no adapter can be swapped, and rows of a batch cannot have
+    /// adapters of their own.
+    #[error(
+        "this cannot be done while adapter `{name}` is merged into the weights\nhint: call `unmerge_adapter` first"
+    )]
     MergedAdapter {
-        /// The adapter.
+        /// The adapter that is merged.
         name: String,
     },
 
     /// An adapter's `lora_bias` has no parameter to be folded into.
     #[error(
-        "adapter `{name}` has a `lora_bias`, and these layers have no bias to merge it into: {}",
+        "adapter `{name}` has a `lora_bias`, and these layers have no bias to merge it into: {}\nhint: give them a bias of zeros, or use `merge_adapter`, which keeps the `lora_bias` beside the weights",
         join(.modules)
     )]
     NoBiasToMergeInto {
@@ -160,7 +164,7 @@ pub enum PeftError {
 
     /// An adapter that replaces parameters cannot be combined with others.
     #[error(
-        "adapter `{name}` has a trained copy of `{parameter}`, and only updates of low rank can be combined"
+        "adapter `{name}` has a trained copy of `{parameter}`, and only updates of low rank can be combined\nhint: combine adapters without `modules_to_save` and with `bias` none"
     )]
     CannotCombine {
         /// The adapter.
@@ -171,12 +175,12 @@ pub enum PeftError {
 
     /// Every target is excluded again.
     #[error(
-        "`exclude_modules` {excluded} removed all {count} modules that `target_modules` {targets} matched\nhint: narrow `exclude_modules`"
+        "{excluded} removed all {count} modules that `target_modules` {targets} matched\nhint: leave one of them to adapt"
     )]
     AllModulesExcluded {
         /// The targets as they were given.
         targets: String,
-        /// The exclusions as they were given.
+        /// `exclude_modules` and `modules_to_save`, as far as they were given.
         excluded: String,
         /// How many modules had matched.
         count: usize,
@@ -184,7 +188,7 @@ pub enum PeftError {
 
     /// Targets matched modules that cannot carry an adapter.
     #[error(
-        "`target_modules` matched modules that cannot be adapted: {}\nhint: name linear or embedding layers, or put these into `exclude_modules`",
+        "`target_modules` matched modules that cannot be adapted: {}\nhint: name linear, embedding or convolution layers, or put these into `exclude_modules`",
         join(.modules)
     )]
     UnsupportedModules {
@@ -236,7 +240,10 @@ pub enum PeftError {
     },
 
     /// A merge would have put infinities or NaNs into the weights.
-    #[error("merging adapter `{name}` gives non-finite weights at {}", join(.modules))]
+    #[error(
+        "merging adapter `{name}` gives non-finite weights at {}\nhint: look for NaNs and infinities in its tensors, and for a sum out of the range of a 16-bit base",
+        join(.modules)
+    )]
     NonFiniteMerge {
         /// The adapter, or the adapters, joined by `+`.
         name: String,
@@ -245,7 +252,12 @@ pub enum PeftError {
     },
 
     /// The tensors of an adapter file do not fit the model.
-    #[error("the adapter in `{}` does not fit the model:{}", .path.display(), lines(.problems))]
+    #[error(
+        "the adapter in `{}` does not fit the model:{}\nhint: {}, or leave out what does not fit with `LoadOptions::with_lenient`",
+        .path.display(),
+        lines(.problems),
+        fitting_hint(.problems)
+    )]
     IncompatibleAdapter {
         /// The adapter's tensor file.
         path: PathBuf,
@@ -334,7 +346,7 @@ pub enum TensorProblem {
     Unexpected {
         /// The key in the file.
         key: String,
-        /// The expected key that resembles it most.
+        /// The missing key that resembles it most.
         closest: Option<String>,
     },
     /// The tensor has another shape than the layer asks for.
@@ -427,9 +439,20 @@ const OUTPUT_LAYER: &str = "lm_head";
 const TIED_HINT: &str = "\nhint: an output layer that is tied to the embedding owns no weight; untie it first, in a LLaMA with `untie_lm_head`";
 
 fn closest_hint(targets: &str, closest: &[String]) -> String {
+    // A dotted target whose end is a module's name may be right under the names of a file.
+    let is_name_in_file = closest.iter().any(|name| targets.contains(&format!(".{name}\"")));
+    let is_expression = targets.starts_with('`') && !targets.contains(ALL_LINEAR);
     match closest {
         _ if targets.contains(OUTPUT_LAYER) => TIED_HINT.to_string(),
+        names if is_expression => format!(
+            "\nhint: a regular expression must match a module's whole name; here the names end with {}",
+            join(names)
+        ),
         [] => "\nhint: `all-linear` adapts every linear layer".to_string(),
+        names if is_name_in_file => format!(
+            "\nhint: the closest modules are {}; a key mapping makes the names of a file out of theirs",
+            join(names)
+        ),
         names => format!("\nhint: the closest modules are {}", join(names)),
     }
 }
@@ -439,6 +462,17 @@ fn saved_hint(modules: &[String], closest: &[String]) -> String {
         _ if modules.iter().any(|module| module.contains(OUTPUT_LAYER)) => TIED_HINT.to_string(),
         [] => String::new(),
         names => format!("\nhint: the closest modules are {}", join(names)),
+    }
+}
+
+fn fitting_hint(problems: &[TensorProblem]) -> &'static str {
+    let is_name = |problem: &TensorProblem| {
+        matches!(problem, TensorProblem::Missing { .. } | TensorProblem::Unexpected { .. })
+    };
+    if problems.iter().any(is_name) {
+        "if the file has other names, give `load_adapter_with` a key mapping"
+    } else {
+        "load it onto the base model and with the configuration that it was trained with"
     }
 }
 

@@ -173,8 +173,18 @@ impl Plan {
             return Err(PeftError::UnsupportedModules { modules: unsupported });
         }
         if matched.is_empty() {
+            let anywhere = LayerFilter::new(None, &[])?;
+            let elsewhere = adaptable
+                .iter()
+                .filter(|(module, kind)| matcher.matches_within(module, kind.is_linear(), &anywhere))
+                .map(|(module, _)| module.to_string());
+            let elsewhere: Vec<String> = elsewhere.collect();
             return Err(PeftError::NoModuleMatched {
-                closest: closest_modules(&wanted, adaptable.keys().copied()),
+                closest: if elsewhere.is_empty() {
+                    closest_modules(&wanted, adaptable.keys().copied())
+                } else {
+                    elsewhere
+                },
                 targets: wanted.to_string(),
                 layers: config.layers_to_transform.clone(),
             });
@@ -186,12 +196,13 @@ impl Plan {
         let kept: BTreeSet<String> =
             matched.into_iter().filter(|module| !is_excluded(module)).map(str::to_string).collect();
         if kept.is_empty() {
-            let saved = (!config.modules_to_save.is_empty()).then(|| {
-                config.modules_to_save.iter().map(String::as_str).collect::<TargetModules>().to_string()
-            });
+            let saved = config.modules_to_save.iter().map(String::as_str).collect::<TargetModules>();
+            let saved = (!config.modules_to_save.is_empty()).then(|| format!("`modules_to_save` {saved}"));
+            let excluded = exclusions.map(|excluded| format!("`exclude_modules` {excluded}"));
+            let excluded: Vec<String> = excluded.into_iter().chain(saved).collect();
             return Err(PeftError::AllModulesExcluded {
                 targets: wanted.to_string(),
-                excluded: exclusions.map(ToString::to_string).or(saved).unwrap_or_default(),
+                excluded: excluded.join(" and "),
                 count,
             });
         }

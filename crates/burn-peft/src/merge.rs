@@ -39,6 +39,9 @@ impl fmt::Display for MergeReport {
     }
 }
 
+/// Values by path, flattened, without a graph: each as it was summed, with the type that it is rounded to.
+type Sums = BTreeMap<String, (Tensor<1>, DType)>;
+
 /// Merged values by path, flattened, without a graph.
 type Merged = BTreeMap<String, Tensor<1>>;
 
@@ -46,7 +49,7 @@ type Merged = BTreeMap<String, Tensor<1>>;
 /// off again.
 pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let mut layout = Layout::of(model)?;
-    let (merged, report) = effective_values(model, &layout.states)?;
+    let (merged, report) = round(effective_values(model, &layout.states), &layout.states)?;
     for (path, value) in merged {
         if let Some(state) = layout.states.get_mut(&path) {
             state.merged = Some(value);
@@ -61,35 +64,70 @@ pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> 
 /// All merged values are computed and checked before the first one is put into the model.
 pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let layout = Layout::of(model)?;
-    let (mut merged, mut report) = effective_values(model, &layout.states)?;
-    for (path, value) in biased_values(model, &layout, &merged)? {
-        if !merged.contains_key(&path) {
-            report.parameters.push(path.clone());
-        }
-        merged.insert(path, value);
-    }
+    let mut sums = effective_values(model, &layout.states);
+    add_lora_biases(model, &layout, &mut sums)?;
+    let (merged, report) = round(sums, &layout.states)?;
     attach(model, States::new(), false);
     *model = model.clone().map(&mut Placer { path: vec![], values: merged });
     Ok(report)
 }
 
-/// The values that the active adapters make of the base: summed in f32 where the base is narrower, rounded once.
-///
-/// # Errors
-/// [`PeftError::NonFiniteMerge`].
-fn effective_values<M: Module>(model: &M, states: &States) -> Result<(Merged, MergeReport), PeftError> {
+/// What the active adapters make of the base, in f32 where the base is narrower.
+fn effective_values<M: Module>(model: &M, states: &States) -> Sums {
     let active: BTreeSet<String> = states
         .iter()
         .filter(|(_, state)| state.active().next().is_some())
         .map(|(path, _)| path.clone())
         .collect();
+    let effective = |(path, base): (String, Tensor<1>)| {
+        let dtype = base.dtype();
+        let value = states.get(&path)?.effective(base);
+        Some((path, (value, dtype)))
+    };
+    base_values(model, &active).into_iter().filter_map(effective).collect()
+}
+
+/// Adds the `lora_bias` of layers that work on activations to the sums of their biases.
+///
+/// # Errors
+/// [`PeftError::NoBiasToMergeInto`].
+fn add_lora_biases<M: Module>(model: &M, layout: &Layout, sums: &mut Sums) -> Result<(), PeftError> {
+    let mut shifts: BTreeMap<String, Vec<Tensor<1>>> = BTreeMap::new();
+    let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for adapter in layout.states.values().flat_map(Adapters::active) {
+        let info = &adapter.info;
+        let Some(bias) = adapter.low_rank().and_then(|factors| factors.bias.as_ref()) else { continue };
+        let path = format!("{}.bias", info.site.module);
+        if !layout.parameters.iter().any(|parameter| parameter.path == path) {
+            homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone());
+            continue;
+        }
+        let value = bias.val();
+        let value = if value.is_autodiff() { value.inner() } else { value };
+        shifts.entry(path).or_default().push(value.mul_scalar(info.scaling));
+    }
+    if let Some((name, modules)) = homeless.pop_first() {
+        return Err(PeftError::NoBiasToMergeInto { name, modules });
+    }
+    let base = base_values(model, &shifts.keys().cloned().collect());
+    for (path, shifts) in shifts {
+        let started = sums.remove(&path).or_else(|| base.get(&path).map(|base| (base.clone(), base.dtype())));
+        let Some((value, dtype)) = started else { continue };
+        let value = shifts.into_iter().fold(value, |value, shift| cast(value, shift.dtype()) + shift);
+        sums.insert(path, (value, dtype));
+    }
+    Ok(())
+}
+
+/// Rounds every sum once, to the type of the base.
+///
+/// # Errors
+/// [`PeftError::NonFiniteMerge`].
+fn round(sums: Sums, states: &States) -> Result<(Merged, MergeReport), PeftError> {
     let mut report = MergeReport::default();
     let mut merged = Merged::new();
     let mut broken = vec![];
-    for (path, base) in base_values(model, &active) {
-        let Some(state) = states.get(&path) else { continue };
-        let dtype = base.dtype();
-        let exact = state.effective(base);
+    for (path, (exact, dtype)) in sums {
         let value = cast(exact.clone(), dtype);
         if !value.clone().is_finite().all().into_scalar::<bool>() {
             broken.push(path.strip_suffix(".weight").unwrap_or(&path).to_string());
@@ -110,42 +148,6 @@ fn effective_values<M: Module>(model: &M, states: &States) -> Result<(Merged, Me
         return Err(PeftError::NonFiniteMerge { name: active_names(states), modules: broken });
     }
     Ok((merged, report))
-}
-
-/// The biases that take up the `lora_bias` of layers that work on activations.
-///
-/// # Errors
-/// [`PeftError::NoBiasToMergeInto`].
-fn biased_values<M: Module>(model: &M, layout: &Layout, merged: &Merged) -> Result<Merged, PeftError> {
-    let mut sums = Merged::new();
-    let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for adapter in layout.states.values().flat_map(Adapters::active) {
-        let info = &adapter.info;
-        let Some(bias) = adapter.low_rank().and_then(|factors| factors.bias.as_ref()) else { continue };
-        let path = format!("{}.bias", info.site.module);
-        if !layout.parameters.iter().any(|parameter| parameter.path == path) {
-            homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone());
-            continue;
-        }
-        let value = bias.val();
-        let value = if value.is_autodiff() { value.inner() } else { value };
-        let shift = value.mul_scalar(info.scaling);
-        let sum = match sums.remove(&path) {
-            Some(sum) => sum + shift,
-            None => shift,
-        };
-        sums.insert(path, sum);
-    }
-    if let Some((name, modules)) = homeless.pop_first() {
-        return Err(PeftError::NoBiasToMergeInto { name, modules });
-    }
-    let base = base_values(model, &sums.keys().cloned().collect());
-    let add = |(path, sum): (String, Tensor<1>)| {
-        let value = merged.get(&path).or_else(|| base.get(&path))?.clone();
-        let dtype = value.dtype();
-        Some((path, cast(cast(value, sum.dtype()) + sum, dtype)))
-    };
-    Ok(sums.into_iter().filter_map(add).collect())
 }
 
 fn active_names(states: &States) -> String {

@@ -144,9 +144,9 @@ pub trait PeftModel: Module {
     /// first axis of what the layers receive must be the batch.
     ///
     /// # Errors
-    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MixedBatch`](PeftError::MixedBatch) for adapters that are merged,
-    /// that work through the weight, which all rows share, or that replace parameters,
-    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter),
+    /// [`MixedBatch`](PeftError::MixedBatch) for adapters that work through the weight, which all rows share, or that
+    /// replace parameters, [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     ///
     /// # Panics
     /// The layers of the result panic on a batch with another number of rows.
@@ -155,8 +155,8 @@ pub trait PeftModel: Module {
         let names: BTreeSet<&str> = rows.iter().copied().flatten().collect();
         for name in &names {
             require(&layout, name)?;
-            check_mixed_batch(&layout, name)?;
         }
+        check_mixed_batch(&layout, &names)?;
         activate(&mut layout, &[]);
         for state in layout.states.values_mut() {
             let named = state.list.iter().filter(|adapter| names.contains(&*adapter.info.name));
@@ -441,21 +441,22 @@ fn check_copies(layout: &Layout, names: &[&str]) -> Result<(), PeftError> {
 }
 
 /// # Errors
-/// [`PeftError::MixedBatch`] if only some rows of a batch cannot be computed with this adapter.
-fn check_mixed_batch(layout: &Layout, name: &str) -> Result<(), PeftError> {
-    for state in layout.states.values() {
+/// [`PeftError::MergedAdapter`]; [`PeftError::MixedBatch`] if only some rows of a batch cannot be computed with these adapters.
+fn check_mixed_batch(layout: &Layout, names: &BTreeSet<&str>) -> Result<(), PeftError> {
+    let refuse = |name: &str, reason| Err(PeftError::MixedBatch { name: name.to_string(), reason });
+    if let Some(merged) = AdapterStatus::list(&layout.states).iter().find(|status| status.merged) {
+        return Err(PeftError::MergedAdapter { name: merged.name.clone() });
+    }
+    for (name, state) in names.iter().flat_map(|name| layout.states.values().map(move |state| (name, state)))
+    {
         let Some(adapter) = state.get(name) else { continue };
         let module = &adapter.info.site.module;
-        let reason = if state.merged.is_some() {
-            "adapters are merged".to_string()
-        } else if adapter.low_rank().is_none() {
-            format!("it replaces a parameter of `{module}` for all rows")
-        } else if !adapter.info.site.kind.in_activation_space() {
-            format!("`{module}` is a plain layer, whose weight all rows share")
-        } else {
-            continue;
-        };
-        return Err(PeftError::MixedBatch { name: name.to_string(), reason });
+        if adapter.low_rank().is_none() {
+            return refuse(name, format!("it replaces a parameter of `{module}` for all rows"));
+        }
+        if !adapter.info.site.kind.in_activation_space() {
+            return refuse(name, format!("`{module}` is a plain layer, whose weight all rows share"));
+        }
     }
     Ok(())
 }
@@ -693,7 +694,7 @@ mod tests {
         );
         assert_eq!(
             message(config().with_exclude_modules(["up", "down", "embed"])),
-            "`exclude_modules` [\"down\", \"embed\", \"up\"] removed all 3 modules that `target_modules` [\"down\", \"embed\", \"up\"] matched\nhint: narrow `exclude_modules`"
+            "`exclude_modules` [\"down\", \"embed\", \"up\"] removed all 3 modules that `target_modules` [\"down\", \"embed\", \"up\"] matched\nhint: leave one of them to adapt"
         );
         let report = net.add_adapter("default", &config().with_target_modules(["up", "side"])).unwrap();
         assert_eq!(report.unmatched_targets, ["side"]);

@@ -30,7 +30,7 @@ const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
 
 /// What can be done about a directory without an adapter.
-const GIVE_ADAPTER: &str = "give the directory that PEFT's `save_pretrained` wrote";
+const GIVE_ADAPTER: &str = "give the directory that PEFT's `save_pretrained` wrote; an adapter that is not named `default` is in a directory of its name in there";
 
 /// How an adapter directory is loaded.
 ///
@@ -199,7 +199,7 @@ pub(crate) fn load(
 
     let adapted = adapted_names(plan.targets.iter().map(|target| (&*target.site, target.change)));
     let mut problems = Vec::new();
-    let mut expected = Vec::new();
+    let mut missing = Vec::new();
     let mut found: BTreeMap<(String, Part), Tensor<1>> = BTreeMap::new();
     for target in &plan.targets {
         let is_adapted = adapted.contains(&target.site.name);
@@ -208,9 +208,13 @@ pub(crate) fn load(
                 Ok(tensor) => {
                     found.insert((target.path.clone(), entry.part), tensor);
                 }
-                Err(problem) => problems.push(problem),
+                Err(problem) => {
+                    if matches!(problem, TensorProblem::Missing { .. }) {
+                        missing.push(entry.key);
+                    }
+                    problems.push(problem);
+                }
             }
-            expected.push(entry.key);
         }
     }
     // PEFT adds the weight of an adapted embedding or output layer. It says nothing new, or the adapter is for another
@@ -243,7 +247,7 @@ pub(crate) fn load(
     }
     problems.extend(leftover.iter().map(|key| TensorProblem::Unexpected {
         key: key.clone(),
-        closest: closest(key, expected.iter().map(String::as_str), 1).pop(),
+        closest: closest(key, missing.iter().map(String::as_str), 1).pop(),
     }));
     if !problems.is_empty() && !options.lenient {
         return Err(PeftError::IncompatibleAdapter { path, problems });

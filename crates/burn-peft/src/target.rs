@@ -95,7 +95,8 @@ pub(crate) fn compile_pattern(pattern: &str) -> Result<Regex, PeftError> {
 fn compile(pattern: &str, expression: &str) -> Result<Regex, PeftError> {
     Regex::new(expression).map_err(|source| PeftError::InvalidPattern {
         pattern: pattern.to_string(),
-        source: Box::new(source),
+        // About what was written, without what was put around it.
+        source: Box::new(Regex::new(pattern).err().unwrap_or(source)),
     })
 }
 

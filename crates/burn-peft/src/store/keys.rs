@@ -137,9 +137,13 @@ fn flip(copy: Tensor<1>, site: &Site) -> Tensor<1> {
 }
 
 /// The factor in a file, flattened, as it is in memory.
+///
+/// Flat on the way, so that its elements are in the order of a fresh factor's: a view in another order makes backends sum
+/// products in another order, and a loaded adapter would not compute bit for bit what the saved one did.
 pub(super) fn factor_from_file(stored: Tensor<1>, rows: usize) -> Tensor<2> {
-    let columns = stored.shape().num_elements() / rows.max(1);
-    stored.reshape([rows, columns]).transpose()
+    let elements = stored.shape().num_elements();
+    let columns = elements / rows.max(1);
+    stored.reshape([rows, columns]).transpose().reshape([elements]).reshape([columns, rows])
 }
 
 /// A copied parameter in a file, flattened, as it is in memory.
