@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, TensorData};
-use burn_peft::{DEFAULT_ADAPTER, LoadOptions, PeftError, PeftModel, TensorProblem};
+use burn_peft::{DEFAULT_ADAPTER, LoadOptions, LoraConfig, PeftError, PeftModel, TensorProblem};
 use burn_peft_llama::PaddingSide;
 use burn_peft_tests::fixture::{
     ADAPTERS, Fixture, directory, read_facts, read_file, read_json, write_adapter,
@@ -188,8 +188,49 @@ fn what_is_not_computed_here_is_refused_by_name() {
     for change in unsupported.iter().chain(&initializations) {
         assert_eq!(refused(std::slice::from_ref(change)), [change.0]);
     }
-    let all: BTreeSet<String> = refused(&unsupported).into_iter().collect();
-    assert_eq!(all, unsupported.iter().map(|(field, _)| field.to_string()).collect());
+    // Of another kind of adapter, nothing else is said.
+    let others: Vec<(&str, Value)> =
+        unsupported.iter().filter(|(field, _)| *field != "peft_type").cloned().collect();
+    let all: BTreeSet<String> = refused(&others).into_iter().collect();
+    assert_eq!(all, others.iter().map(|(field, _)| field.to_string()).collect());
+}
+
+#[test]
+fn weights_of_the_base_in_a_file_are_taken_for_what_they_are() {
+    // As `save_embedding_layers=True` writes them.
+    let fixture = Fixture::open("mha-biased-qv-rslora");
+    let mut base = load_base("mha-biased", &Device::flex());
+    let table = parameters(&base)["model.embed_tokens.weight"].clone();
+    let key = "base_model.model.model.embed_tokens.weight";
+    let mut tensors = fixture.adapter_tensors();
+    tensors.insert(key.into(), table.clone());
+    let directory = tempfile::tempdir().unwrap();
+    write_adapter(directory.path(), &fixture.config(), &tensors);
+    base.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
+
+    let mut other: Vec<f32> = table.iter().collect();
+    other[3] += 1.0;
+    tensors.insert(key.into(), TensorData::new(other, table.shape().clone()));
+    write_adapter(directory.path(), &fixture.config(), &tensors);
+    let error = base.load_adapter("other", directory.path()).unwrap_err();
+    let PeftError::IncompatibleAdapter { problems, .. } = &error else { panic!("{error}") };
+    assert_eq!(problems[..], [TensorProblem::OtherBase { key: key.into() }]);
+}
+
+#[test]
+fn patterns_whose_order_matters_are_written_so_that_they_mean_the_same() {
+    let mut model = load_base("gqa-tied", &Device::flex());
+    // In alphabetical order the second one would count everywhere.
+    let config = LoraConfig::new(3)
+        .with_target_modules(["q_proj", "v_proj"])
+        .with_rank_pattern([(r"layers\.1\.self_attn\.q_proj", 5), ("._proj", 2)]);
+    model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    model.save_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
+    let mut again = load_base("gqa-tied", &Device::flex());
+    let report = again.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
+    let ranks: Vec<usize> = report.injection.modules.iter().map(|module| module.r).collect();
+    assert_eq!(ranks, [2, 2, 5, 2]);
 }
 
 #[derive(Deserialize)]

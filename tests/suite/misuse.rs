@@ -234,15 +234,15 @@ fn configurations() {
         messages,
         "a tied output layer as a target",
         tied(),
-        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["lm_head"])),
-        NoModuleMatched { .. }
+        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["q_proj", "lm_head"])),
+        NoOutputLayer { .. }
     );
     misuse!(
         messages,
         "a tied output layer to be saved",
         tied(),
-        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["q_proj"]).with_modules_to_save(["lm_head"])),
-        NoModuleToSave { .. }
+        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["q_proj"]).with_modules_to_save(["norm", "lm_head"])),
+        NoOutputLayer { .. }
     );
     let foreign = Net::new().apply_lora(Lora::new(2, 4.0));
     misuse!(

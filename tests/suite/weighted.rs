@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
-use burn::nn::{Embedding, Linear};
+use burn::nn::{Embedding, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_peft::{CombinationType, LoraEmbedding, LoraLinear, MajoritySign, PeftError, PeftModel};
+use burn_peft::{
+    CombinationType, InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear, MajoritySign, PeftError,
+    PeftModel,
+};
 use burn_peft_tests::fixture::{directory, read_facts, read_file, write_adapter};
 use burn_peft_tests::parameters::{parameters, transposed};
 use burn_peft_tests::tolerance::{COMBINED, FORWARD, assert_close};
@@ -207,4 +210,29 @@ fn unequal_ranks_are_refused_by_every_kind_that_merges_factors() {
         assert_eq!((*combination_type, &ranks[..]), (kind, &[4, 3][..]));
         assert_eq!((parameters(&model), model.adapters()), before);
     }
+}
+
+#[test]
+fn only_modules_of_the_sources_are_adapted_whatever_their_names_end_with() {
+    #[derive(Module, Debug)]
+    struct Inner {
+        q: LoraLinear,
+    }
+    #[derive(Module, Debug)]
+    struct Outer {
+        q: LoraLinear,
+        z: Inner,
+    }
+    let device = Device::flex();
+    let layer = || LoraLinear::from(LinearConfig::new(4, 3).init(&device));
+    let mut model = Outer { q: layer(), z: Inner { q: layer() } };
+    let config = LoraConfig::new(2)
+        .with_init_lora_weights(InitLoraWeights::Random)
+        .with_target_modules(["q"])
+        .with_exclude_modules(["z.q"]);
+    model.add_adapter("a", &config).unwrap();
+    model.add_adapter("b", &config).unwrap();
+    let report = model.add_weighted_adapter("both", &[("a", 1.0), ("b", 0.0)], CombinationType::Cat).unwrap();
+    let paths: Vec<&str> = report.modules.iter().map(|module| &*module.path).collect();
+    assert_eq!(paths, ["q"]);
 }

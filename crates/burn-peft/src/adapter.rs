@@ -135,7 +135,9 @@ impl Adapter {
         };
         match &self.update {
             Update::LowRank(factors) => {
-                let delta = factors.product(self.info.scaling);
+                // A base in f32 gets its update in f32, so that merging in 16 bits rounds once.
+                let dtype = if value.dtype() == DType::F32 { DType::F32 } else { factors.a.dtype() };
+                let delta = factors.product(self.info.scaling, dtype);
                 let delta = if self.info.site.kind == LayerKind::Conv { delta.transpose() } else { delta };
                 add(value, delta.reshape(shape))
             }
@@ -203,10 +205,10 @@ impl Adapters {
         self.list.iter().find(|adapter| &*adapter.info.name == name)
     }
 
-    /// The value that the active adapters make of `base`, both flattened and without a graph, in the widest type
-    /// involved.
+    /// The value that the active adapters make of `base`, both flattened and without a graph, in f32 at least.
     pub(crate) fn effective(&self, base: Tensor<1>) -> Tensor<1> {
-        self.active().fold(base, |value, adapter| adapter.valid().apply(value))
+        let wide = if base.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        self.active().fold(cast(base, wide), |value, adapter| cast(adapter.valid().apply(value), wide))
     }
 
     /// What a layer that works on activations starts from: the merged weight, the active copy, or `base`.
@@ -224,7 +226,10 @@ impl Adapters {
         self.at_work().fold(output, |output, (scaling, factors, rows)| match (&self.merged, &factors.bias) {
             (None, _) => output + factors.forward(input.clone(), scaling, rows),
             (Some(_), Some(bias)) => {
-                let bias = cast(bias.val().mul_scalar(scaling), output.dtype());
+                // Merged adapters are not trained.
+                let bias = bias.val();
+                let bias = if bias.is_autodiff() { Tensor::from_inner(bias.inner()) } else { bias };
+                let bias = cast(bias.mul_scalar(scaling), output.dtype());
                 output + bias.unsqueeze::<D>()
             }
             (Some(_), None) => output,

@@ -57,7 +57,7 @@ pub enum PeftError {
     },
 
     /// No module is named as in `modules_to_save`.
-    #[error("no module is named as in `modules_to_save`: {}{}", join(.modules), saved_hint(.modules, .closest))]
+    #[error("no module is named as in `modules_to_save`: {}{}", join(.modules), saved_hint(.closest))]
     NoModuleToSave {
         /// The entries.
         modules: Vec<String>,
@@ -171,6 +171,26 @@ pub enum PeftError {
         name: String,
         /// The parameter, by its name in files.
         parameter: String,
+    },
+
+    /// A copy of a model whose rows name their adapters cannot be merged.
+    #[error(
+        "cannot merge a model in which rows of a batch name adapter `{name}`\nhint: merge the model that `with_adapter_names` was called on"
+    )]
+    RowsNameAdapters {
+        /// An adapter that rows name.
+        name: String,
+    },
+
+    /// An output layer was asked for that owns no weight.
+    #[error(
+        "{field} asks for `{name}`, and the model has no module of that name\nhint: an output layer that is tied to the embedding owns no weight; untie it first, in a LLaMA with `untie_lm_head`"
+    )]
+    NoOutputLayer {
+        /// The field of the configuration.
+        field: &'static str,
+        /// The entry that asks for it.
+        name: String,
     },
 
     /// Every target is excluded again.
@@ -433,17 +453,11 @@ fn join(names: &[String]) -> String {
     text
 }
 
-/// An output layer by the name that Hugging Face models give it.
-const OUTPUT_LAYER: &str = "lm_head";
-
-const TIED_HINT: &str = "\nhint: an output layer that is tied to the embedding owns no weight; untie it first, in a LLaMA with `untie_lm_head`";
-
 fn closest_hint(targets: &str, closest: &[String]) -> String {
     // A dotted target whose end is a module's name may be right under the names of a file.
     let is_name_in_file = closest.iter().any(|name| targets.contains(&format!(".{name}\"")));
     let is_expression = targets.starts_with('`') && !targets.contains(ALL_LINEAR);
     match closest {
-        _ if targets.contains(OUTPUT_LAYER) => TIED_HINT.to_string(),
         names if is_expression => format!(
             "\nhint: a regular expression must match a module's whole name; here the names end with {}",
             join(names)
@@ -457,9 +471,8 @@ fn closest_hint(targets: &str, closest: &[String]) -> String {
     }
 }
 
-fn saved_hint(modules: &[String], closest: &[String]) -> String {
+fn saved_hint(closest: &[String]) -> String {
     match closest {
-        _ if modules.iter().any(|module| module.contains(OUTPUT_LAYER)) => TIED_HINT.to_string(),
         [] => String::new(),
         names => format!("\nhint: the closest modules are {}", join(names)),
     }

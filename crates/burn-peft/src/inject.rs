@@ -11,7 +11,7 @@ use crate::error::{PeftError, closest};
 use crate::key_mapping::KeyMapping;
 use crate::lora::{Bias, LoraConfig};
 use crate::seam::{BaseParameter, Layout, States};
-use crate::target::{LayerFilter, TargetModules, matches_name};
+use crate::target::{LayerFilter, OUTPUT_LAYER, TargetModules, matches_name};
 
 /// What an adapter was attached to.
 ///
@@ -114,7 +114,8 @@ impl Plan {
         if layout.states.values().any(|state| state.get(name).is_some()) {
             return Err(PeftError::AdapterExists { name: name.to_string() });
         }
-        let parameters = sites(layout, &config.key_mapping)?;
+        let parameters = parameters(layout, &config.key_mapping)?;
+        check_output_layer(&parameters, config)?;
         let mut plan = Self {
             name: name.into(),
             config: Arc::new(config.clone()),
@@ -327,6 +328,29 @@ impl Plan {
     }
 }
 
+/// An output layer that is tied to the embedding owns no parameter, so nothing would come of asking for it.
+///
+/// # Errors
+/// [`PeftError::NoOutputLayer`].
+fn check_output_layer(parameters: &[Parameter], config: &LoraConfig) -> Result<(), PeftError> {
+    if parameters.iter().any(|(_, site)| matches_name(&site.name, OUTPUT_LAYER)) {
+        return Ok(());
+    }
+    let targets: Vec<&String> = match &config.target_modules {
+        Some(TargetModules::Names(names)) => {
+            names.iter().filter(|name| matches_name(name, OUTPUT_LAYER)).collect()
+        }
+        Some(TargetModules::Regex(pattern)) if pattern.contains(OUTPUT_LAYER) => vec![pattern],
+        _ => vec![],
+    };
+    let saved = config.modules_to_save.iter().filter(|entry| matches_name(entry, OUTPUT_LAYER));
+    let asked = targets.into_iter().map(|name| ("`target_modules`", name));
+    match asked.chain(saved.map(|name| ("`modules_to_save`", name))).next() {
+        Some((field, name)) => Err(PeftError::NoOutputLayer { field, name: name.clone() }),
+        None => Ok(()),
+    }
+}
+
 /// Names end up as components of parameter paths and of directories.
 fn validate_name(name: &str) -> Result<(), PeftError> {
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
@@ -336,13 +360,16 @@ fn validate_name(name: &str) -> Result<(), PeftError> {
     Ok(())
 }
 
-type Parameter<'a> = (&'a BaseParameter, Arc<Site>);
+pub(crate) type Parameter<'a> = (&'a BaseParameter, Arc<Site>);
 
 /// Every parameter that belongs to a module, in the model's order, by the names that files give them.
 ///
 /// # Errors
 /// [`PeftError::InvalidPattern`], [`PeftError::AmbiguousKeyMapping`].
-fn sites<'a>(layout: &'a Layout, mapping: &KeyMapping) -> Result<Vec<Parameter<'a>>, PeftError> {
+pub(crate) fn parameters<'a>(
+    layout: &'a Layout,
+    mapping: &KeyMapping,
+) -> Result<Vec<Parameter<'a>>, PeftError> {
     let mapping = mapping.compile()?;
     let mut seen: BTreeMap<String, &str> = BTreeMap::new();
     let mut parameters = vec![];

@@ -49,6 +49,7 @@ type Merged = BTreeMap<String, Tensor<1>>;
 /// off again.
 pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let mut layout = Layout::of(model)?;
+    refuse_rows(&layout.states)?;
     let (merged, report) = round(effective_values(model, &layout.states), &layout.states)?;
     for (path, value) in merged {
         if let Some(state) = layout.states.get_mut(&path) {
@@ -64,12 +65,23 @@ pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> 
 /// All merged values are computed and checked before the first one is put into the model.
 pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let layout = Layout::of(model)?;
+    refuse_rows(&layout.states)?;
     let mut sums = effective_values(model, &layout.states);
     add_lora_biases(model, &layout, &mut sums)?;
     let (merged, report) = round(sums, &layout.states)?;
     attach(model, States::new(), false);
     *model = model.clone().map(&mut Placer { path: vec![], values: merged });
     Ok(report)
+}
+
+/// # Errors
+/// [`PeftError::RowsNameAdapters`] if the adapters at work are not the same for all rows of a batch.
+fn refuse_rows(states: &States) -> Result<(), PeftError> {
+    let mut rows = states.values().flat_map(|state| &state.rows);
+    match rows.next() {
+        Some((name, _)) => Err(PeftError::RowsNameAdapters { name: name.to_string() }),
+        None => Ok(()),
+    }
 }
 
 /// What the active adapters make of the base, in f32 where the base is narrower.

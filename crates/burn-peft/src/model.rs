@@ -137,7 +137,8 @@ pub trait PeftModel: Module {
     }
 
     /// The model for a batch whose rows name their adapters, or none: row `i` is computed with the adapter `rows[i]`
-    /// alone, all rows at once. A copy that shares every tensor with this model, which stays as it is. For inference.
+    /// alone, all rows at once. A copy that shares every tensor with this model, which stays as it is. For
+    /// inference: dropout does not act, and nothing is trained.
     /// PEFT's `adapter_names=[..]`, with `None` for its `"__base__"`.
     ///
     /// Each adapter that is named costs its two narrow products on the whole batch; there is no loop over rows. The
@@ -188,6 +189,7 @@ pub trait PeftModel: Module {
         }
         for state in layout.states.values_mut() {
             state.list.retain(|adapter| &*adapter.info.name != name);
+            state.rows.retain(|(adapter, _)| &**adapter != name);
         }
         attach(self, layout.states, false);
         Ok(())

@@ -15,9 +15,9 @@ use burn::tensor::Tensor;
 
 use crate::adapter::{Adapter, Change, Copied, Site, Update};
 use crate::error::{PeftError, TensorProblem, closest};
-use crate::inject::{InjectionReport, Plan, Target};
+use crate::inject::{InjectionReport, Parameter, Plan, parameters};
 use crate::key_mapping::KeyMapping;
-use crate::lora::{LoraConfig, LowRank};
+use crate::lora::{Bias, LoraConfig, LowRank};
 use crate::seam::{Layout, States};
 use crate::target::TargetModules;
 use crate::tensor::cast;
@@ -158,8 +158,7 @@ fn config_to_write(config: &LoraConfig, adapters: &[&Adapter]) -> Result<LoraCon
         .collect();
     if config.target_modules == Some(TargetModules::AllLinear) {
         // Spelled out as PEFT does it: not every reader of its files knows the word.
-        let names = modules.iter().filter_map(|module| module.rsplit('.').next());
-        config.target_modules = Some(names.collect());
+        config.target_modules = Some(modules.iter().copied().collect());
     }
     // A file has its patterns in alphabetical order, and the first that matches counts. Where that changes a module's
     // rank or alpha, each module gets a pattern of its own.
@@ -174,7 +173,7 @@ fn config_to_write(config: &LoraConfig, adapters: &[&Adapter]) -> Result<LoraCon
         own.insert(module, values);
     }
     if !is_equal {
-        let escape = |module: &str| regex::escape(module);
+        let escape = |module: &str| format!("^{}", regex::escape(module));
         config.rank_pattern = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
         config.alpha_pattern = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
     }
@@ -217,21 +216,24 @@ pub(crate) fn load(
             }
         }
     }
-    // PEFT adds the weight of an adapted embedding or output layer. It says nothing new, or the adapter is for another
-    // base model.
-    let repeated: Vec<(&Target, Entry)> = plan
-        .targets
-        .iter()
-        .filter(|target| matches!(target.change, Change::LowRank { .. }))
-        .map(|target| (target, keys::base_layer(&target.site)))
+    // PEFT adds weights of the base: of an adapted embedding or output layer, and with `save_embedding_layers` of any.
+    // They say nothing new, or the adapter is for another base model.
+    let copied = plan.copied();
+    let repeated: Vec<(Parameter, Entry)> = parameters(layout, &config.key_mapping)?
+        .into_iter()
+        .filter(|(parameter, _)| !copied.contains(&parameter.path))
+        .map(|(parameter, site)| {
+            let entry = keys::base(&site, adapted.contains(&site.name));
+            ((parameter, site), entry)
+        })
         .filter(|(_, entry)| stored.has(&entry.key))
         .collect();
-    let base = base_values(&repeated.iter().map(|(target, _)| target.path.clone()).collect());
-    for (target, Entry { key, shape, .. }) in repeated {
-        let Some(base) = base.get(&target.path) else { continue };
-        match stored.take(&key, &shape, &target.device) {
+    let base = base_values(&repeated.iter().map(|((parameter, _), _)| parameter.path.clone()).collect());
+    for ((parameter, site), Entry { key, shape, .. }) in repeated {
+        let Some(base) = base.get(&parameter.path) else { continue };
+        match stored.take(&key, &shape, &parameter.device) {
             Ok(tensor) => {
-                let tensor = keys::copy_from_file(tensor, &target.site);
+                let tensor = keys::copy_from_file(tensor, &site);
                 if !tensors::equal_up_to_rounding(&tensor, base) {
                     problems.push(TensorProblem::OtherBase { key });
                 }
@@ -239,7 +241,11 @@ pub(crate) fn load(
             Err(problem) => problems.push(problem),
         }
     }
-    let leftover = stored.leftover();
+    let mut leftover = stored.leftover();
+    if config.bias == Bias::All {
+        // PEFT writes the biases of saved modules again under the names of its wrapper, and does not read them.
+        leftover.retain(|key| !key.contains(".modules_to_save.") && !key.contains(".original_module."));
+    }
     for problem in &mut problems {
         if let TensorProblem::Missing { key, closest: nearest } = problem {
             *nearest = closest(key, leftover.iter().map(String::as_str), 1).pop();
@@ -254,7 +260,7 @@ pub(crate) fn load(
     }
 
     let tensors = found.len();
-    let copies = base_values(&plan.copied());
+    let copies = base_values(&copied);
     plan.add_to(&mut layout.states, |target| {
         let mut take = |part| found.remove(&(target.path.clone(), part));
         let (a, b, bias, copy) = (take(Part::A), take(Part::B), take(Part::Bias), take(Part::Copy));

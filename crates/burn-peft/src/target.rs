@@ -34,7 +34,7 @@ pub enum TargetModules {
 pub(crate) const ALL_LINEAR: &str = "all-linear";
 
 /// The module that turns hidden states into logits, by the name that Hugging Face models give it.
-const OUTPUT_LAYER: &str = "lm_head";
+pub(crate) const OUTPUT_LAYER: &str = "lm_head";
 
 impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
     fn from(names: [S; N]) -> Self {

@@ -305,3 +305,18 @@ fn trained_biases_are_merged_and_unloaded() {
     net.unload().unwrap();
     assert_eq!(net.output(), bare);
 }
+
+#[test]
+fn the_lora_bias_of_a_merged_adapter_is_not_trained() {
+    let mut net = Net::new(&Device::flex().autodiff());
+    net.add_adapter("one", &random(3, ["up"]).with_lora_bias(true)).unwrap();
+    let gradients = |net: &Net| {
+        let loss = net.forward(ids(&net.devices()[0])).powi_scalar(2).mean();
+        GradientsParams::from_grads(loss.backward(), net).len()
+    };
+    assert_eq!(gradients(&net), 3);
+    net.merge_adapter().unwrap();
+    let input = Tensor::<2>::ones([2, 6], &net.devices()[0]).require_grad();
+    let loss = net.up.forward(input).mean();
+    assert!(GradientsParams::from_grads(loss.backward(), &net).is_empty());
+}

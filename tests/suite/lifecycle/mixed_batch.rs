@@ -132,3 +132,43 @@ fn prompts_are_answered_together_as_apart() {
     let mixed = model.with_adapter_names(&rows).unwrap();
     assert_eq!(mixed.generate(&prompts, &options).unwrap(), apart);
 }
+
+#[test]
+fn what_a_broken_adapter_gives_stays_in_its_rows() {
+    let mut net = net(&Device::flex());
+    net.add_adapter("broken", &random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
+    let bare = net.disable_adapter().unwrap().output();
+    let mixed = net.with_adapter_names(&[Some("broken"), None, None]).unwrap().output();
+    assert!(row(&mixed, 0).iter().any(|value| !value.is_finite()));
+    assert_eq!(row(&mixed, 1), row(&bare, 1));
+}
+
+#[test]
+fn rows_forget_an_adapter_that_was_deleted() {
+    let net = net(&Device::flex());
+    let bare = net.disable_adapter().unwrap().output();
+    let mut mixed = net.with_adapter_names(&[Some("wide"), None, None]).unwrap();
+    assert_different("wide", &mixed.output(), &bare);
+    mixed.delete_adapter("wide").unwrap();
+    mixed.add_adapter("wide", &random(2, ["up", "token"])).unwrap();
+    assert_eq!(mixed.output(), bare);
+}
+
+#[test]
+fn a_model_whose_rows_name_adapters_is_not_merged() {
+    let mut mixed = net(&Device::flex()).with_adapter_names(&[Some("wide"), None, None]).unwrap();
+    let before = mixed.output();
+    for error in [mixed.merge_adapter().unwrap_err(), mixed.merge_and_unload().unwrap_err()] {
+        assert!(matches!(&error, PeftError::RowsNameAdapters { name } if name == "wide"), "{error}");
+    }
+    assert_eq!(mixed.output(), before);
+}
+
+#[test]
+fn dropout_does_not_act_on_a_mixed_batch() {
+    let mut net = Net::new(&Device::flex().autodiff());
+    net.add_adapter("one", &random(3, ["up"]).with_lora_dropout(0.5)).unwrap();
+    let mixed = net.with_adapter_names(&[Some("one"), Some("one"), None]).unwrap();
+    assert_eq!(mixed.output(), mixed.output());
+    assert_different("dropout", &net.output(), &net.output());
+}

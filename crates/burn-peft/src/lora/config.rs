@@ -26,7 +26,7 @@ use crate::target::{TargetModules, compile_pattern, first_match};
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
-    /// Rank of the update, at least 1. PEFT's default is 8.
+    /// Rank of the update, from 1 to 65536. PEFT's default is 8.
     pub r: usize,
     /// Numerator of the scaling, finite. Default 8, as in PEFT.
     pub lora_alpha: f64,
@@ -77,6 +77,9 @@ pub struct LoraConfig {
     /// Entries of `adapter_config.json` that have no effect on the computation, to be written back as they were read.
     pub(crate) kept: Map<String, Value>,
 }
+
+/// A rank above this is a mistake, and would ask for more memory than there is.
+const MAX_RANK: usize = 65_536;
 
 /// Which biases of the base model an adapter trains, as copies: disabling the adapter gives the base's biases back.
 #[non_exhaustive]
@@ -286,6 +289,12 @@ impl LoraConfig {
         if self.r == 0 {
             invalid("r", "a positive integer", &self.r);
         }
+        if self.r > MAX_RANK {
+            invalid("r", "at most 65536, the width of no layer", &self.r);
+        }
+        if let Some((pattern, r)) = self.rank_pattern.iter().find(|(_, r)| *r > MAX_RANK) {
+            invalid("rank_pattern", "ranks of at most 65536", &format!("{r} for `{pattern}`"));
+        }
         if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, r)| *r == 0) {
             invalid("rank_pattern", "positive integers", &format!("0 for `{pattern}`"));
         }
@@ -309,6 +318,9 @@ impl LoraConfig {
             }
             Some(TargetModules::Regex(_)) if transformed => {
                 invalid("layers_to_transform", "`target_modules` that are a list", &"a regular expression");
+            }
+            Some(TargetModules::AllLinear) if transformed => {
+                invalid("layers_to_transform", "`target_modules` that are a list", &"`all-linear`");
             }
             Some(_) => {}
         }

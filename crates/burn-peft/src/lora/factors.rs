@@ -56,13 +56,13 @@ impl LowRank {
         self.a.lazy_shape()[1]
     }
 
-    /// `scaling * A B`, `[d_in, d_out]`, in the factors' type.
-    pub(crate) fn product(&self, scaling: f64) -> Tensor<2> {
-        self.a.val().mul_scalar(scaling).matmul(self.b.val())
+    /// `scaling * A B`, `[d_in, d_out]`, in `dtype`.
+    pub(crate) fn product(&self, scaling: f64, dtype: DType) -> Tensor<2> {
+        cast(self.a.val(), dtype).mul_scalar(scaling).matmul(cast(self.b.val(), dtype))
     }
 
     /// `scaling * (dropout(x) A) B + scaling * bias`, `[.., d_in]` to `[.., d_out]`, in the type of `x`. With `rows`,
-    /// only for the rows of the batch, the first axis, where it is 1.
+    /// only for the rows of the batch, the first axis, where it is 1, and without dropout.
     ///
     /// The scaling meets the smallest tensor on the way, `x A`, and takes dropout's `1 / (1 - p)` along.
     pub(crate) fn forward<const D: usize>(
@@ -73,7 +73,7 @@ impl LowRank {
     ) -> Tensor<D> {
         let outer = x.dtype();
         let x = cast(x, self.a.dtype());
-        let (x, factor) = if self.drops(&x) {
+        let (x, factor) = if rows.is_none() && self.drops(&x) {
             (zero_some(x, self.dropout.prob), scaling / (1.0 - self.dropout.prob))
         } else {
             (x, scaling)
@@ -88,26 +88,21 @@ impl LowRank {
         self.expand(embedding(self.a.val(), ids).mul_scalar(scaling), scaling, rows)
     }
 
-    /// `hidden B + scaling * bias` where `rows` allows it.
+    /// `hidden B + scaling * bias`, 0 where `rows` does not allow it: put there and not multiplied by, so that whatever an
+    /// adapter gives, infinities and NaNs included, stays in its rows.
     fn expand<const D: usize>(&self, hidden: Tensor<D>, scaling: f64, rows: Option<&Tensor<1>>) -> Tensor<D> {
-        let mask = rows.map(|rows| {
-            let (batch, asked) = (hidden.shape()[0], rows.shape()[0]);
-            assert!(batch == asked, "the batch has {batch} rows, adapters were named for {asked}");
-            let mut shape = [1; D];
-            shape[0] = batch;
-            like(rows.clone().reshape(shape), &hidden)
-        });
-        let hidden = match &mask {
-            Some(mask) => hidden * mask.clone(),
-            None => hidden,
-        };
         let output = linear(hidden, self.b.val(), None);
-        let Some(bias) = &self.bias else { return output };
-        let bias = bias.val().mul_scalar(scaling).unsqueeze::<D>();
-        match mask {
-            Some(mask) => output + bias * mask,
-            None => output + bias,
-        }
+        let output = match &self.bias {
+            Some(bias) => output + bias.val().mul_scalar(scaling).unsqueeze::<D>(),
+            None => output,
+        };
+        let Some(rows) = rows else { return output };
+        let (batch, asked) = (output.shape()[0], rows.shape()[0]);
+        assert!(batch == asked, "the batch has {batch} rows, adapters were named for {asked}");
+        let mut shape = [1; D];
+        shape[0] = batch;
+        let is_other = like(rows.clone(), &output).equal_elem(0.0).reshape(shape).expand(output.shape());
+        output.mask_fill(is_other, 0.0)
     }
 
     /// Whether dropout acts, by the rules of `nn::Dropout`: while training, on a layer that was not frozen.

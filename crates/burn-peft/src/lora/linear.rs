@@ -64,7 +64,8 @@ impl From<Linear> for LoraLinear {
     }
 }
 
-/// The plain layer; adapters stay attached and work through the weight.
+/// The plain layer; adapters stay attached and work through the weight, but for what a plain layer has no place for: their
+/// dropout and their `lora_bias`. Merge an adapter that has a `lora_bias` first.
 impl From<LoraLinear> for Linear {
     fn from(layer: LoraLinear) -> Self {
         layer.0

@@ -122,6 +122,10 @@ pub(super) fn parse(text: &[u8], path: &Path) -> Result<Parsed, PeftError> {
             }
         }
     }
+    // The other entries of another kind of adapter mean nothing here.
+    if let Some(at) = problems.iter().position(|problem| problem.field == "peft_type") {
+        problems = vec![problems.swap_remove(at)];
+    }
     let peft_version = map.get("peft_version").and_then(Value::as_str).map(str::to_string);
     Ok(Parsed { config, ignored, problems, peft_version })
 }
@@ -377,11 +381,11 @@ mod tests {
 
     #[test]
     fn every_problem_is_listed() {
-        let text = br#"{"peft_type": "LOHA", "r": "8", "bias": "some", "use_dora": true, "brand_new": [1]}"#;
+        let text = br#"{"peft_type": "LORA", "r": "8", "bias": "some", "use_dora": true, "brand_new": [1]}"#;
         let error = from_json(text, Path::new("dir/adapter_config.json")).unwrap_err();
         let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{error}") };
         let fields: Vec<&str> = problems.iter().map(|problem| &*problem.field).collect();
-        assert_eq!(fields, ["peft_type", "r", "bias", "use_dora", "brand_new"]);
+        assert_eq!(fields, ["r", "bias", "use_dora", "brand_new"]);
         assert!(error.to_string().starts_with("cannot use the configuration in `dir/adapter_config.json`:"));
     }
 }

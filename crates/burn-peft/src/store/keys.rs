@@ -59,12 +59,7 @@ pub(super) fn entries(site: &Site, change: Change, lora_bias: bool, is_adapted: 
         }
         Change::Shift { .. } => vec![entry("lora_B.bias", site.shape.clone(), Part::Bias)],
         Change::Copy { shift } => {
-            let mut shape = site.shape.clone();
-            if is_transposed(site) {
-                shape.reverse();
-            }
-            let inside = if is_adapted { "base_layer." } else { "" };
-            let mut entries = vec![entry(&format!("{inside}{}", site.parameter), shape, Part::Copy)];
+            let mut entries = vec![base(site, is_adapted)];
             if shift.is_some() {
                 entries.push(entry("lora_B.bias", site.shape.clone(), Part::Bias));
             }
@@ -94,13 +89,14 @@ pub(super) fn join(module: &str, end: &str) -> String {
     format!("{PREFIX}{module}.{end}")
 }
 
-/// The key of the weight that an adapter adapts. PEFT adds it for embeddings and output layers.
-pub(super) fn base_layer(site: &Site) -> Entry {
+/// A parameter of the base as a file has it, which PEFT adds for embeddings and output layers.
+pub(super) fn base(site: &Site, is_adapted: bool) -> Entry {
     let mut shape = site.shape.clone();
     if is_transposed(site) {
         shape.reverse();
     }
-    Entry { key: format!("{PREFIX}{}.base_layer.weight", site.name), shape, part: Part::Copy }
+    let inside = if is_adapted { "base_layer." } else { "" };
+    Entry { key: format!("{PREFIX}{}.{inside}{}", site.name, site.parameter), shape, part: Part::Copy }
 }
 
 /// Burn keeps the weight of a linear layer as `[d_in, d_out]`, PyTorch as `[d_out, d_in]`.

@@ -6,9 +6,9 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::{CombinationType, Source};
-use crate::adapter::{Adapter, Update};
+use crate::adapter::{Adapter, Change, Update};
 use crate::error::PeftError;
-use crate::inject::{InjectionReport, Plan};
+use crate::inject::{InjectionReport, Plan, Target};
 use crate::lora::{Bias, LoraConfig, LowRank};
 use crate::seam::Layout;
 use crate::target::TargetModules;
@@ -33,7 +33,8 @@ pub(crate) fn add(
     let rank = combination_type.rank(&ranks)?;
     let config = combined_config(layout, sources, rank)?;
 
-    let plan = Plan::new(layout, name, &config)?;
+    let plan = plan(layout, name, config, sources)?;
+    let config = plan.config.clone();
     let mut combined = vec![];
     for target in &plan.targets {
         let state = layout.states.get(&target.path);
@@ -52,6 +53,29 @@ pub(crate) fn add(
     Ok(plan.into_report())
 }
 
+/// The plan for exactly the parameters that the sources adapt.
+///
+/// Names are matched by their end as well. Where that would mean other modules too, an expression names them exactly.
+fn plan(layout: &Layout, name: &str, config: LoraConfig, sources: &[(&str, f64)]) -> Result<Plan, PeftError> {
+    let has_source = |target: &Target| {
+        let state = layout.states.get(&target.path);
+        sources.iter().any(|(source, _)| state.is_some_and(|state| state.get(source).is_some()))
+    };
+    let is_exact = |plan: &Plan| {
+        let mut weights =
+            plan.targets.iter().filter(|target| matches!(target.change, Change::LowRank { .. }));
+        weights.all(has_source)
+    };
+    let plan = Plan::new(layout, name, &config)?;
+    let Some(TargetModules::Names(names)) = config.target_modules.as_ref().filter(|_| !is_exact(&plan))
+    else {
+        return Ok(plan);
+    };
+    let escaped: Vec<String> = names.iter().map(|name| regex::escape(name)).collect();
+    let exact = config.with_target_modules(TargetModules::Regex(escaped.join("|")));
+    Plan::new(layout, name, &exact)
+}
+
 fn greatest_rank(layout: &Layout, name: &str) -> usize {
     let adapters = layout.states.values().filter_map(|state| state.get(name));
     adapters.filter_map(|adapter| Some(adapter.low_rank()?.rank())).max().unwrap_or(0)
@@ -59,16 +83,17 @@ fn greatest_rank(layout: &Layout, name: &str) -> usize {
 
 /// The configuration of the first source, with scaling 1 and exactly the modules that the sources adapt.
 fn combined_config(layout: &Layout, sources: &[(&str, f64)], rank: usize) -> Result<LoraConfig, PeftError> {
-    let mut modules = vec![];
+    let mut paths = vec![];
     let mut lora_bias = false;
     let mut first: Option<Arc<LoraConfig>> = None;
     for (source, _) in sources {
-        for adapter in layout.states.values().filter_map(|state| state.get(source)) {
+        let adapters = layout.states.iter().filter_map(|(path, state)| Some((path, state.get(source)?)));
+        for (path, adapter) in adapters {
             let info = &adapter.info;
             first.get_or_insert_with(|| info.config.clone());
             lora_bias |= info.config.lora_bias;
             match &adapter.update {
-                Update::LowRank(_) => modules.push(info.site.name.clone()),
+                Update::LowRank(_) => paths.push(path),
                 Update::Shift(_) => {}
                 Update::Copy(_) => {
                     return Err(PeftError::CannotCombine {
@@ -80,13 +105,19 @@ fn combined_config(layout: &Layout, sources: &[(&str, f64)], rank: usize) -> Res
         }
     }
     let first = first.map(|config| LoraConfig::clone(&config)).unwrap_or_default();
+    // By the mapping of the new adapter: a source may have another one.
+    let mapping = first.key_mapping.compile()?;
+    let module = |path: &String| {
+        let name = mapping.apply(path);
+        name.rsplit_once('.').map(|(module, _)| module.to_string())
+    };
     Ok(LoraConfig {
         r: rank,
         lora_alpha: rank as f64,
         use_rslora: false,
         rank_pattern: vec![],
         alpha_pattern: vec![],
-        target_modules: Some(modules.into_iter().collect::<TargetModules>()),
+        target_modules: Some(paths.into_iter().filter_map(module).collect::<TargetModules>()),
         exclude_modules: None,
         layers_to_transform: None,
         layers_pattern: vec![],
