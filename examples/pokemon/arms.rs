@@ -168,7 +168,7 @@ impl Setting<'_> {
                 // In this order an adapter never stands beside the provenance of another.
                 Provenance::forget(adapter)?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;
-                Provenance { seed: self.seed }.write(adapter)?;
+                Provenance { seed: self.seed, split: self.split.fingerprint() }.write(adapter)?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
             }
             Arm::Adapter => {

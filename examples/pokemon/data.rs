@@ -213,6 +213,30 @@ impl Split {
         }
         Ok(Self { train, test })
     }
+
+    /// Sixteen hexadecimal digits that are others for other species, other facts about them, or another division: FNV-1a
+    /// of the rows of both parts, each part in the order of its rows.
+    pub fn fingerprint(&self) -> String {
+        let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+        for (part, species) in [("train", &self.train), ("test", &self.test)] {
+            let row = |one: &Species| {
+                format!(
+                    "{part}\t{}\t{}\t{}\t{}\t{}\n",
+                    one.number,
+                    one.name,
+                    one.answer(),
+                    one.generation,
+                    one.family
+                )
+            };
+            let mut rows: Vec<String> = species.iter().map(row).collect();
+            rows.sort_unstable();
+            for byte in rows.iter().flat_map(|row| row.bytes()) {
+                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+        format!("{hash:016x}")
+    }
 }
 
 #[cfg(test)]
@@ -247,6 +271,21 @@ mod tests {
         let split = |seed| Split::by_family(&species, seed).unwrap();
         assert_eq!(split(1), split(1));
         assert_ne!(split(1), split(2));
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_same_for_the_same_division_only() {
+        let species = load(None).unwrap();
+        let of = |species: &[Species], seed| Split::by_family(species, seed).unwrap().fingerprint();
+        assert_eq!(of(&species, 0), "e561b6952a4a1c54", "adapters that were saved before are not recognised");
+        let mut split = Split::by_family(&species, 0).unwrap();
+        split.train.reverse();
+        assert_eq!(split.fingerprint(), of(&species, 0));
+        std::mem::swap(&mut split.train, &mut split.test);
+        let mut retyped = species.clone();
+        retyped[3].secondary = Some(Type::Water);
+        let others = [split.fingerprint(), of(&species, 1), of(&species[1..], 0), of(&retyped, 0)];
+        assert!(others.iter().all(|other| *other != of(&species, 0)), "{others:?}");
     }
 
     /// Species of families of these sizes.

@@ -34,10 +34,10 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         if args.seeds > 1 {
             bail!("an adapter was trained on one split\nhint: leave `--seeds` out beside `--adapter`");
         }
-        match Provenance::read(dir)? {
-            Some(provenance) => first_seed = provenance.seed,
-            None => split_is_known = false,
-        }
+        let provenance = Provenance::read(dir)?;
+        first_seed = provenance.as_ref().map_or(first_seed, |provenance| provenance.seed);
+        let split = Split::by_family(&species, first_seed)?.fingerprint();
+        split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
         vec![Arm::Adapter]
     } else {
         args.arms.clone()
@@ -59,6 +59,11 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
         model.clone().add_adapter(DEFAULT_ADAPTER, &lora).context("`--targets`")?;
+    }
+    if !split_is_known {
+        println!(
+            "note: which species the adapter was trained on is not known; it may be asked for some of them"
+        );
     }
     println!("base model: {}, {} on {:?}", base.name(), args.dtype.name(), args.device);
     let probes = if base.is_embedded() {
@@ -253,6 +258,18 @@ mod tests {
         let lora = of_arm(&rows, Arm::Lora);
         assert_eq!(of_arm(&predictions(Path::new(&again)), Arm::Adapter), lora);
         assert_ne!(lora, of_arm(&rows, Arm::ZeroShot), "training changed nothing");
+        let known = |dir: &str| {
+            let report = fs::read_to_string(Path::new(dir).join("report.md")).unwrap();
+            report.contains("that it was not fine-tuned on")
+        };
+        assert!(known(&again));
+
+        // With other species the same seed holds out others: the adapter was trained on some of them.
+        let mut file = csv::Writer::from_path(&data).unwrap();
+        species[..21].iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+        pokemon(&saved).unwrap();
+        assert!(!known(&again));
     }
 
     #[test]
