@@ -70,6 +70,26 @@ pub struct PretrainArgs {
     pub device: DeviceName,
 }
 
+/// What a saved adapter has decided already, or has no use for.
+const WITHOUT_ADAPTER: [&str; 16] = [
+    "arms",
+    "seeds",
+    "shots",
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "batch_size",
+    "learning_rate",
+    "epochs",
+    "full_learning_rate",
+    "full_epochs",
+    "schedule",
+    "warmup",
+    "log_every",
+    "eval_every",
+];
+
 /// Options of the experiment. Those without a default take the one of the base model, see [`ExperimentArgs::lora_training`].
 #[derive(Args, Debug, Clone)]
 pub struct ExperimentArgs {
@@ -83,15 +103,17 @@ pub struct ExperimentArgs {
     /// not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
     pub data: Option<PathBuf>,
-    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained
-    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with = "arms")]
+    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained, so no option about training goes
+    /// with it
+    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
     /// Arms to run, separated by commas
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]
     pub arms: Vec<Arm>,
     /// Seed of the split, of the adapter and of the order of the training examples; with `--seeds`, the first one
-    #[arg(long, default_value_t = 0, help_heading = "Experiment")]
-    pub seed: u64,
+    /// [default: 0, with --adapter the one it was trained with]
+    #[arg(long, help_heading = "Experiment")]
+    pub seed: Option<u64>,
     /// Number of seeds to run, 1 or more; the table gives mean and range over them
     #[arg(long, default_value_t = 1, value_parser = at_least_one, help_heading = "Experiment")]
     pub seeds: usize,
@@ -340,11 +362,33 @@ mod tests {
     }
 
     #[test]
+    fn options_of_training_are_refused_beside_an_adapter() {
+        let command = Cli::command();
+        let headings = [Some("LoRA"), Some("Training")];
+        let training = command.get_arguments().filter(|one| headings.contains(&one.get_help_heading()));
+        let names: Vec<&str> = training.filter_map(|one| one.get_long()).collect();
+        assert_eq!(names.len(), 13);
+        for name in names.into_iter().chain(["arms", "seeds", "shots"]) {
+            let option = format!("--{name}");
+            let value = match name {
+                "arms" => "lora",
+                "targets" => "q_proj",
+                "schedule" => "cosine",
+                "dropout" => "0",
+                _ => "1",
+            };
+            assert!(parse(&[&option, value]).is_ok(), "{name}");
+            let text = parse(&["--adapter", "dir", &option, value]).unwrap_err().to_string();
+            assert!(text.contains("--adapter") && text.contains(&option), "{text}");
+        }
+        assert!(parse(&["--adapter", "dir", "--seed", "1", "--limit", "2"]).is_ok());
+    }
+
+    #[test]
     fn arms_are_a_list_and_pretrain_needs_a_directory() {
         let cli = parse(&["--arms", "zero-shot,lora"]).unwrap();
         assert_eq!(cli.experiment.arms, [Arm::ZeroShot, Arm::Lora]);
         assert!(parse(&["pretrain"]).is_err());
-        assert!(parse(&["--adapter", "dir", "--arms", "lora"]).is_err());
         let Some(Command::Pretrain(args)) = parse(&["pretrain", "--out", "x"]).unwrap().command else {
             panic!("expected the subcommand");
         };

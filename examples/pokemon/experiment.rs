@@ -25,17 +25,22 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     // Whatever can be wrong is found before anything takes time.
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
-    Split::by_family(&species, args.seed).context("`--data`")?;
+    let mut first_seed = args.seed.unwrap_or(0);
+    Split::by_family(&species, first_seed).context("`--data`")?;
     let lora = lora_config(args)?;
-    let mut first_seed = args.seed;
     let mut split_is_known = true;
     let arms = if let Some(dir) = &args.adapter {
         check_adapter(dir)?;
-        if args.seeds > 1 {
-            bail!("an adapter was trained on one split\nhint: leave `--seeds` out beside `--adapter`");
-        }
         let provenance = Provenance::read(dir)?;
-        first_seed = provenance.as_ref().map_or(first_seed, |provenance| provenance.seed);
+        if let Some(Provenance { seed, .. }) = provenance {
+            if args.seed.is_some_and(|given| given != seed) {
+                bail!(
+                    "`--seed {first_seed}` does not fit `--adapter`: `{}` was trained with seed {seed}\nhint: leave `--seed` out",
+                    dir.display()
+                );
+            }
+            first_seed = seed;
+        }
         let split = Split::by_family(&species, first_seed)?.fingerprint();
         split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
         vec![Arm::Adapter]
@@ -108,7 +113,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             findings.before = setting.probe(&model)?;
         }
         for arm in &arms {
-            let result = setting.run(*arm, &adapter_dir(args, seed)).with_context(|| arm.title())?;
+            let result = setting.run(*arm, &adapter_dir(&args.out, seed, first_seed)).with_context(|| arm.title())?;
             println!("{}", line(&result));
             findings.results.push(result);
         }
@@ -133,8 +138,8 @@ fn line(result: &ArmResult) -> String {
 }
 
 /// The first seed's adapter is `adapter`.
-fn adapter_dir(args: &ExperimentArgs, seed: u64) -> PathBuf {
-    args.out.join(if seed == args.seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
+fn adapter_dir(out: &Path, seed: u64, first_seed: u64) -> PathBuf {
+    out.join(if seed == first_seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
 }
 
 /// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
@@ -263,6 +268,10 @@ mod tests {
             report.contains("that it was not fine-tuned on")
         };
         assert!(known(&again));
+
+        let error = pokemon(&[&saved[..], &["--seed", "5"]].concat()).unwrap_err().to_string();
+        assert!(error.contains("`--seed 5`") && error.contains("with seed 3"), "{error}");
+        pokemon(&[&saved[..], &["--seed", "3"]].concat()).unwrap();
 
         // With other species the same seed holds out others: the adapter was trained on some of them.
         let mut file = csv::Writer::from_path(&data).unwrap();
