@@ -113,7 +113,8 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             findings.before = setting.probe(&model)?;
         }
         for arm in &arms {
-            let result = setting.run(*arm, &adapter_dir(&args.out, seed, first_seed)).with_context(|| arm.title())?;
+            let result =
+                setting.run(*arm, &adapter_dir(&args.out, seed, first_seed)).with_context(|| arm.title())?;
             println!("{}", line(&result));
             findings.results.push(result);
         }
