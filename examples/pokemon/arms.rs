@@ -14,6 +14,7 @@ use burn_peft_llama::{
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::base::Kind;
 use crate::cli::{Decay, ExperimentArgs, TrainingSettings};
 use crate::data::{Species, Split};
 use crate::evaluation::{self, Outcome, Score};
@@ -119,11 +120,11 @@ pub struct ArmResult {
 }
 
 /// The adapter that the LoRA arm trains.
-pub fn lora_config(args: &ExperimentArgs) -> Result<LoraConfig> {
+pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> Result<LoraConfig> {
     let targets: TargetModules = args.targets.parse().context("`--targets`")?;
     Ok(LoraConfig::new(args.rank)
         .with_lora_alpha(args.alpha)
-        .with_lora_dropout(args.lora_dropout())
+        .with_lora_dropout(args.lora_dropout(kind))
         .with_target_modules(targets)
         .with_base_model_name_or_path(args.model.as_deref().unwrap_or("examples/pokemon/base"))
         .with_task_type("CAUSAL_LM"))
@@ -133,6 +134,7 @@ pub fn lora_config(args: &ExperimentArgs) -> Result<LoraConfig> {
 pub struct Setting<'a> {
     pub args: &'a ExperimentArgs,
     pub base: &'a LlamaForCausalLm,
+    pub kind: Kind,
     pub tokenizer: &'a Tokenizer,
     pub device: &'a Device,
     pub prompt: Prompt,
@@ -154,17 +156,18 @@ impl Setting<'_> {
                 (self.evaluate(self.base, &prompt, arm)?, Vec::new(), None)
             }
             Arm::Full => {
-                let (model, training) = self.train(arm, self.base.clone(), &self.args.full_training())?;
+                let (model, training) =
+                    self.train(arm, self.base.clone(), &self.args.full_training(self.kind))?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
             }
             Arm::Lora => {
                 let mut model = self.base.clone();
                 self.device.seed(self.seed);
-                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args)?)?;
+                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args, self.kind)?)?;
                 for target in &report.unmatched_targets {
                     println!("note: nothing in the model is called `{target}`");
                 }
-                let (model, training) = self.train(arm, model, &self.args.lora_training())?;
+                let (model, training) = self.train(arm, model, &self.args.lora_training(self.kind))?;
                 // In this order an adapter never stands beside the provenance of another.
                 Provenance::forget(adapter)?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;

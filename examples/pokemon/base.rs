@@ -2,7 +2,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use burn_peft_llama::Tokenizer;
+use serde::Serialize;
 use tempfile::TempDir;
+
+use crate::vocabulary;
 
 /// Everything that loading the model takes. `pretrain` makes these files.
 const FILES: [(&str, &[u8]); 5] = [
@@ -12,6 +16,27 @@ const FILES: [(&str, &[u8]); 5] = [
     ("tokenizer_config.json", include_bytes!("base/tokenizer_config.json")),
     ("chat_template.jinja", include_bytes!("base/chat_template.jinja")),
 ];
+
+/// What a base model has read decides on what else it is asked, and on the defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Made by `pretrain`, as the embedded one: it knows species and nothing else.
+    Pretrained,
+    /// Any other model.
+    General,
+}
+
+impl Kind {
+    /// The kind of the base with this tokenizer. The chat template tells: no other model has the one of `pretrain`, and
+    /// it stays with a copy, a renamed directory, or a model that an adapter was merged into.
+    pub fn of(tokenizer: &Tokenizer) -> Self {
+        match tokenizer.chat_template() {
+            Some(template) if template.source() == vocabulary::CHAT_TEMPLATE => Self::Pretrained,
+            _ => Self::General,
+        }
+    }
+}
 
 /// A base model on disk: the user's directory, or the embedded files in a temporary one that goes with this value.
 pub struct Base {
@@ -49,14 +74,13 @@ impl Base {
         &self.path
     }
 
-    /// Whether this is the embedded base.
-    pub fn is_embedded(&self) -> bool {
-        self.unpacked.is_some()
-    }
-
     /// What the report calls it.
     pub fn name(&self) -> String {
-        if self.is_embedded() { "the embedded base".into() } else { format!("`{}`", self.path.display()) }
+        if self.unpacked.is_some() {
+            "the embedded base".into()
+        } else {
+            format!("`{}`", self.path.display())
+        }
     }
 }
 
@@ -80,7 +104,7 @@ fn find(model: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use burn::tensor::Device;
-    use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
+    use burn_peft_llama::{ChatTemplate, LlamaForCausalLm};
 
     use super::*;
 
@@ -90,6 +114,9 @@ mod tests {
         let tokenizer = Tokenizer::load(base.path()).unwrap();
         let model = LlamaForCausalLm::from_pretrained(base.path(), &Device::flex()).unwrap();
         assert_eq!(model.config().vocab_size, tokenizer.vocab_size());
+        assert_eq!(Kind::of(&tokenizer), Kind::Pretrained);
+        let other = ChatTemplate::new("{{ messages }}", None, None).unwrap();
+        assert_eq!(Kind::of(&tokenizer.with_chat_template(other)), Kind::General);
         assert!(FILES.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() < 12 << 20);
     }
 

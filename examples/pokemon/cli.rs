@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::arms::Arm;
+use crate::base::Kind;
 use crate::device::DeviceName;
 
 /// What does LoRA change? Asks a language model for the types of Pokémon species it was never asked about, before and
@@ -23,7 +24,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Makes the embedded base model from scratch: text, tokenizer, training, a Hugging Face directory.
+    /// Makes a base model as the embedded one from scratch: text, tokenizer, training, a Hugging Face directory. The
+    /// experiment on it is `--model DIR`.
     Pretrain(PretrainArgs),
 }
 
@@ -95,7 +97,8 @@ const WITHOUT_ADAPTER: [&str; 16] = [
 pub struct ExperimentArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
     /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
-    /// base model if not given
+    /// base model if not given. One that `pretrain` made, recognised by its chat template, is used as the embedded one;
+    /// the defaults below for `--model` are those of any other
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
     pub model: Option<String>,
     /// Species of at least 5 evolution families: a CSV file with the columns
@@ -241,25 +244,30 @@ impl fmt::Display for TrainingSettings {
 }
 
 impl ExperimentArgs {
-    fn embedded(&self) -> bool {
-        self.model.is_none()
-    }
-
-    /// Dropout of the adapter. The embedded base is so small that dropout only slows it down.
-    pub fn lora_dropout(&self) -> f64 {
-        self.dropout.unwrap_or(if self.embedded() { 0.0 } else { 0.05 })
+    /// Dropout of the adapter. What `pretrain` makes is so small that dropout only slows it down.
+    pub fn lora_dropout(&self, kind: Kind) -> f64 {
+        self.dropout.unwrap_or(match kind {
+            Kind::Pretrained => 0.0,
+            Kind::General => 0.05,
+        })
     }
 
     /// How the LoRA arm is trained.
-    pub fn lora_training(&self) -> TrainingSettings {
-        let learning_rate = if self.embedded() { 3e-4 } else { 5e-4 };
+    pub fn lora_training(&self, kind: Kind) -> TrainingSettings {
+        let learning_rate = match kind {
+            Kind::Pretrained => 3e-4,
+            Kind::General => 5e-4,
+        };
         self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(4))
     }
 
-    /// How the full fine-tuning arm is trained. On the embedded base the rate is careless on purpose: what a first try
-    /// with full fine-tuning might look like.
-    pub fn full_training(&self) -> TrainingSettings {
-        let (learning_rate, epochs) = if self.embedded() { (1e-3, 6) } else { (5e-5, 2) };
+    /// How the full fine-tuning arm is trained. For a base of `pretrain` the rate is careless on purpose: what a first
+    /// try with full fine-tuning might look like.
+    pub fn full_training(&self, kind: Kind) -> TrainingSettings {
+        let (learning_rate, epochs) = match kind {
+            Kind::Pretrained => (1e-3, 6),
+            Kind::General => (5e-5, 2),
+        };
         self.training(self.full_learning_rate.unwrap_or(learning_rate), self.full_epochs.unwrap_or(epochs))
     }
 
@@ -321,28 +329,27 @@ mod tests {
 
     #[test]
     fn defaults_depend_on_the_base() {
-        let embedded = parse(&[]).unwrap().experiment;
-        assert_eq!(embedded.arms, Arm::ALL);
-        assert_eq!((embedded.lora_training().learning_rate, embedded.lora_training().epochs), (3e-4, 4));
-        assert_eq!(embedded.lora_dropout(), 0.0);
+        let args = parse(&[]).unwrap().experiment;
+        assert_eq!(args.arms, Arm::ALL);
+        let of = |settings: TrainingSettings| (settings.learning_rate, settings.epochs);
+        assert_eq!(of(args.lora_training(Kind::Pretrained)), (3e-4, 4));
+        assert_eq!(of(args.full_training(Kind::Pretrained)), (1e-3, 6));
+        assert_eq!(args.lora_dropout(Kind::Pretrained), 0.0);
+        assert_eq!(of(args.lora_training(Kind::General)), (5e-4, 4));
+        assert_eq!(of(args.full_training(Kind::General)), (5e-5, 2));
+        assert_eq!(args.lora_dropout(Kind::General), 0.05);
 
-        let other = parse(&["--model", "dir"]).unwrap().experiment;
-        assert_eq!((other.lora_training().learning_rate, other.lora_training().epochs), (5e-4, 4));
-        assert_eq!((other.full_training().learning_rate, other.full_training().epochs), (5e-5, 2));
-        assert_eq!(other.lora_dropout(), 0.05);
-
-        let set = parse(&["--model", "dir", "--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]);
-        let set = set.unwrap().experiment;
-        assert_eq!((set.lora_dropout(), set.lora_training().epochs), (0.0, 7));
-        assert_eq!(set.lora_training().learning_rate, 2e-4);
+        let set = parse(&["--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]).unwrap().experiment;
+        assert_eq!(set.lora_dropout(Kind::General), 0.0);
+        assert_eq!(of(set.lora_training(Kind::General)), (2e-4, 7));
     }
 
     #[test]
     fn settings_are_told_in_words() {
         let args = parse(&["--epochs", "1", "--warmup", "1", "--schedule", "cosine"]).unwrap().experiment;
         let text = "peak learning rate 3e-4, 1 epoch in batches of 16, 1 step of warm-up, then cosine";
-        assert_eq!(args.lora_training().to_string(), text);
-        let text = args.full_training().to_string();
+        assert_eq!(args.lora_training(Kind::Pretrained).to_string(), text);
+        let text = args.full_training(Kind::Pretrained).to_string();
         assert!(text.starts_with("peak learning rate 1e-3, 6 epochs in batches of 16"), "{text}");
     }
 

@@ -8,7 +8,7 @@ use burn_peft::{DEFAULT_ADAPTER, PeftModel};
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
 
 use crate::arms::{Arm, ArmResult, Setting, lora_config};
-use crate::base::Base;
+use crate::base::{Base, Kind};
 use crate::cli::{ExperimentArgs, Precision};
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
@@ -27,7 +27,6 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let species = data::load(args.data.as_deref())?;
     let mut first_seed = args.seed.unwrap_or(0);
     Split::by_family(&species, first_seed).context("`--data`")?;
-    let lora = lora_config(args)?;
     let mut split_is_known = true;
     let arms = if let Some(dir) = &args.adapter {
         check_adapter(dir)?;
@@ -51,7 +50,8 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
-    let system = args.system.clone().unwrap_or_else(|| default_system(base.is_embedded()));
+    let kind = Kind::of(&tokenizer);
+    let system = args.system.clone().unwrap_or_else(|| default_system(kind));
     let prompt = Prompt::new(system);
     tokenizer
         .encode_prompt(&prompt.question(&species[0]))
@@ -63,7 +63,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     if let Some(dir) = &args.adapter {
         model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
-        model.clone().add_adapter(DEFAULT_ADAPTER, &lora).context("`--targets`")?;
+        model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)?).context("`--targets`")?;
     }
     if !split_is_known {
         println!(
@@ -71,16 +71,12 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         );
     }
     println!("base model: {}, {} on {:?}", base.name(), args.dtype.name(), args.device);
-    let probes = if base.is_embedded() {
-        Probe::of_the_embedded_base(&species, 0)
-    } else {
-        Probe::of_general_knowledge()
-    };
+    let probes = Probe::of(kind, &species);
 
     let mut findings = Findings {
         command: command(),
         base: base.name(),
-        embedded: base.is_embedded(),
+        kind,
         species: (0, 0),
         split_is_known,
         probes: probes.iter().map(|probe| probe.name).collect(),
@@ -102,6 +98,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         let setting = Setting {
             args,
             base: &model,
+            kind,
             tokenizer: &tokenizer,
             device: &training_device,
             prompt: prompt.clone(),
@@ -280,6 +277,24 @@ mod tests {
         file.flush().unwrap();
         pokemon(&saved).unwrap();
         assert!(!known(&again));
+    }
+
+    #[test]
+    fn a_base_that_pretrain_made_is_used_as_the_embedded_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |name: &str, model: &[&str]| {
+            let out = dir.path().join(name);
+            let arguments = ["--arms", "zero-shot", "--limit", "2", "--out", out.to_str().unwrap()];
+            pokemon(&[&arguments, model].concat()).unwrap();
+            let metrics = fs::read_to_string(out.join("metrics.json")).unwrap();
+            let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+            let told = ["kind", "probes", "before"].map(|key| metrics[key].clone());
+            (told, predictions(&out))
+        };
+        let copy = Base::new(None).unwrap();
+        let (told, predicted) = run("copy", &["--model", copy.path().to_str().unwrap()]);
+        assert_eq!(told[1].as_array().unwrap().len(), 3);
+        assert_eq!((told, predicted), run("embedded", &[]));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the model is asked: system text, examples, question, and the form of the answer.
 use burn_peft_llama::Message;
 
+use crate::base::Kind;
 use crate::data::{Species, list_of_types};
 
 /// The conversation that asks for the types of one species.
@@ -40,11 +41,14 @@ impl Prompt {
     }
 }
 
-/// The instruction. A model that was not made for this experiment is also told which types there are; the embedded
-/// base has read of no others, and every token of the prompt costs time in training.
-pub fn default_system(embedded: bool) -> String {
+/// The instruction. A general model is also told which types there are; one that `pretrain` made has read of no others,
+/// and every token of the prompt costs time in training.
+pub fn default_system(kind: Kind) -> String {
     let instruction = "You are a Pokémon expert. Answer with the type or types of the given Pokémon, separated by a slash, and nothing else.";
-    if embedded { instruction.into() } else { format!("{instruction} The types are: {}.", list_of_types()) }
+    match kind {
+        Kind::Pretrained => instruction.into(),
+        Kind::General => format!("{instruction} The types are: {}.", list_of_types()),
+    }
 }
 
 #[cfg(test)]
@@ -71,9 +75,9 @@ mod tests {
     }
 
     #[test]
-    fn other_models_are_told_the_types() {
-        assert!(!default_system(true).contains("Fairy"));
-        assert!(default_system(false).ends_with(
+    fn general_models_are_told_the_types() {
+        assert!(!default_system(Kind::Pretrained).contains("Fairy"));
+        assert!(default_system(Kind::General).ends_with(
             "nothing else. The types are: Normal, Fire, Water, Electric, Grass, Ice, Fighting, Poison, Ground, Flying, Psychic, Bug, Rock, Ghost, Dragon, Dark, Steel, Fairy."
         ));
     }

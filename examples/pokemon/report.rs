@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::arms::Arm;
+use crate::base::Kind;
 use crate::evaluation::{Outcome, Score};
 use crate::output;
 use crate::plots;
@@ -242,7 +243,7 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
         "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
         findings.distinct_truths()
     );
-    if findings.embedded {
+    if findings.kind == Kind::Pretrained {
         text.push_str(&pretraining(findings, rows));
         if rows.iter().any(|row| row.arm == Arm::Full) {
             text.push_str("- Full fine-tuning's default learning rate is careless on purpose; `--full-learning-rate` sets another.\n");

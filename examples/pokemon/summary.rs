@@ -2,6 +2,7 @@
 use serde::Serialize;
 
 use crate::arms::{Arm, ArmResult};
+use crate::base::Kind;
 use crate::evaluation::{Outcome, Score, distinct};
 
 /// Everything that a run found out.
@@ -11,8 +12,8 @@ pub struct Findings {
     pub command: String,
     /// Which base model.
     pub base: String,
-    /// Whether it is the embedded one.
-    pub embedded: bool,
+    /// What it has read.
+    pub kind: Kind,
     /// Species trained on and held out, of the first seed.
     pub species: (usize, usize),
     /// Whether the held-out species are those that the adapter was not trained on; not so for a foreign adapter.
@@ -154,7 +155,7 @@ pub mod tests {
         Findings {
             command: "pokemon --seeds 2".into(),
             base: "the embedded base".into(),
-            embedded: true,
+            kind: Kind::Pretrained,
             species: (160, 40),
             split_is_known: true,
             probes: vec!["generation questions", "number questions", "sentence completion"],
