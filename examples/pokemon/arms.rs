@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel, TargetModules};
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
 use burn_peft_llama::{
     Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, TrainingConfig, fit,
 };
@@ -120,14 +120,13 @@ pub struct ArmResult {
 }
 
 /// The adapter that the LoRA arm trains.
-pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> Result<LoraConfig> {
-    let targets: TargetModules = args.targets.parse().context("`--targets`")?;
-    Ok(LoraConfig::new(args.rank)
+pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> LoraConfig {
+    LoraConfig::new(args.rank)
         .with_lora_alpha(args.alpha)
         .with_lora_dropout(args.lora_dropout(kind))
-        .with_target_modules(targets)
+        .with_target_modules(args.targets.clone())
         .with_base_model_name_or_path(args.model.as_deref().unwrap_or("examples/pokemon/base"))
-        .with_task_type("CAUSAL_LM"))
+        .with_task_type("CAUSAL_LM")
 }
 
 /// What all arms of one seed share.
@@ -163,7 +162,7 @@ impl Setting<'_> {
             Arm::Lora => {
                 let mut model = self.base.clone();
                 self.device.seed(self.seed);
-                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args, self.kind)?)?;
+                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args, self.kind))?;
                 for target in &report.unmatched_targets {
                     println!("note: nothing in the model is called `{target}`");
                 }

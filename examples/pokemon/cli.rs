@@ -1,7 +1,10 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
+use std::collections::HashSet;
+use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
 
+use burn_peft::TargetModules;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::arms::Arm;
@@ -110,7 +113,7 @@ pub struct ExperimentArgs {
     /// with it
     #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
-    /// Arms to run, separated by commas
+    /// Arms to run, separated by commas; one that is given twice runs once
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]
     pub arms: Vec<Arm>,
     /// Seed of the split, of the adapter and of the order of the training examples; with `--seeds`, the first one
@@ -152,9 +155,9 @@ pub struct ExperimentArgs {
     /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
     #[arg(long, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
     pub dropout: Option<f64>,
-    /// Modules to adapt: `all-linear`, or names separated by commas such as `q_proj,v_proj`
-    #[arg(long, default_value = "all-linear", help_heading = "LoRA")]
-    pub targets: String,
+    /// Modules to adapt: `all-linear` alone, or names separated by commas such as `q_proj,v_proj`
+    #[arg(long, default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
+    pub targets: TargetModules,
 
     /// Examples in a training batch, 1 or more
     #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
@@ -244,6 +247,15 @@ impl fmt::Display for TrainingSettings {
 }
 
 impl ExperimentArgs {
+    /// What is run: the saved adapter, or the arms, each once.
+    pub fn arms(&self) -> Vec<Arm> {
+        if self.adapter.is_some() {
+            return vec![Arm::Adapter];
+        }
+        let mut given = HashSet::new();
+        self.arms.iter().copied().filter(|arm| given.insert(*arm)).collect()
+    }
+
     /// Dropout of the adapter. What `pretrain` makes is so small that dropout only slows it down.
     pub fn lora_dropout(&self, kind: Kind) -> f64 {
         self.dropout.unwrap_or(match kind {
@@ -288,6 +300,20 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected a whole number of 1 or more".into()),
         Ok(number) => Ok(number),
+    }
+}
+
+/// `all-linear` in a list would be the name of a module that no model has.
+fn targets(text: &str) -> Result<TargetModules, String> {
+    let targets = text.parse();
+    match &targets {
+        Ok(TargetModules::Names(names)) if names.is_empty() => Err("expected at least one name".into()),
+        Ok(TargetModules::Names(names))
+            if names.iter().any(|name| name.eq_ignore_ascii_case("all-linear")) =>
+        {
+            Err("`all-linear` means every linear layer and stands alone".into())
+        }
+        _ => targets.map_err(|never: Infallible| match never {}),
     }
 }
 
@@ -360,6 +386,8 @@ mod tests {
             (["--alpha", "-1"], "above 0"),
             (["--dropout", "1"], "below 1"),
             (["--learning-rate", "nan"], "above 0"),
+            (["--targets", "all-linear,q_proj"], "stands alone"),
+            (["--targets", ","], "at least one name"),
             (["--device", "tpu"], "possible values"),
             (["--arms", "few-shot,lroa"], "possible values"),
         ] {
@@ -394,7 +422,9 @@ mod tests {
     #[test]
     fn arms_are_a_list_and_pretrain_needs_a_directory() {
         let cli = parse(&["--arms", "zero-shot,lora"]).unwrap();
-        assert_eq!(cli.experiment.arms, [Arm::ZeroShot, Arm::Lora]);
+        assert_eq!(cli.experiment.arms(), [Arm::ZeroShot, Arm::Lora]);
+        let twice = parse(&["--arms", "lora,full,lora"]).unwrap().experiment;
+        assert_eq!(twice.arms(), [Arm::Lora, Arm::Full]);
         assert!(parse(&["pretrain"]).is_err());
         let Some(Command::Pretrain(args)) = parse(&["pretrain", "--out", "x"]).unwrap().command else {
             panic!("expected the subcommand");

@@ -28,7 +28,8 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let mut first_seed = args.seed.unwrap_or(0);
     Split::by_family(&species, first_seed).context("`--data`")?;
     let mut split_is_known = true;
-    let arms = if let Some(dir) = &args.adapter {
+    let arms = args.arms();
+    if let Some(dir) = &args.adapter {
         check_adapter(dir)?;
         let provenance = Provenance::read(dir)?;
         if let Some(Provenance { seed, .. }) = provenance {
@@ -42,10 +43,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         }
         let split = Split::by_family(&species, first_seed)?.fingerprint();
         split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
-        vec![Arm::Adapter]
-    } else {
-        args.arms.clone()
-    };
+    }
     check_precision(args.dtype, &arms)?;
     output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
@@ -63,7 +61,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     if let Some(dir) = &args.adapter {
         model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
-        model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)?).context("`--targets`")?;
+        model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)).context("`--targets`")?;
     }
     if !split_is_known {
         println!(
