@@ -47,6 +47,11 @@ impl Arm {
     /// The arms that `--arms` knows, in the order of the report.
     pub const ALL: [Self; 4] = [Self::ZeroShot, Self::FewShot, Self::Full, Self::Lora];
 
+    /// Whether something is trained.
+    pub fn trains(self) -> bool {
+        matches!(self, Self::Full | Self::Lora)
+    }
+
     /// What the report calls it.
     pub fn title(self) -> &'static str {
         match self {
@@ -129,6 +134,21 @@ pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> LoraConfig {
         .with_task_type("CAUSAL_LM")
 }
 
+/// Questions and their answers, of which the answers are learnt.
+pub fn examples(tokenizer: &Tokenizer, prompt: &Prompt, species: &[Species]) -> Result<Vec<Example>> {
+    let encode =
+        |one: &Species| Ok(tokenizer.encode_conversation(&prompt.conversation(one), Labels::Answer)?);
+    species.iter().map(encode).collect()
+}
+
+/// Pads as generation does.
+pub fn collator(tokenizer: &Tokenizer) -> Result<Collator> {
+    let pad = tokenizer.pad_token_id().context(
+        "the tokenizer has neither a padding nor an end token\nhint: name the end token as `eos_token` in `tokenizer_config.json`",
+    )?;
+    Ok(Collator::new(pad).with_side(PaddingSide::Left))
+}
+
 /// What all arms of one seed share.
 pub struct Setting<'a> {
     pub args: &'a ExperimentArgs,
@@ -201,23 +221,16 @@ impl Setting<'_> {
         evaluation::evaluate(model, self.tokenizer, prompt, test, self.args.eval_batch_size, arm.title())
     }
 
-    fn examples(&self, species: &[Species]) -> Result<Vec<Example>> {
-        let encode = |one: &Species| {
-            Ok(self.tokenizer.encode_conversation(&self.prompt.conversation(one), Labels::Answer)?)
-        };
-        species.iter().map(encode).collect()
-    }
-
     fn train(
         &self,
         arm: Arm,
         model: LlamaForCausalLm,
         settings: &TrainingSettings,
     ) -> Result<(LlamaForCausalLm, Training)> {
-        let examples = self.examples(&self.split.train)?;
-        let held_out = self.examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
-        let pad = self.tokenizer.pad_token_id().context("the tokenizer has neither padding nor end token")?;
-        let collator = Collator::new(pad).with_side(PaddingSide::Left);
+        let examples = |species| examples(self.tokenizer, &self.prompt, species);
+        let held_out = examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
+        let examples = examples(&self.split.train)?;
+        let collator = collator(self.tokenizer)?;
         let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
         let config = TrainingConfig::new()
             .with_learning_rate(settings.learning_rate)

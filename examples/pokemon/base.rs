@@ -74,6 +74,12 @@ impl Base {
         &self.path
     }
 
+    /// The file that has the chat template.
+    pub fn chat_template(&self) -> PathBuf {
+        let file = self.path.join("chat_template.jinja");
+        if file.is_file() { file } else { self.path.join("tokenizer_config.json") }
+    }
+
     /// What the report calls it.
     pub fn name(&self) -> String {
         if self.unpacked.is_some() {

@@ -129,7 +129,7 @@ pub struct ExperimentArgs {
     /// Examples in the few-shot prompt, 1 to 64
     #[arg(long, default_value_t = 8, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64), help_heading = "Experiment")]
     pub shots: usize,
-    /// System text of every prompt [default: an instruction, which for `--model` also lists the 18 types]
+    /// System text of every prompt; an empty one sends no system message [default: an instruction, which for `--model` also lists the 18 types]
     #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
     pub system: Option<String>,
     /// Directory for report, plots, predictions and the adapter
@@ -146,7 +146,7 @@ pub struct ExperimentArgs {
     #[arg(long, default_value_t = 32, value_parser = at_least_one, value_name = "N", help_heading = "Computation")]
     pub eval_batch_size: usize,
 
-    /// Rank of the adapter, 1 or more
+    /// Rank of the adapter, from 1 to the width of the model
     #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
     pub rank: usize,
     /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank

@@ -9,6 +9,7 @@ use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
 
 use crate::arms::{Arm, ArmResult, Setting, lora_config};
 use crate::base::{Base, Kind};
+use crate::checks;
 use crate::cli::{ExperimentArgs, Precision};
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
@@ -30,7 +31,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let mut split_is_known = true;
     let arms = args.arms();
     if let Some(dir) = &args.adapter {
-        check_adapter(dir)?;
+        checks::adapter(dir)?;
         let provenance = Provenance::read(dir)?;
         if let Some(Provenance { seed, .. }) = provenance {
             if args.seed.is_some_and(|given| given != seed) {
@@ -44,16 +45,14 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         let split = Split::by_family(&species, first_seed)?.fingerprint();
         split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
     }
-    check_precision(args.dtype, &arms)?;
+    checks::precision(args.dtype, &arms)?;
     output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
     let kind = Kind::of(&tokenizer);
     let system = args.system.clone().unwrap_or_else(|| default_system(kind));
     let prompt = Prompt::new(system);
-    tokenizer
-        .encode_prompt(&prompt.question(&species[0]))
-        .context("the model cannot be asked in conversations")?;
+    checks::prompts(&base, &tokenizer, &prompt, &arms, &species)?;
 
     let training_device = device.autodiff();
     let model = load(&base, args.dtype, &training_device)?;
@@ -61,7 +60,11 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     if let Some(dir) = &args.adapter {
         model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
+        checks::rank(args.rank, &model)?;
         model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)).context("`--targets`")?;
+    }
+    if arms.iter().any(|arm| arm.trains()) {
+        checks::training(&base, &model, &tokenizer, &prompt, &species)?;
     }
     if !split_is_known {
         println!(
@@ -136,26 +139,6 @@ fn line(result: &ArmResult) -> String {
 /// The first seed's adapter is `adapter`.
 fn adapter_dir(out: &Path, seed: u64, first_seed: u64) -> PathBuf {
     out.join(if seed == first_seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
-}
-
-/// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
-fn check_precision(precision: Precision, arms: &[Arm]) -> Result<()> {
-    if precision == Precision::F16 && arms.contains(&Arm::Full) {
-        bail!(
-            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `full` out: `--arms zero-shot,few-shot,lora`"
-        );
-    }
-    Ok(())
-}
-
-fn check_adapter(dir: &Path) -> Result<()> {
-    if !dir.join("adapter_config.json").is_file() {
-        bail!(
-            "`{}` has no `adapter_config.json`\nhint: `--adapter` takes a directory in PEFT's format, such as `out/pokemon/adapter`",
-            dir.display()
-        );
-    }
-    Ok(())
 }
 
 fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCausalLm> {
@@ -315,7 +298,7 @@ mod tests {
             }
             assert!(!Path::new(&out).exists(), "{arguments:?}");
         }
-        let adapters_are_f32 = check_precision(Precision::F16, &[Arm::ZeroShot, Arm::Lora]);
-        assert!(adapters_are_f32.is_ok() && check_precision(Precision::Bf16, &Arm::ALL).is_ok());
+        let text = pokemon(&["--rank", "257", "--out", &out]).unwrap_err().to_string();
+        assert!(text.contains("`--rank 257`: expected at most 256"), "{text}");
     }
 }

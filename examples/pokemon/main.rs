@@ -6,6 +6,7 @@
 
 mod arms;
 mod base;
+mod checks;
 mod cli;
 mod corpus;
 mod data;

@@ -12,7 +12,7 @@ pub struct Prompt {
 }
 
 impl Prompt {
-    /// A prompt with this system text and no examples.
+    /// A prompt with this system text, or without a system message if there is none, and no examples.
     pub fn new(system: impl Into<String>) -> Self {
         Self { system: system.into(), shots: Vec::new() }
     }
@@ -25,7 +25,10 @@ impl Prompt {
 
     /// The messages up to the question.
     pub fn question(&self, species: &Species) -> Vec<Message> {
-        let mut messages = vec![Message::system(self.system.clone())];
+        let mut messages = Vec::new();
+        if !self.system.is_empty() {
+            messages.push(Message::system(self.system.clone()));
+        }
         for shot in &self.shots {
             messages.extend([Message::user(shot.name.clone()), Message::assistant(shot.answer())]);
         }
@@ -64,6 +67,7 @@ mod tests {
             messages,
             [Message::system("system"), Message::user("Bulbasaur"), Message::assistant("Grass/Poison")]
         );
+        assert_eq!(Prompt::new("").question(&species[0]), [Message::user("Bulbasaur")]);
     }
 
     #[test]
