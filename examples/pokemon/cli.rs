@@ -132,7 +132,8 @@ pub struct ExperimentArgs {
     /// System text of every prompt; an empty one sends no system message [default: an instruction, which for `--model` also lists the 18 types]
     #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
     pub system: Option<String>,
-    /// Directory for report, plots, predictions and the adapter
+    /// Directory for report, plots, predictions and the adapter. Report, plots and predictions of an earlier run are
+    /// replaced or removed; its adapters stay until one is trained in their place, and the report says whose they are
     #[arg(long, default_value = "out/pokemon", value_name = "DIR", help_heading = "Experiment")]
     pub out: PathBuf,
 

@@ -1,5 +1,6 @@
 //! The whole experiment: checks, base model, arms, report.
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -83,6 +84,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         probes: probes.iter().map(|probe| probe.name).collect(),
         before: Vec::new(),
         results: Vec::new(),
+        earlier_adapters: Vec::new(),
         seconds: 0.0,
     };
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
@@ -111,12 +113,14 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             findings.before = setting.probe(&model)?;
         }
         for arm in &arms {
-            let result =
-                setting.run(*arm, &adapter_dir(&args.out, seed, first_seed)).with_context(|| arm.title())?;
+            let result = setting
+                .run(*arm, &args.out.join(adapter_name(seed, first_seed)))
+                .with_context(|| arm.title())?;
             println!("{}", line(&result));
             findings.results.push(result);
         }
     }
+    findings.earlier_adapters = earlier_adapters(&args.out, &findings.results, first_seed)?;
     findings.seconds = start.elapsed().as_secs_f64();
     report::write(&findings, &args.out)?;
     println!("\n{}", report::table(&findings));
@@ -137,8 +141,27 @@ fn line(result: &ArmResult) -> String {
 }
 
 /// The first seed's adapter is `adapter`.
-fn adapter_dir(out: &Path, seed: u64, first_seed: u64) -> PathBuf {
-    out.join(if seed == first_seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
+fn adapter_name(seed: u64, first_seed: u64) -> String {
+    if seed == first_seed { "adapter".into() } else { format!("{OTHER_SEED}{seed}") }
+}
+
+const OTHER_SEED: &str = "adapter-seed-";
+
+/// Names of the adapters in `out` that are not of this run. They may have taken long, so none is removed.
+fn earlier_adapters(out: &Path, results: &[ArmResult], first_seed: u64) -> Result<Vec<String>> {
+    let trained = results.iter().filter(|result| result.arm == Arm::Lora);
+    let own: Vec<String> = trained.map(|result| adapter_name(result.seed, first_seed)).collect();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(out).with_context(|| format!("`{}` cannot be read", out.display()))? {
+        let name = entry?.file_name().display().to_string();
+        let of_a_run = name == "adapter"
+            || name.strip_prefix(OTHER_SEED).is_some_and(|seed| seed.parse::<u64>().is_ok());
+        if of_a_run && !own.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCausalLm> {
@@ -166,7 +189,6 @@ fn command() -> String {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::fs;
 
     use clap::Parser;
 
@@ -234,6 +256,8 @@ mod tests {
             files.into_iter().chain(["predictions.csv", "report.md"]).map(String::from).collect()
         );
 
+        assert!(!report.contains("earlier run"), "{report}");
+
         // The seed of the split is not given: the adapter's directory knows it.
         let adapter = out.join("adapter");
         let saved =
@@ -265,10 +289,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = |name: &str, model: &[&str]| {
             let out = dir.path().join(name);
+            for adapter in ["adapter", "adapter-seed-7", "adapter-of-mine"] {
+                fs::create_dir_all(out.join(adapter)).unwrap();
+            }
             let arguments = ["--arms", "zero-shot", "--limit", "2", "--out", out.to_str().unwrap()];
             pokemon(&[&arguments, model].concat()).unwrap();
             let metrics = fs::read_to_string(out.join("metrics.json")).unwrap();
             let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+            let report = fs::read_to_string(out.join("report.md")).unwrap();
+            assert!(report.contains("`adapter/`, `adapter-seed-7/`: of an earlier run"), "{report}");
             let told = ["kind", "probes", "before"].map(|key| metrics[key].clone());
             (told, predictions(&out))
         };

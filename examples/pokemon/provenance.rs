@@ -26,13 +26,7 @@ impl Provenance {
 
     /// Removes what is known of the adapter that was saved there before, if any.
     pub fn forget(adapter: &Path) -> Result<()> {
-        let path = adapter.join(FILE);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("`{}` cannot be replaced", path.display()))
-            }
-            _ => Ok(()),
-        }
+        output::remove(&adapter.join(FILE))
     }
 
     /// `None` for an adapter that was trained elsewhere.

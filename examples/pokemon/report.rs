@@ -212,6 +212,10 @@ fn markdown(findings: &Findings) -> String {
     } else {
         ".\n"
     });
+    if !findings.earlier_adapters.is_empty() {
+        let names: Vec<String> = findings.earlier_adapters.iter().map(|name| format!("`{name}/`")).collect();
+        let _ = writeln!(text, "\n{}: of an earlier run.", names.join(", "));
+    }
     text
 }
 

@@ -23,6 +23,8 @@ pub struct Findings {
     /// What the base scores in them.
     pub before: Vec<Score>,
     pub results: Vec<ArmResult>,
+    /// Directories beside the report that have adapters of earlier runs.
+    pub earlier_adapters: Vec<String>,
     pub seconds: f64,
 }
 
@@ -174,6 +176,7 @@ pub mod tests {
                 result(Arm::Full, 1, 26, &[2, 0, 20]),
                 result(Arm::Lora, 1, 32, &[97, 90, 96]),
             ],
+            earlier_adapters: Vec::new(),
             seconds: 300.0,
         }
     }
