@@ -14,7 +14,7 @@ use burn_peft_llama::{
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::base::Kind;
+use crate::base::{Kind, name_or_path};
 use crate::cli::{Decay, ExperimentArgs, TrainingSettings};
 use crate::data::{Species, Split};
 use crate::evaluation::{self, Outcome, Score};
@@ -130,7 +130,7 @@ pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> LoraConfig {
         .with_lora_alpha(args.alpha)
         .with_lora_dropout(args.lora_dropout(kind))
         .with_target_modules(args.targets.clone())
-        .with_base_model_name_or_path(args.model.as_deref().unwrap_or("examples/pokemon/base"))
+        .with_base_model_name_or_path(name_or_path(args.model.as_deref()))
         .with_task_type("CAUSAL_LM")
 }
 

@@ -48,6 +48,14 @@ impl Base {
     /// The model that the user named, or the embedded base.
     pub fn new(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Self::unpack() };
+        if model.is_empty() {
+            bail!("`--model` is empty\nhint: leave it out for the embedded base");
+        }
+        if Path::new(model).is_file() {
+            bail!(
+                "`{model}` is a file\nhint: `--model` takes the directory that config.json, model.safetensors and tokenizer.json are in"
+            );
+        }
         let path = find(model)?;
         if !path.join("config.json").is_file() {
             bail!(
@@ -87,6 +95,15 @@ impl Base {
         } else {
             format!("`{}`", self.path.display())
         }
+    }
+}
+
+/// What an adapter's files call the base: as the user named it, but for a revision on the Hub, which PEFT keeps apart.
+pub fn name_or_path(model: Option<&str>) -> &str {
+    match model {
+        None => "examples/pokemon/base",
+        Some(model) if Path::new(model).is_dir() => model,
+        Some(model) => model.split('@').next().unwrap_or(model),
     }
 }
 
@@ -132,5 +149,20 @@ mod tests {
         let text = Base::new(dir.path().to_str()).err().unwrap().to_string();
         assert!(text.contains("config.json") && text.contains("hint:"), "{text}");
         assert!(Base::new(Some("no such directory")).is_err());
+        let file = dir.path().join("config.json");
+        std::fs::write(&file, "{}").unwrap();
+        for (model, expected) in [(file.to_str().unwrap(), "is a file"), ("", "`--model` is empty")] {
+            let text = Base::new(Some(model)).err().unwrap().to_string();
+            assert!(text.contains(expected) && !text.contains("Hub"), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_adapter_names_its_base_without_a_revision() {
+        let dir = tempfile::Builder::new().prefix("a@b").tempdir().unwrap();
+        let dir = dir.path().to_str().unwrap();
+        assert_eq!(name_or_path(Some(dir)), dir);
+        assert_eq!(name_or_path(Some("owner/name@main")), "owner/name");
+        assert!(Path::new("..").join(name_or_path(None)).join("config.json").is_file());
     }
 }

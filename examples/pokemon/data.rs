@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -15,6 +15,7 @@ const EMBEDDED: &str = include_str!("data/species.csv");
 
 /// The 18 types. The order is the one of the games' type chart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub enum Type {
     Normal,
     Fire,
@@ -74,6 +75,14 @@ impl FromStr for Type {
     }
 }
 
+impl TryFrom<String> for Type {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map_err(|()| format!("expected one of the types {}; found `{text}`", list_of_types()))
+    }
+}
+
 /// One species.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Species {
@@ -111,7 +120,7 @@ pub fn load(path: Option<&Path>) -> Result<Vec<Species>> {
             let text = std::fs::read_to_string(path).with_context(|| {
                 format!("`{}` cannot be read\nhint: `--data` takes a CSV file with the columns number,name,primary,secondary,generation,family", path.display())
             })?;
-            parse(&text).with_context(|| format!("`{}`", path.display()))
+            parse(&text).map_err(|problems| anyhow!("`{}`: {problems}", path.display()))
         }
     }
 }
@@ -338,6 +347,7 @@ mod tests {
             "line 3: `A` is there twice",
             "line 4: `C` has the type Fire twice",
             "line: 5",
+            "found `Fyre`",
             "hint: the columns",
         ] {
             assert!(text.contains(expected), "{expected} in {text}");
@@ -349,6 +359,8 @@ mod tests {
 
     #[test]
     fn types_are_read_in_any_case() {
+        let species = parse(&format!("{HEADER}6,Charizard,fire,FLYING,1,Charmander\n")).unwrap();
+        assert_eq!(species[0].answer(), "Fire/Flying");
         assert_eq!("gRASS".parse(), Ok(Type::Grass));
         assert!("Gras".parse::<Type>().is_err());
     }

@@ -1,9 +1,10 @@
 //! The whole experiment: checks, base model, arms, report.
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use burn::tensor::{DType, Device};
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
@@ -28,7 +29,10 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
     let mut first_seed = args.seed.unwrap_or(0);
-    Split::by_family(&species, first_seed).context("`--data`")?;
+    Split::by_family(&species, first_seed).map_err(|problem| match &args.data {
+        Some(file) => anyhow!("`{}`: {problem}", file.display()),
+        None => problem.into(),
+    })?;
     let mut split_is_known = true;
     let arms = args.arms();
     if let Some(dir) = &args.adapter {
@@ -76,7 +80,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let probes = Probe::of(kind, &species);
 
     let mut findings = Findings {
-        command: command(),
+        command: command(std::env::args_os().skip(1)),
         base: base.name(),
         kind,
         species: (0, 0),
@@ -173,17 +177,37 @@ fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCa
     Ok(LlamaForCausalLm::from_pretrained_as(base.path(), device, dtype.into())?)
 }
 
-/// What the user ran, as it can be run again.
-fn command() -> String {
-    let mut words = vec!["cargo run --release --example pokemon".to_string()];
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if !arguments.is_empty() {
+/// What the user ran, as a shell runs it again.
+fn command(arguments: impl Iterator<Item = OsString>) -> String {
+    let features = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("wgpu", cfg!(feature = "wgpu")),
+        ("vulkan", cfg!(feature = "vulkan")),
+        ("metal", cfg!(feature = "metal")),
+        ("hub", cfg!(feature = "hub")),
+    ];
+    let features: Vec<&str> =
+        features.iter().filter(|(_, built_in)| *built_in).map(|(name, _)| *name).collect();
+    let mut words = vec!["cargo run --release".to_string()];
+    if !features.is_empty() {
+        words.push(format!("--features {}", features.join(",")));
+    }
+    words.push("--example pokemon".into());
+    let mut arguments = arguments.map(|word| quoted(&word.to_string_lossy())).peekable();
+    if arguments.peek().is_some() {
         words.push("--".into());
     }
-    words.extend(
-        arguments.into_iter().map(|word| if word.contains(' ') { format!("'{word}'") } else { word }),
-    );
+    words.extend(arguments);
     words.join(" ")
+}
+
+/// A word as a shell reads it: in quotes if any of its letters could mean something.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./,=:@%+".contains(letter);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.into();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]
@@ -285,6 +309,21 @@ mod tests {
     }
 
     #[test]
+    fn the_command_can_be_run_again() {
+        let command = |words: &[&str]| super::command(words.iter().map(OsString::from));
+        assert!(command(&[]).ends_with(" --example pokemon"));
+        let text = command(&["--system", "What's it?\n$5", "--data", "a/b-c.csv", "--model", ""]);
+        assert!(text.starts_with("cargo run --release "), "{text}");
+        let arguments = r"-- --system 'What'\''s it?
+$5' --data a/b-c.csv --model ''";
+        assert!(text.ends_with(arguments), "{text}");
+        assert_eq!(
+            text.contains("--features"),
+            cfg!(any(feature = "hub", feature = "wgpu", feature = "cuda"))
+        );
+    }
+
+    #[test]
     fn a_base_that_pretrain_made_is_used_as_the_embedded_one() {
         let dir = tempfile::tempdir().unwrap();
         let run = |name: &str, model: &[&str]| {
@@ -312,12 +351,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
         let (data, out) = (path("species.csv"), path("out"));
-        let rows = "1,A,Fire,,1,A\n2,B,Fire,,1,A\n";
-        fs::write(&data, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        let broken = path("broken.csv");
+        for (file, second) in [(&data, "B"), (&broken, "A")] {
+            let rows = format!("1,A,Fire,,1,A\n2,{second},Fire,,1,A\n");
+            fs::write(file, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        }
         for (arguments, expected) in [
             (&["--dtype", "f16"][..], &["f16", "hint: choose `--dtype f32`", "`--arms zero-shot"][..]),
             (&["--dtype", "f16", "--arms", "lora,full"], &["f16", "`--arms"]),
-            (&["--data", &data], &["`--data`", "found 1, the largest is `A` with 2 of all 2", "hint:"]),
+            (
+                &["--data", &data],
+                &["species.csv`: expected", "found 1, the largest is `A` with 2 of all 2", "hint:"],
+            ),
+            (&["--data", &broken], &["error: `", "broken.csv`: line 3: `A` is there twice", "hint:"]),
             (&["--adapter", &out], &["adapter_config.json", "`--adapter`"]),
         ] {
             let error = pokemon(&[arguments, &["--out", &out]].concat()).unwrap_err();

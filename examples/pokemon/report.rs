@@ -166,7 +166,7 @@ fn markdown(findings: &Findings) -> String {
         findings.results.iter().map(|result| result.seed).collect::<std::collections::BTreeSet<_>>().len();
     let _ = writeln!(
         text,
-        "Base model: {}. {} {} in {}, with\n\n    {}\n",
+        "Base model: {}. {} {} in {}, with\n\n```sh\n{}\n```\n",
         findings.base,
         held_out(findings),
         if seeds == 1 { "One seed".into() } else { format!("{seeds} seeds") },
