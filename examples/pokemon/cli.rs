@@ -133,7 +133,7 @@ pub struct ExperimentArgs {
     #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
     pub system: Option<String>,
     /// Directory for report, plots, predictions and the adapter. Report, plots and predictions of an earlier run are
-    /// replaced or removed; its adapters stay until one is trained in their place, and the report says whose they are
+    /// replaced or removed; its adapters stay until one is trained in their place, and the report names them
     #[arg(long, default_value = "out/pokemon", value_name = "DIR", help_heading = "Experiment")]
     pub out: PathBuf,
 

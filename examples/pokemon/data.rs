@@ -118,12 +118,14 @@ pub fn load(path: Option<&Path>) -> Result<Vec<Species>> {
         None => parse(EMBEDDED).context("the embedded species file"),
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| {
-                format!("`{}` cannot be read\nhint: `--data` takes a CSV file with the columns number,name,primary,secondary,generation,family", path.display())
+                format!("`{}` cannot be read\nhint: `--data` takes a CSV file; {COLUMNS}", path.display())
             })?;
             parse(&text).map_err(|problems| anyhow!("`{}`: {problems}", path.display()))
         }
     }
 }
+
+const COLUMNS: &str = "the columns are number,name,primary,secondary,generation,family";
 
 /// All problems of the file are collected before it is refused.
 fn parse(text: &str) -> Result<Vec<Species>> {
@@ -131,9 +133,18 @@ fn parse(text: &str) -> Result<Vec<Species>> {
     let mut species: Vec<Species> = Vec::new();
     let mut names = HashSet::new();
     let mut problems = Vec::new();
+    let header = reader.headers()?;
+    for column in ["number", "name", "primary", "generation", "family"] {
+        if !header.iter().any(|found| found == column) {
+            bail!("there is no column `{column}`\nhint: {COLUMNS}");
+        }
+    }
     for row in reader.deserialize::<Species>() {
         match row {
-            Err(error) => problems.push(error.to_string()),
+            Err(error) => problems.push(match error.kind() {
+                csv::ErrorKind::Deserialize { pos: Some(pos), err } => format!("line {}: {err}", pos.line()),
+                _ => error.to_string(),
+            }),
             Ok(row) => {
                 let at = species.len() + problems.len() + 2;
                 if row.name.is_empty() || row.family.is_empty() {
@@ -154,15 +165,10 @@ fn parse(text: &str) -> Result<Vec<Species>> {
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
-        bail!(
-            "{}\nhint: the columns are number,name,primary,secondary,generation,family",
-            problems.join("\n")
-        );
+        bail!("{}\nhint: {COLUMNS}", problems.join("\n"));
     }
     if species.is_empty() {
-        bail!(
-            "there is no species in it\nhint: the columns are number,name,primary,secondary,generation,family"
-        );
+        bail!("there is no species in it\nhint: {COLUMNS}");
     }
     Ok(species)
 }
@@ -346,7 +352,7 @@ mod tests {
         for expected in [
             "line 3: `A` is there twice",
             "line 4: `C` has the type Fire twice",
-            "line: 5",
+            "line 5: ",
             "found `Fyre`",
             "hint: the columns",
         ] {
@@ -354,7 +360,7 @@ mod tests {
         }
         assert!(parse(HEADER).unwrap_err().to_string().contains("no species"));
         let text = parse("name\nA\n").unwrap_err().to_string();
-        assert!(text.contains("number"), "{text}");
+        assert!(text.starts_with("there is no column `number`"), "{text}");
     }
 
     #[test]

@@ -1,5 +1,4 @@
 //! The whole experiment: checks, base model, arms, report.
-use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
@@ -13,6 +12,7 @@ use crate::arms::{Arm, ArmResult, Setting, lora_config};
 use crate::base::{Base, Kind};
 use crate::checks;
 use crate::cli::{ExperimentArgs, Precision};
+use crate::command;
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
@@ -80,7 +80,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let probes = Probe::of(kind, &species);
 
     let mut findings = Findings {
-        command: command(std::env::args_os().skip(1)),
+        command: command::text(std::env::args_os().skip(1)),
         base: base.name(),
         kind,
         species: (0, 0),
@@ -94,13 +94,14 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
         let split = Split::by_family(&species, seed)?;
         let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
-        println!(
-            "seed {seed}: {} species to train on, {tested} of {} held out are asked for",
-            split.train.len(),
-            split.test.len()
-        );
+        let (train, test) = (split.train.len(), split.test.len());
+        if split_is_known {
+            println!("seed {seed}: {train} species to train on, {tested} of {test} held out are asked for");
+        } else {
+            println!("seed {seed}: {tested} of {test} species are asked for");
+        }
         if findings.results.is_empty() {
-            findings.species = (split.train.len(), tested);
+            findings.species = (train, tested);
         }
         let setting = Setting {
             args,
@@ -175,39 +176,6 @@ fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCa
         Precision::F16 => DType::F16,
     };
     Ok(LlamaForCausalLm::from_pretrained_as(base.path(), device, dtype.into())?)
-}
-
-/// What the user ran, as a shell runs it again.
-fn command(arguments: impl Iterator<Item = OsString>) -> String {
-    let features = [
-        ("cuda", cfg!(feature = "cuda")),
-        ("wgpu", cfg!(feature = "wgpu")),
-        ("vulkan", cfg!(feature = "vulkan")),
-        ("metal", cfg!(feature = "metal")),
-        ("hub", cfg!(feature = "hub")),
-    ];
-    let features: Vec<&str> =
-        features.iter().filter(|(_, built_in)| *built_in).map(|(name, _)| *name).collect();
-    let mut words = vec!["cargo run --release".to_string()];
-    if !features.is_empty() {
-        words.push(format!("--features {}", features.join(",")));
-    }
-    words.push("--example pokemon".into());
-    let mut arguments = arguments.map(|word| quoted(&word.to_string_lossy())).peekable();
-    if arguments.peek().is_some() {
-        words.push("--".into());
-    }
-    words.extend(arguments);
-    words.join(" ")
-}
-
-/// A word as a shell reads it: in quotes if any of its letters could mean something.
-fn quoted(word: &str) -> String {
-    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./,=:@%+".contains(letter);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.into();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]
@@ -306,21 +274,6 @@ mod tests {
         file.flush().unwrap();
         pokemon(&saved).unwrap();
         assert!(!known(&again));
-    }
-
-    #[test]
-    fn the_command_can_be_run_again() {
-        let command = |words: &[&str]| super::command(words.iter().map(OsString::from));
-        assert!(command(&[]).ends_with(" --example pokemon"));
-        let text = command(&["--system", "What's it?\n$5", "--data", "a/b-c.csv", "--model", ""]);
-        assert!(text.starts_with("cargo run --release "), "{text}");
-        let arguments = r"-- --system 'What'\''s it?
-$5' --data a/b-c.csv --model ''";
-        assert!(text.ends_with(arguments), "{text}");
-        assert_eq!(
-            text.contains("--features"),
-            cfg!(any(feature = "hub", feature = "wgpu", feature = "cuda"))
-        );
     }
 
     #[test]

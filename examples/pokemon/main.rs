@@ -8,6 +8,7 @@ mod arms;
 mod base;
 mod checks;
 mod cli;
+mod command;
 mod corpus;
 mod data;
 mod device;

@@ -291,18 +291,20 @@ fn pretraining(findings: &Findings, rows: &[Row]) -> String {
             percent(chat)
         );
     }
-    let habit = |arm: Arm, what: &str, has_it: fn(&Outcome) -> bool| {
+    let habit = |arm: Arm, has_it: fn(&Outcome) -> bool| {
         let share = Score::of(findings.of(arm).flat_map(|result| &result.outcomes), has_it).share();
-        (share >= MOST).then(|| format!("{}, {} of the answers are {what}", arm.title(), percent(share)))
+        (share >= MOST).then(|| percent(share))
     };
-    let number = habit(Arm::ZeroShot, "a number", |one| one.answer.parse::<u32>().is_ok());
-    let name = habit(Arm::FewShot, "the name that was asked for", |one| one.answer == one.species);
-    let habits: Vec<String> = number.into_iter().chain(name).collect();
-    if !habits.is_empty() {
+    if let Some(share) = habit(Arm::ZeroShot, |one| one.answer.parse::<u32>().is_ok()) {
         let _ = writeln!(
             text,
-            "- {}: the base answers with what conversations in pretraining were about.",
-            habits.join("; ")
+            "- Zero-shot, {share} of the answers are a number: conversations in pretraining were about numbers."
+        );
+    }
+    if let Some(share) = habit(Arm::FewShot, |one| one.answer == one.species) {
+        let _ = writeln!(
+            text,
+            "- Few-shot, {share} of the answers repeat the name: pretraining had conversations that repeat names."
         );
     }
     let share = percent(sentences.share());
@@ -375,7 +377,7 @@ mod tests {
         {
             assert!(text.contains(said), "{said} in {text}");
         }
-        assert!(!text.contains("conversations in pretraining were about"), "{text}");
+        assert!(!text.contains("of the answers"), "{text}");
 
         for result in &mut findings.results {
             for one in result.outcomes.iter_mut().skip(10) {
@@ -383,8 +385,8 @@ mod tests {
             }
         }
         let text = markdown(&findings);
-        let zero_shot = "zero-shot, 75.0 % of the answers are a number";
-        let few_shot = "few-shot, 75.0 % of the answers are the name that was asked for";
+        let zero_shot = "Zero-shot, 75.0 % of the answers are a number";
+        let few_shot = "Few-shot, 75.0 % of the answers repeat the name";
         assert!(text.contains(zero_shot) && text.contains(few_shot), "{text}");
 
         // Invented species: the base knows nothing of them.
