@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel, TargetModules};
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
 use burn_peft_llama::{
     Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, TrainingConfig, fit,
 };
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::base::{Kind, name_or_path};
 use crate::cli::{Decay, ExperimentArgs, TrainingSettings};
 use crate::data::{Species, Split};
 use crate::evaluation::{self, Outcome, Score};
@@ -45,6 +46,11 @@ pub enum Arm {
 impl Arm {
     /// The arms that `--arms` knows, in the order of the report.
     pub const ALL: [Self; 4] = [Self::ZeroShot, Self::FewShot, Self::Full, Self::Lora];
+
+    /// Whether something is trained.
+    pub fn trains(self) -> bool {
+        matches!(self, Self::Full | Self::Lora)
+    }
 
     /// What the report calls it.
     pub fn title(self) -> &'static str {
@@ -119,20 +125,35 @@ pub struct ArmResult {
 }
 
 /// The adapter that the LoRA arm trains.
-pub fn lora_config(args: &ExperimentArgs) -> Result<LoraConfig> {
-    let targets: TargetModules = args.targets.parse().context("`--targets`")?;
-    Ok(LoraConfig::new(args.rank)
+pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> LoraConfig {
+    LoraConfig::new(args.rank)
         .with_lora_alpha(args.alpha)
-        .with_lora_dropout(args.lora_dropout())
-        .with_target_modules(targets)
-        .with_base_model_name_or_path(args.model.as_deref().unwrap_or("examples/pokemon/base"))
-        .with_task_type("CAUSAL_LM"))
+        .with_lora_dropout(args.lora_dropout(kind))
+        .with_target_modules(args.targets.clone())
+        .with_base_model_name_or_path(name_or_path(args.model.as_deref()))
+        .with_task_type("CAUSAL_LM")
+}
+
+/// Questions and their answers, of which the answers are learnt.
+pub fn examples(tokenizer: &Tokenizer, prompt: &Prompt, species: &[Species]) -> Result<Vec<Example>> {
+    let encode =
+        |one: &Species| Ok(tokenizer.encode_conversation(&prompt.conversation(one), Labels::Answer)?);
+    species.iter().map(encode).collect()
+}
+
+/// Pads as generation does.
+pub fn collator(tokenizer: &Tokenizer) -> Result<Collator> {
+    let pad = tokenizer.pad_token_id().context(
+        "the tokenizer has neither a padding nor an end token\nhint: name the end token as `eos_token` in `tokenizer_config.json`",
+    )?;
+    Ok(Collator::new(pad).with_side(PaddingSide::Left))
 }
 
 /// What all arms of one seed share.
 pub struct Setting<'a> {
     pub args: &'a ExperimentArgs,
     pub base: &'a LlamaForCausalLm,
+    pub kind: Kind,
     pub tokenizer: &'a Tokenizer,
     pub device: &'a Device,
     pub prompt: Prompt,
@@ -154,21 +175,22 @@ impl Setting<'_> {
                 (self.evaluate(self.base, &prompt, arm)?, Vec::new(), None)
             }
             Arm::Full => {
-                let (model, training) = self.train(arm, self.base.clone(), &self.args.full_training())?;
+                let (model, training) =
+                    self.train(arm, self.base.clone(), &self.args.full_training(self.kind))?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
             }
             Arm::Lora => {
                 let mut model = self.base.clone();
                 self.device.seed(self.seed);
-                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args)?)?;
+                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args, self.kind))?;
                 for target in &report.unmatched_targets {
                     println!("note: nothing in the model is called `{target}`");
                 }
-                let (model, training) = self.train(arm, model, &self.args.lora_training())?;
+                let (model, training) = self.train(arm, model, &self.args.lora_training(self.kind))?;
                 // In this order an adapter never stands beside the provenance of another.
                 Provenance::forget(adapter)?;
                 model.save_adapter(DEFAULT_ADAPTER, adapter)?;
-                Provenance { seed: self.seed }.write(adapter)?;
+                Provenance { seed: self.seed, split: self.split.fingerprint() }.write(adapter)?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, Some(training))
             }
             Arm::Adapter => {
@@ -199,23 +221,16 @@ impl Setting<'_> {
         evaluation::evaluate(model, self.tokenizer, prompt, test, self.args.eval_batch_size, arm.title())
     }
 
-    fn examples(&self, species: &[Species]) -> Result<Vec<Example>> {
-        let encode = |one: &Species| {
-            Ok(self.tokenizer.encode_conversation(&self.prompt.conversation(one), Labels::Answer)?)
-        };
-        species.iter().map(encode).collect()
-    }
-
     fn train(
         &self,
         arm: Arm,
         model: LlamaForCausalLm,
         settings: &TrainingSettings,
     ) -> Result<(LlamaForCausalLm, Training)> {
-        let examples = self.examples(&self.split.train)?;
-        let held_out = self.examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
-        let pad = self.tokenizer.pad_token_id().context("the tokenizer has neither padding nor end token")?;
-        let collator = Collator::new(pad).with_side(PaddingSide::Left);
+        let examples = |species| examples(self.tokenizer, &self.prompt, species);
+        let held_out = examples(&self.split.test[..CURVE_SPECIES.min(self.split.test.len())])?;
+        let examples = examples(&self.split.train)?;
+        let collator = collator(self.tokenizer)?;
         let total = examples.len().div_ceil(settings.batch_size) * settings.epochs;
         let config = TrainingConfig::new()
             .with_learning_rate(settings.learning_rate)

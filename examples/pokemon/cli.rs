@@ -1,10 +1,14 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
+use std::collections::HashSet;
+use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
 
+use burn_peft::TargetModules;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::arms::Arm;
+use crate::base::Kind;
 use crate::device::DeviceName;
 
 /// What does LoRA change? Asks a language model for the types of Pokémon species it was never asked about, before and
@@ -23,7 +27,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Makes the embedded base model from scratch: text, tokenizer, training, a Hugging Face directory.
+    /// Makes a base model as the embedded one from scratch: text, tokenizer, training, a Hugging Face directory. The
+    /// experiment on it is `--model DIR`.
     Pretrain(PretrainArgs),
 }
 
@@ -70,12 +75,33 @@ pub struct PretrainArgs {
     pub device: DeviceName,
 }
 
+/// What a saved adapter has decided already, or has no use for.
+const WITHOUT_ADAPTER: [&str; 16] = [
+    "arms",
+    "seeds",
+    "shots",
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "batch_size",
+    "learning_rate",
+    "epochs",
+    "full_learning_rate",
+    "full_epochs",
+    "schedule",
+    "warmup",
+    "log_every",
+    "eval_every",
+];
+
 /// Options of the experiment. Those without a default take the one of the base model, see [`ExperimentArgs::lora_training`].
 #[derive(Args, Debug, Clone)]
 pub struct ExperimentArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
     /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
-    /// base model if not given
+    /// base model if not given. One that `pretrain` made, recognised by its chat template, is used as the embedded one;
+    /// the defaults below for `--model` are those of any other
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
     pub model: Option<String>,
     /// Species of at least 5 evolution families: a CSV file with the columns
@@ -83,15 +109,17 @@ pub struct ExperimentArgs {
     /// not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
     pub data: Option<PathBuf>,
-    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained
-    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with = "arms")]
+    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained, so no option about training goes
+    /// with it
+    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
-    /// Arms to run, separated by commas
+    /// Arms to run, separated by commas; one that is given twice runs once
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]
     pub arms: Vec<Arm>,
     /// Seed of the split, of the adapter and of the order of the training examples; with `--seeds`, the first one
-    #[arg(long, default_value_t = 0, help_heading = "Experiment")]
-    pub seed: u64,
+    /// [default: 0, with --adapter the one it was trained with]
+    #[arg(long, help_heading = "Experiment")]
+    pub seed: Option<u64>,
     /// Number of seeds to run, 1 or more; the table gives mean and range over them
     #[arg(long, default_value_t = 1, value_parser = at_least_one, help_heading = "Experiment")]
     pub seeds: usize,
@@ -101,10 +129,11 @@ pub struct ExperimentArgs {
     /// Examples in the few-shot prompt, 1 to 64
     #[arg(long, default_value_t = 8, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64), help_heading = "Experiment")]
     pub shots: usize,
-    /// System text of every prompt [default: an instruction, which for `--model` also lists the 18 types]
+    /// System text of every prompt; an empty one sends no system message [default: an instruction, which for `--model` also lists the 18 types]
     #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
     pub system: Option<String>,
-    /// Directory for report, plots, predictions and the adapter
+    /// Directory for report, plots, predictions and the adapter. Report, plots and predictions of an earlier run are
+    /// replaced or removed; its adapters stay until one is trained in their place, and the report names them
     #[arg(long, default_value = "out/pokemon", value_name = "DIR", help_heading = "Experiment")]
     pub out: PathBuf,
 
@@ -118,7 +147,7 @@ pub struct ExperimentArgs {
     #[arg(long, default_value_t = 32, value_parser = at_least_one, value_name = "N", help_heading = "Computation")]
     pub eval_batch_size: usize,
 
-    /// Rank of the adapter, 1 or more
+    /// Rank of the adapter, from 1 to the width of the model
     #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
     pub rank: usize,
     /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank
@@ -127,9 +156,9 @@ pub struct ExperimentArgs {
     /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
     #[arg(long, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
     pub dropout: Option<f64>,
-    /// Modules to adapt: `all-linear`, or names separated by commas such as `q_proj,v_proj`
-    #[arg(long, default_value = "all-linear", help_heading = "LoRA")]
-    pub targets: String,
+    /// Modules to adapt: `all-linear` alone, or names separated by commas such as `q_proj,v_proj`
+    #[arg(long, default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
+    pub targets: TargetModules,
 
     /// Examples in a training batch, 1 or more
     #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
@@ -219,25 +248,39 @@ impl fmt::Display for TrainingSettings {
 }
 
 impl ExperimentArgs {
-    fn embedded(&self) -> bool {
-        self.model.is_none()
+    /// What is run: the saved adapter, or the arms, each once.
+    pub fn arms(&self) -> Vec<Arm> {
+        if self.adapter.is_some() {
+            return vec![Arm::Adapter];
+        }
+        let mut given = HashSet::new();
+        self.arms.iter().copied().filter(|arm| given.insert(*arm)).collect()
     }
 
-    /// Dropout of the adapter. The embedded base is so small that dropout only slows it down.
-    pub fn lora_dropout(&self) -> f64 {
-        self.dropout.unwrap_or(if self.embedded() { 0.0 } else { 0.05 })
+    /// Dropout of the adapter. What `pretrain` makes is so small that dropout only slows it down.
+    pub fn lora_dropout(&self, kind: Kind) -> f64 {
+        self.dropout.unwrap_or(match kind {
+            Kind::Pretrained => 0.0,
+            Kind::General => 0.05,
+        })
     }
 
     /// How the LoRA arm is trained.
-    pub fn lora_training(&self) -> TrainingSettings {
-        let learning_rate = if self.embedded() { 3e-4 } else { 5e-4 };
+    pub fn lora_training(&self, kind: Kind) -> TrainingSettings {
+        let learning_rate = match kind {
+            Kind::Pretrained => 3e-4,
+            Kind::General => 5e-4,
+        };
         self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(4))
     }
 
-    /// How the full fine-tuning arm is trained. On the embedded base the rate is careless on purpose: what a first try
-    /// with full fine-tuning might look like.
-    pub fn full_training(&self) -> TrainingSettings {
-        let (learning_rate, epochs) = if self.embedded() { (1e-3, 6) } else { (5e-5, 2) };
+    /// How the full fine-tuning arm is trained. For a base of `pretrain` the rate is careless on purpose: what a first
+    /// try with full fine-tuning might look like.
+    pub fn full_training(&self, kind: Kind) -> TrainingSettings {
+        let (learning_rate, epochs) = match kind {
+            Kind::Pretrained => (1e-3, 6),
+            Kind::General => (5e-5, 2),
+        };
         self.training(self.full_learning_rate.unwrap_or(learning_rate), self.full_epochs.unwrap_or(epochs))
     }
 
@@ -258,6 +301,20 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected a whole number of 1 or more".into()),
         Ok(number) => Ok(number),
+    }
+}
+
+/// `all-linear` in a list would be the name of a module that no model has.
+fn targets(text: &str) -> Result<TargetModules, String> {
+    let targets = text.parse();
+    match &targets {
+        Ok(TargetModules::Names(names)) if names.is_empty() => Err("expected at least one name".into()),
+        Ok(TargetModules::Names(names))
+            if names.iter().any(|name| name.eq_ignore_ascii_case("all-linear")) =>
+        {
+            Err("`all-linear` means every linear layer and stands alone".into())
+        }
+        _ => targets.map_err(|never: Infallible| match never {}),
     }
 }
 
@@ -299,28 +356,27 @@ mod tests {
 
     #[test]
     fn defaults_depend_on_the_base() {
-        let embedded = parse(&[]).unwrap().experiment;
-        assert_eq!(embedded.arms, Arm::ALL);
-        assert_eq!((embedded.lora_training().learning_rate, embedded.lora_training().epochs), (3e-4, 4));
-        assert_eq!(embedded.lora_dropout(), 0.0);
+        let args = parse(&[]).unwrap().experiment;
+        assert_eq!(args.arms, Arm::ALL);
+        let of = |settings: TrainingSettings| (settings.learning_rate, settings.epochs);
+        assert_eq!(of(args.lora_training(Kind::Pretrained)), (3e-4, 4));
+        assert_eq!(of(args.full_training(Kind::Pretrained)), (1e-3, 6));
+        assert_eq!(args.lora_dropout(Kind::Pretrained), 0.0);
+        assert_eq!(of(args.lora_training(Kind::General)), (5e-4, 4));
+        assert_eq!(of(args.full_training(Kind::General)), (5e-5, 2));
+        assert_eq!(args.lora_dropout(Kind::General), 0.05);
 
-        let other = parse(&["--model", "dir"]).unwrap().experiment;
-        assert_eq!((other.lora_training().learning_rate, other.lora_training().epochs), (5e-4, 4));
-        assert_eq!((other.full_training().learning_rate, other.full_training().epochs), (5e-5, 2));
-        assert_eq!(other.lora_dropout(), 0.05);
-
-        let set = parse(&["--model", "dir", "--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]);
-        let set = set.unwrap().experiment;
-        assert_eq!((set.lora_dropout(), set.lora_training().epochs), (0.0, 7));
-        assert_eq!(set.lora_training().learning_rate, 2e-4);
+        let set = parse(&["--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]).unwrap().experiment;
+        assert_eq!(set.lora_dropout(Kind::General), 0.0);
+        assert_eq!(of(set.lora_training(Kind::General)), (2e-4, 7));
     }
 
     #[test]
     fn settings_are_told_in_words() {
         let args = parse(&["--epochs", "1", "--warmup", "1", "--schedule", "cosine"]).unwrap().experiment;
         let text = "peak learning rate 3e-4, 1 epoch in batches of 16, 1 step of warm-up, then cosine";
-        assert_eq!(args.lora_training().to_string(), text);
-        let text = args.full_training().to_string();
+        assert_eq!(args.lora_training(Kind::Pretrained).to_string(), text);
+        let text = args.full_training(Kind::Pretrained).to_string();
         assert!(text.starts_with("peak learning rate 1e-3, 6 epochs in batches of 16"), "{text}");
     }
 
@@ -331,6 +387,8 @@ mod tests {
             (["--alpha", "-1"], "above 0"),
             (["--dropout", "1"], "below 1"),
             (["--learning-rate", "nan"], "above 0"),
+            (["--targets", "all-linear,q_proj"], "stands alone"),
+            (["--targets", ","], "at least one name"),
             (["--device", "tpu"], "possible values"),
             (["--arms", "few-shot,lroa"], "possible values"),
         ] {
@@ -340,11 +398,35 @@ mod tests {
     }
 
     #[test]
+    fn options_of_training_are_refused_beside_an_adapter() {
+        let command = Cli::command();
+        let headings = [Some("LoRA"), Some("Training")];
+        let training = command.get_arguments().filter(|one| headings.contains(&one.get_help_heading()));
+        let names: Vec<&str> = training.filter_map(|one| one.get_long()).collect();
+        assert_eq!(names.len(), 13);
+        for name in names.into_iter().chain(["arms", "seeds", "shots"]) {
+            let option = format!("--{name}");
+            let value = match name {
+                "arms" => "lora",
+                "targets" => "q_proj",
+                "schedule" => "cosine",
+                "dropout" => "0",
+                _ => "1",
+            };
+            assert!(parse(&[&option, value]).is_ok(), "{name}");
+            let text = parse(&["--adapter", "dir", &option, value]).unwrap_err().to_string();
+            assert!(text.contains("--adapter") && text.contains(&option), "{text}");
+        }
+        assert!(parse(&["--adapter", "dir", "--seed", "1", "--limit", "2"]).is_ok());
+    }
+
+    #[test]
     fn arms_are_a_list_and_pretrain_needs_a_directory() {
         let cli = parse(&["--arms", "zero-shot,lora"]).unwrap();
-        assert_eq!(cli.experiment.arms, [Arm::ZeroShot, Arm::Lora]);
+        assert_eq!(cli.experiment.arms(), [Arm::ZeroShot, Arm::Lora]);
+        let twice = parse(&["--arms", "lora,full,lora"]).unwrap().experiment;
+        assert_eq!(twice.arms(), [Arm::Lora, Arm::Full]);
         assert!(parse(&["pretrain"]).is_err());
-        assert!(parse(&["--adapter", "dir", "--arms", "lora"]).is_err());
         let Some(Command::Pretrain(args)) = parse(&["pretrain", "--out", "x"]).unwrap().command else {
             panic!("expected the subcommand");
         };

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -15,6 +15,7 @@ const EMBEDDED: &str = include_str!("data/species.csv");
 
 /// The 18 types. The order is the one of the games' type chart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub enum Type {
     Normal,
     Fire,
@@ -74,6 +75,14 @@ impl FromStr for Type {
     }
 }
 
+impl TryFrom<String> for Type {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map_err(|()| format!("expected one of the types {}; found `{text}`", list_of_types()))
+    }
+}
+
 /// One species.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Species {
@@ -109,12 +118,14 @@ pub fn load(path: Option<&Path>) -> Result<Vec<Species>> {
         None => parse(EMBEDDED).context("the embedded species file"),
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| {
-                format!("`{}` cannot be read\nhint: `--data` takes a CSV file with the columns number,name,primary,secondary,generation,family", path.display())
+                format!("`{}` cannot be read\nhint: `--data` takes a CSV file; {COLUMNS}", path.display())
             })?;
-            parse(&text).with_context(|| format!("`{}`", path.display()))
+            parse(&text).map_err(|problems| anyhow!("`{}`: {problems}", path.display()))
         }
     }
 }
+
+const COLUMNS: &str = "the columns are number,name,primary,secondary,generation,family";
 
 /// All problems of the file are collected before it is refused.
 fn parse(text: &str) -> Result<Vec<Species>> {
@@ -122,9 +133,18 @@ fn parse(text: &str) -> Result<Vec<Species>> {
     let mut species: Vec<Species> = Vec::new();
     let mut names = HashSet::new();
     let mut problems = Vec::new();
+    let header = reader.headers()?;
+    for column in ["number", "name", "primary", "generation", "family"] {
+        if !header.iter().any(|found| found == column) {
+            bail!("there is no column `{column}`\nhint: {COLUMNS}");
+        }
+    }
     for row in reader.deserialize::<Species>() {
         match row {
-            Err(error) => problems.push(error.to_string()),
+            Err(error) => problems.push(match error.kind() {
+                csv::ErrorKind::Deserialize { pos: Some(pos), err } => format!("line {}: {err}", pos.line()),
+                _ => error.to_string(),
+            }),
             Ok(row) => {
                 let at = species.len() + problems.len() + 2;
                 if row.name.is_empty() || row.family.is_empty() {
@@ -145,15 +165,10 @@ fn parse(text: &str) -> Result<Vec<Species>> {
         if more > 0 {
             problems.push(format!("and {more} more"));
         }
-        bail!(
-            "{}\nhint: the columns are number,name,primary,secondary,generation,family",
-            problems.join("\n")
-        );
+        bail!("{}\nhint: {COLUMNS}", problems.join("\n"));
     }
     if species.is_empty() {
-        bail!(
-            "there is no species in it\nhint: the columns are number,name,primary,secondary,generation,family"
-        );
+        bail!("there is no species in it\nhint: {COLUMNS}");
     }
     Ok(species)
 }
@@ -213,6 +228,30 @@ impl Split {
         }
         Ok(Self { train, test })
     }
+
+    /// Sixteen hexadecimal digits that are others for other species, other facts about them, or another division: FNV-1a
+    /// of the rows of both parts, each part in the order of its rows.
+    pub fn fingerprint(&self) -> String {
+        let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+        for (part, species) in [("train", &self.train), ("test", &self.test)] {
+            let row = |one: &Species| {
+                format!(
+                    "{part}\t{}\t{}\t{}\t{}\t{}\n",
+                    one.number,
+                    one.name,
+                    one.answer(),
+                    one.generation,
+                    one.family
+                )
+            };
+            let mut rows: Vec<String> = species.iter().map(row).collect();
+            rows.sort_unstable();
+            for byte in rows.iter().flat_map(|row| row.bytes()) {
+                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+        format!("{hash:016x}")
+    }
 }
 
 #[cfg(test)]
@@ -247,6 +286,21 @@ mod tests {
         let split = |seed| Split::by_family(&species, seed).unwrap();
         assert_eq!(split(1), split(1));
         assert_ne!(split(1), split(2));
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_same_for_the_same_division_only() {
+        let species = load(None).unwrap();
+        let of = |species: &[Species], seed| Split::by_family(species, seed).unwrap().fingerprint();
+        assert_eq!(of(&species, 0), "e561b6952a4a1c54", "adapters that were saved before are not recognised");
+        let mut split = Split::by_family(&species, 0).unwrap();
+        split.train.reverse();
+        assert_eq!(split.fingerprint(), of(&species, 0));
+        std::mem::swap(&mut split.train, &mut split.test);
+        let mut retyped = species.clone();
+        retyped[3].secondary = Some(Type::Water);
+        let others = [split.fingerprint(), of(&species, 1), of(&species[1..], 0), of(&retyped, 0)];
+        assert!(others.iter().all(|other| *other != of(&species, 0)), "{others:?}");
     }
 
     /// Species of families of these sizes.
@@ -298,18 +352,21 @@ mod tests {
         for expected in [
             "line 3: `A` is there twice",
             "line 4: `C` has the type Fire twice",
-            "line: 5",
+            "line 5: ",
+            "found `Fyre`",
             "hint: the columns",
         ] {
             assert!(text.contains(expected), "{expected} in {text}");
         }
         assert!(parse(HEADER).unwrap_err().to_string().contains("no species"));
         let text = parse("name\nA\n").unwrap_err().to_string();
-        assert!(text.contains("number"), "{text}");
+        assert!(text.starts_with("there is no column `number`"), "{text}");
     }
 
     #[test]
     fn types_are_read_in_any_case() {
+        let species = parse(&format!("{HEADER}6,Charizard,fire,FLYING,1,Charmander\n")).unwrap();
+        assert_eq!(species[0].answer(), "Fire/Flying");
         assert_eq!("gRASS".parse(), Ok(Type::Grass));
         assert!("Gras".parse::<Type>().is_err());
     }

@@ -1,15 +1,18 @@
 //! The whole experiment: checks, base model, arms, report.
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use burn::tensor::{DType, Device};
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
 
 use crate::arms::{Arm, ArmResult, Setting, lora_config};
-use crate::base::Base;
+use crate::base::{Base, Kind};
+use crate::checks;
 use crate::cli::{ExperimentArgs, Precision};
+use crate::command;
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
@@ -25,32 +28,36 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     // Whatever can be wrong is found before anything takes time.
     let device = args.device.open()?;
     let species = data::load(args.data.as_deref())?;
-    Split::by_family(&species, args.seed).context("`--data`")?;
-    let lora = lora_config(args)?;
-    let mut first_seed = args.seed;
+    let mut first_seed = args.seed.unwrap_or(0);
+    Split::by_family(&species, first_seed).map_err(|problem| match &args.data {
+        Some(file) => anyhow!("`{}`: {problem}", file.display()),
+        None => problem.into(),
+    })?;
     let mut split_is_known = true;
-    let arms = if let Some(dir) = &args.adapter {
-        check_adapter(dir)?;
-        if args.seeds > 1 {
-            bail!("an adapter was trained on one split\nhint: leave `--seeds` out beside `--adapter`");
+    let arms = args.arms();
+    if let Some(dir) = &args.adapter {
+        checks::adapter(dir)?;
+        let provenance = Provenance::read(dir)?;
+        if let Some(Provenance { seed, .. }) = provenance {
+            if args.seed.is_some_and(|given| given != seed) {
+                bail!(
+                    "`--seed {first_seed}` does not fit `--adapter`: `{}` was trained with seed {seed}\nhint: leave `--seed` out",
+                    dir.display()
+                );
+            }
+            first_seed = seed;
         }
-        match Provenance::read(dir)? {
-            Some(provenance) => first_seed = provenance.seed,
-            None => split_is_known = false,
-        }
-        vec![Arm::Adapter]
-    } else {
-        args.arms.clone()
-    };
-    check_precision(args.dtype, &arms)?;
+        let split = Split::by_family(&species, first_seed)?.fingerprint();
+        split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
+    }
+    checks::precision(args.dtype, &arms)?;
     output::make_directory(&args.out)?;
     let base = Base::new(args.model.as_deref())?;
     let tokenizer = Tokenizer::load(base.path())?;
-    let system = args.system.clone().unwrap_or_else(|| default_system(base.is_embedded()));
+    let kind = Kind::of(&tokenizer);
+    let system = args.system.clone().unwrap_or_else(|| default_system(kind));
     let prompt = Prompt::new(system);
-    tokenizer
-        .encode_prompt(&prompt.question(&species[0]))
-        .context("the model cannot be asked in conversations")?;
+    checks::prompts(&base, &tokenizer, &prompt, &arms, &species)?;
 
     let training_device = device.autodiff();
     let model = load(&base, args.dtype, &training_device)?;
@@ -58,40 +65,48 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     if let Some(dir) = &args.adapter {
         model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
-        model.clone().add_adapter(DEFAULT_ADAPTER, &lora).context("`--targets`")?;
+        checks::rank(args.rank, &model)?;
+        model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)).context("`--targets`")?;
+    }
+    if arms.iter().any(|arm| arm.trains()) {
+        checks::training(&base, &model, &tokenizer, &prompt, &species)?;
+    }
+    if !split_is_known {
+        println!(
+            "note: which species the adapter was trained on is not known; it may be asked for some of them"
+        );
     }
     println!("base model: {}, {} on {:?}", base.name(), args.dtype.name(), args.device);
-    let probes = if base.is_embedded() {
-        Probe::of_the_embedded_base(&species, 0)
-    } else {
-        Probe::of_general_knowledge()
-    };
+    let probes = Probe::of(kind, &species);
 
     let mut findings = Findings {
-        command: command(),
+        command: command::text(std::env::args_os().skip(1)),
         base: base.name(),
-        embedded: base.is_embedded(),
+        kind,
         species: (0, 0),
         split_is_known,
         probes: probes.iter().map(|probe| probe.name).collect(),
         before: Vec::new(),
         results: Vec::new(),
+        earlier_adapters: Vec::new(),
         seconds: 0.0,
     };
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
         let split = Split::by_family(&species, seed)?;
         let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
-        println!(
-            "seed {seed}: {} species to train on, {tested} of {} held out are asked for",
-            split.train.len(),
-            split.test.len()
-        );
+        let (train, test) = (split.train.len(), split.test.len());
+        if split_is_known {
+            println!("seed {seed}: {train} species to train on, {tested} of {test} held out are asked for");
+        } else {
+            println!("seed {seed}: {tested} of {test} species are asked for");
+        }
         if findings.results.is_empty() {
-            findings.species = (split.train.len(), tested);
+            findings.species = (train, tested);
         }
         let setting = Setting {
             args,
             base: &model,
+            kind,
             tokenizer: &tokenizer,
             device: &training_device,
             prompt: prompt.clone(),
@@ -103,11 +118,14 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             findings.before = setting.probe(&model)?;
         }
         for arm in &arms {
-            let result = setting.run(*arm, &adapter_dir(args, seed)).with_context(|| arm.title())?;
+            let result = setting
+                .run(*arm, &args.out.join(adapter_name(seed, first_seed)))
+                .with_context(|| arm.title())?;
             println!("{}", line(&result));
             findings.results.push(result);
         }
     }
+    findings.earlier_adapters = earlier_adapters(&args.out, &findings.results, first_seed)?;
     findings.seconds = start.elapsed().as_secs_f64();
     report::write(&findings, &args.out)?;
     println!("\n{}", report::table(&findings));
@@ -128,28 +146,27 @@ fn line(result: &ArmResult) -> String {
 }
 
 /// The first seed's adapter is `adapter`.
-fn adapter_dir(args: &ExperimentArgs, seed: u64) -> PathBuf {
-    args.out.join(if seed == args.seed { "adapter".into() } else { format!("adapter-seed-{seed}") })
+fn adapter_name(seed: u64, first_seed: u64) -> String {
+    if seed == first_seed { "adapter".into() } else { format!("{OTHER_SEED}{seed}") }
 }
 
-/// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
-fn check_precision(precision: Precision, arms: &[Arm]) -> Result<()> {
-    if precision == Precision::F16 && arms.contains(&Arm::Full) {
-        bail!(
-            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `full` out: `--arms zero-shot,few-shot,lora`"
-        );
-    }
-    Ok(())
-}
+const OTHER_SEED: &str = "adapter-seed-";
 
-fn check_adapter(dir: &Path) -> Result<()> {
-    if !dir.join("adapter_config.json").is_file() {
-        bail!(
-            "`{}` has no `adapter_config.json`\nhint: `--adapter` takes a directory in PEFT's format, such as `out/pokemon/adapter`",
-            dir.display()
-        );
+/// Names of the adapters in `out` that are not of this run. They may have taken long, so none is removed.
+fn earlier_adapters(out: &Path, results: &[ArmResult], first_seed: u64) -> Result<Vec<String>> {
+    let trained = results.iter().filter(|result| result.arm == Arm::Lora);
+    let own: Vec<String> = trained.map(|result| adapter_name(result.seed, first_seed)).collect();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(out).with_context(|| format!("`{}` cannot be read", out.display()))? {
+        let name = entry?.file_name().display().to_string();
+        let of_a_run = name == "adapter"
+            || name.strip_prefix(OTHER_SEED).is_some_and(|seed| seed.parse::<u64>().is_ok());
+        if of_a_run && !own.contains(&name) {
+            names.push(name);
+        }
     }
-    Ok(())
+    names.sort();
+    Ok(names)
 }
 
 fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCausalLm> {
@@ -161,23 +178,9 @@ fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCa
     Ok(LlamaForCausalLm::from_pretrained_as(base.path(), device, dtype.into())?)
 }
 
-/// What the user ran, as it can be run again.
-fn command() -> String {
-    let mut words = vec!["cargo run --release --example pokemon".to_string()];
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if !arguments.is_empty() {
-        words.push("--".into());
-    }
-    words.extend(
-        arguments.into_iter().map(|word| if word.contains(' ') { format!("'{word}'") } else { word }),
-    );
-    words.join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::fs;
 
     use clap::Parser;
 
@@ -245,6 +248,8 @@ mod tests {
             files.into_iter().chain(["predictions.csv", "report.md"]).map(String::from).collect()
         );
 
+        assert!(!report.contains("earlier run"), "{report}");
+
         // The seed of the split is not given: the adapter's directory knows it.
         let adapter = out.join("adapter");
         let saved =
@@ -253,6 +258,45 @@ mod tests {
         let lora = of_arm(&rows, Arm::Lora);
         assert_eq!(of_arm(&predictions(Path::new(&again)), Arm::Adapter), lora);
         assert_ne!(lora, of_arm(&rows, Arm::ZeroShot), "training changed nothing");
+        let known = |dir: &str| {
+            let report = fs::read_to_string(Path::new(dir).join("report.md")).unwrap();
+            report.contains("that it was not fine-tuned on")
+        };
+        assert!(known(&again));
+
+        let error = pokemon(&[&saved[..], &["--seed", "5"]].concat()).unwrap_err().to_string();
+        assert!(error.contains("`--seed 5`") && error.contains("with seed 3"), "{error}");
+        pokemon(&[&saved[..], &["--seed", "3"]].concat()).unwrap();
+
+        // With other species the same seed holds out others: the adapter was trained on some of them.
+        let mut file = csv::Writer::from_path(&data).unwrap();
+        species[..21].iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+        pokemon(&saved).unwrap();
+        assert!(!known(&again));
+    }
+
+    #[test]
+    fn a_base_that_pretrain_made_is_used_as_the_embedded_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |name: &str, model: &[&str]| {
+            let out = dir.path().join(name);
+            for adapter in ["adapter", "adapter-seed-7", "adapter-of-mine"] {
+                fs::create_dir_all(out.join(adapter)).unwrap();
+            }
+            let arguments = ["--arms", "zero-shot", "--limit", "2", "--out", out.to_str().unwrap()];
+            pokemon(&[&arguments, model].concat()).unwrap();
+            let metrics = fs::read_to_string(out.join("metrics.json")).unwrap();
+            let metrics: serde_json::Value = serde_json::from_str(&metrics).unwrap();
+            let report = fs::read_to_string(out.join("report.md")).unwrap();
+            assert!(report.contains("`adapter/`, `adapter-seed-7/`: of an earlier run"), "{report}");
+            let told = ["kind", "probes", "before"].map(|key| metrics[key].clone());
+            (told, predictions(&out))
+        };
+        let copy = Base::new(None).unwrap();
+        let (told, predicted) = run("copy", &["--model", copy.path().to_str().unwrap()]);
+        assert_eq!(told[1].as_array().unwrap().len(), 3);
+        assert_eq!((told, predicted), run("embedded", &[]));
     }
 
     #[test]
@@ -260,12 +304,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
         let (data, out) = (path("species.csv"), path("out"));
-        let rows = "1,A,Fire,,1,A\n2,B,Fire,,1,A\n";
-        fs::write(&data, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        let broken = path("broken.csv");
+        for (file, second) in [(&data, "B"), (&broken, "A")] {
+            let rows = format!("1,A,Fire,,1,A\n2,{second},Fire,,1,A\n");
+            fs::write(file, format!("number,name,primary,secondary,generation,family\n{rows}")).unwrap();
+        }
         for (arguments, expected) in [
             (&["--dtype", "f16"][..], &["f16", "hint: choose `--dtype f32`", "`--arms zero-shot"][..]),
             (&["--dtype", "f16", "--arms", "lora,full"], &["f16", "`--arms"]),
-            (&["--data", &data], &["`--data`", "found 1, the largest is `A` with 2 of all 2", "hint:"]),
+            (
+                &["--data", &data],
+                &["species.csv`: expected", "found 1, the largest is `A` with 2 of all 2", "hint:"],
+            ),
+            (&["--data", &broken], &["error: `", "broken.csv`: line 3: `A` is there twice", "hint:"]),
             (&["--adapter", &out], &["adapter_config.json", "`--adapter`"]),
         ] {
             let error = pokemon(&[arguments, &["--out", &out]].concat()).unwrap_err();
@@ -275,7 +326,7 @@ mod tests {
             }
             assert!(!Path::new(&out).exists(), "{arguments:?}");
         }
-        let adapters_are_f32 = check_precision(Precision::F16, &[Arm::ZeroShot, Arm::Lora]);
-        assert!(adapters_are_f32.is_ok() && check_precision(Precision::Bf16, &Arm::ALL).is_ok());
+        let text = pokemon(&["--rank", "257", "--out", &out]).unwrap_err().to_string();
+        assert!(text.contains("`--rank 257`: expected at most 256"), "{text}");
     }
 }

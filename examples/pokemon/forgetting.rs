@@ -5,11 +5,12 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
+use crate::base::Kind;
 use crate::data::Species;
 use crate::evaluation::{Score, answer};
 use crate::vocabulary;
 
-/// Species asked about in one probe of the embedded base.
+/// Species asked about in one probe of a base that `pretrain` made.
 const SPECIES: usize = 100;
 
 /// Beginnings of sentences that a general model goes on with rightly, and what must be in its continuation.
@@ -79,9 +80,17 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// What the embedded base learned in pretraining: conversations about generation and number, and sentences that
-    /// tell the type. One hundred of `species`, the same for the same seed.
-    pub fn of_the_embedded_base(species: &[Species], seed: u64) -> Vec<Self> {
+    /// What else a base can do.
+    pub fn of(kind: Kind, species: &[Species]) -> Vec<Self> {
+        match kind {
+            Kind::Pretrained => Self::of_pretraining(species, 0),
+            Kind::General => Self::of_general_knowledge(),
+        }
+    }
+
+    /// What a base learned from `pretrain`: conversations about generation and number, and sentences that tell the
+    /// type. One hundred of `species`, the same for the same seed.
+    pub fn of_pretraining(species: &[Species], seed: u64) -> Vec<Self> {
         let mut random = StdRng::seed_from_u64(seed);
         let chosen: Vec<&Species> = species.choose_multiple(&mut random, SPECIES).collect();
         let chat = |question: &str, answer: fn(&Species) -> String| {
@@ -111,7 +120,7 @@ impl Probe {
     }
 
     /// Twenty sentences that any general model goes on with.
-    pub fn of_general_knowledge() -> Vec<Self> {
+    fn of_general_knowledge() -> Vec<Self> {
         let items =
             GENERAL.iter().map(|(text, words)| (Question::Text((*text).into()), Expected::Word(words)));
         vec![Self { name: "general knowledge", items: items.collect() }]
@@ -163,9 +172,9 @@ mod tests {
     }
 
     #[test]
-    fn probes_of_the_embedded_base_ask_for_facts_of_a_hundred_species() {
+    fn probes_of_pretraining_ask_for_facts_of_a_hundred_species() {
         let species = data::load(None).unwrap();
-        let probes = Probe::of_the_embedded_base(&species, 0);
+        let probes = Probe::of(Kind::Pretrained, &species);
         assert_eq!(probes.iter().map(|probe| probe.items.len()).collect::<Vec<_>>(), [100; 3]);
         let (Question::Chat(messages), Expected::Exactly(answer)) = &probes[1].items[0] else {
             panic!("expected a conversation");

@@ -6,7 +6,9 @@
 
 mod arms;
 mod base;
+mod checks;
 mod cli;
+mod command;
 mod corpus;
 mod data;
 mod device;

@@ -20,6 +20,16 @@ pub fn write(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
     replace(path, |temporary| Ok(fs::write(temporary, bytes)?))
 }
 
+/// Removes a file, if there is one.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("`{}` cannot be removed", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Lets `fill` write an empty file beside `path` with the same ending, and then puts it in the place of `path`.
 pub fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let whole = || -> Result<()> {

@@ -24,7 +24,8 @@ const LEGEND: i32 = 178;
 
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 
-/// Writes accuracy.png, and where something was trained forgetting.png and loss.png, into `dir`.
+/// Writes accuracy.png, and where something was trained forgetting.png and loss.png, into `dir`. Where it was not, plots
+/// of these names are those of an earlier run and are removed.
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     register_fonts()?;
     let draw = |name: &str, plot: fn(&Findings, &Area<'_>) -> Result<()>| {
@@ -38,11 +39,14 @@ pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     draw("accuracy.png", accuracy)?;
     if findings.rows().iter().any(|row| row.trained) {
         draw("forgetting.png", forgetting)?;
+    } else {
+        output::remove(&dir.join("forgetting.png"))?;
     }
     if findings.results.iter().any(|result| result.training.is_some()) {
-        draw("loss.png", loss)?;
+        draw("loss.png", loss)
+    } else {
+        output::remove(&dir.join("loss.png"))
     }
-    Ok(())
 }
 
 /// plotters' errors borrow from the drawing area.
@@ -319,9 +323,12 @@ mod tests {
     fn what_was_not_trained_has_no_plot() {
         let dir = tempfile::tempdir().unwrap();
         let mut findings = findings();
+        for earlier in ["loss.png", "forgetting.png", "mine.png"] {
+            std::fs::write(dir.path().join(earlier), "of an earlier run").unwrap();
+        }
         findings.results.truncate(2);
         write(&findings, dir.path()).unwrap();
         assert!(dir.path().join("accuracy.png").exists() && !dir.path().join("loss.png").exists());
-        assert!(!dir.path().join("forgetting.png").exists());
+        assert!(!dir.path().join("forgetting.png").exists() && dir.path().join("mine.png").exists());
     }
 }

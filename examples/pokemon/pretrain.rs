@@ -1,4 +1,4 @@
-//! `pretrain`: makes the base model from scratch with the same crates that fine-tune it.
+//! `pretrain`: makes a base model as the embedded one from scratch with the same crates that fine-tune it.
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -12,6 +12,7 @@ use burn_peft_llama::{
     TrainingConfig, fit,
 };
 
+use crate::base::Kind;
 use crate::cli::PretrainArgs;
 use crate::corpus::{Corpus, Document};
 use crate::data;
@@ -52,7 +53,7 @@ pub fn run(args: &PretrainArgs) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     println!("made `{}` in {:.1} min", args.out.display(), seconds / 60.0);
     let model = LlamaForCausalLm::from_pretrained(&args.out, &device)?;
-    for probe in Probe::of_the_embedded_base(&species, 0) {
+    for probe in Probe::of(Kind::Pretrained, &species) {
         let score = probe.run(&model, &tokenizer, 32)?;
         println!("{}: {:.1} % of {}", probe.name, 100.0 * score.share(), score.total);
     }
@@ -193,6 +194,7 @@ mod tests {
         assert!(lines[2].starts_with("2,") && lines[2].split(',').nth(2) == Some("128"), "{log}");
 
         let model = LlamaForCausalLm::from_pretrained(out, &Device::flex()).unwrap();
+        assert_eq!(Kind::of(&Tokenizer::load(out).unwrap()), Kind::Pretrained);
         let size = fs::metadata(out.join("model.safetensors")).unwrap().len() as usize;
         assert!((2 * model.num_params()..3 * model.num_params()).contains(&size), "{size}");
         assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"float16\""));

@@ -1,6 +1,7 @@
 //! What the model is asked: system text, examples, question, and the form of the answer.
 use burn_peft_llama::Message;
 
+use crate::base::Kind;
 use crate::data::{Species, list_of_types};
 
 /// The conversation that asks for the types of one species.
@@ -11,7 +12,7 @@ pub struct Prompt {
 }
 
 impl Prompt {
-    /// A prompt with this system text and no examples.
+    /// A prompt with this system text, or without a system message if there is none, and no examples.
     pub fn new(system: impl Into<String>) -> Self {
         Self { system: system.into(), shots: Vec::new() }
     }
@@ -24,7 +25,10 @@ impl Prompt {
 
     /// The messages up to the question.
     pub fn question(&self, species: &Species) -> Vec<Message> {
-        let mut messages = vec![Message::system(self.system.clone())];
+        let mut messages = Vec::new();
+        if !self.system.is_empty() {
+            messages.push(Message::system(self.system.clone()));
+        }
         for shot in &self.shots {
             messages.extend([Message::user(shot.name.clone()), Message::assistant(shot.answer())]);
         }
@@ -40,11 +44,14 @@ impl Prompt {
     }
 }
 
-/// The instruction. A model that was not made for this experiment is also told which types there are; the embedded
-/// base has read of no others, and every token of the prompt costs time in training.
-pub fn default_system(embedded: bool) -> String {
+/// The instruction. A general model is also told which types there are; one that `pretrain` made has read of no others,
+/// and every token of the prompt costs time in training.
+pub fn default_system(kind: Kind) -> String {
     let instruction = "You are a Pokémon expert. Answer with the type or types of the given Pokémon, separated by a slash, and nothing else.";
-    if embedded { instruction.into() } else { format!("{instruction} The types are: {}.", list_of_types()) }
+    match kind {
+        Kind::Pretrained => instruction.into(),
+        Kind::General => format!("{instruction} The types are: {}.", list_of_types()),
+    }
 }
 
 #[cfg(test)]
@@ -60,6 +67,7 @@ mod tests {
             messages,
             [Message::system("system"), Message::user("Bulbasaur"), Message::assistant("Grass/Poison")]
         );
+        assert_eq!(Prompt::new("").question(&species[0]), [Message::user("Bulbasaur")]);
     }
 
     #[test]
@@ -71,9 +79,9 @@ mod tests {
     }
 
     #[test]
-    fn other_models_are_told_the_types() {
-        assert!(!default_system(true).contains("Fairy"));
-        assert!(default_system(false).ends_with(
+    fn general_models_are_told_the_types() {
+        assert!(!default_system(Kind::Pretrained).contains("Fairy"));
+        assert!(default_system(Kind::General).ends_with(
             "nothing else. The types are: Normal, Fire, Water, Electric, Grass, Ice, Fighting, Poison, Ground, Flying, Psychic, Bug, Rock, Ghost, Dragon, Dark, Steel, Fairy."
         ));
     }

@@ -10,26 +10,23 @@ use crate::output;
 const FILE: &str = "experiment.json";
 
 /// Written into the adapter's directory; PEFT's loaders pass over it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {
-    /// The seed of the split: it decides which species were held out.
+    /// The seed of the split.
     pub seed: u64,
+    /// The split's fingerprint: the seed says what was held out only for the same species. Empty if it is not known.
+    #[serde(default)]
+    pub split: String,
 }
 
 impl Provenance {
-    pub fn write(self, adapter: &Path) -> Result<()> {
-        output::write(&adapter.join(FILE), serde_json::to_string_pretty(&self)? + "\n")
+    pub fn write(&self, adapter: &Path) -> Result<()> {
+        output::write(&adapter.join(FILE), serde_json::to_string_pretty(self)? + "\n")
     }
 
     /// Removes what is known of the adapter that was saved there before, if any.
     pub fn forget(adapter: &Path) -> Result<()> {
-        let path = adapter.join(FILE);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("`{}` cannot be replaced", path.display()))
-            }
-            _ => Ok(()),
-        }
+        output::remove(&adapter.join(FILE))
     }
 
     /// `None` for an adapter that was trained elsewhere.
@@ -48,12 +45,16 @@ impl Provenance {
 mod tests {
     use super::*;
 
+    fn provenance() -> Provenance {
+        Provenance { seed: 7, split: "0123456789abcdef".into() }
+    }
+
     #[test]
-    fn the_seed_comes_back_and_a_foreign_adapter_has_none() {
+    fn what_is_known_comes_back_and_a_foreign_adapter_has_none() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Provenance::read(dir.path()).unwrap(), None);
-        Provenance { seed: 7 }.write(dir.path()).unwrap();
-        assert_eq!(Provenance::read(dir.path()).unwrap(), Some(Provenance { seed: 7 }));
+        provenance().write(dir.path()).unwrap();
+        assert_eq!(Provenance::read(dir.path()).unwrap(), Some(provenance()));
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert!(Provenance::read(dir.path()).is_err());
     }
@@ -61,7 +62,7 @@ mod tests {
     #[test]
     fn what_is_forgotten_need_not_have_been_known() {
         let dir = tempfile::tempdir().unwrap();
-        Provenance { seed: 7 }.write(dir.path()).unwrap();
+        provenance().write(dir.path()).unwrap();
         Provenance::forget(dir.path()).unwrap();
         assert_eq!(Provenance::read(dir.path()).unwrap(), None);
         Provenance::forget(dir.path()).unwrap();

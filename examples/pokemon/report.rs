@@ -5,9 +5,14 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::arms::Arm;
+use crate::base::Kind;
+use crate::evaluation::{Outcome, Score};
 use crate::output;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
+
+/// The share from which a text says that a model does something.
+const MOST: f64 = 0.5;
 
 /// The table of the arms, as cells: the first row is the head. `name` gives the title of a probe's column.
 fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Vec<Vec<String>> {
@@ -161,7 +166,7 @@ fn markdown(findings: &Findings) -> String {
         findings.results.iter().map(|result| result.seed).collect::<std::collections::BTreeSet<_>>().len();
     let _ = writeln!(
         text,
-        "Base model: {}. {} {} in {}, with\n\n    {}\n",
+        "Base model: {}. {} {} in {}, with\n\n```sh\n{}\n```\n",
         findings.base,
         held_out(findings),
         if seeds == 1 { "One seed".into() } else { format!("{seeds} seeds") },
@@ -207,6 +212,10 @@ fn markdown(findings: &Findings) -> String {
     } else {
         ".\n"
     });
+    if !findings.earlier_adapters.is_empty() {
+        let names: Vec<String> = findings.earlier_adapters.iter().map(|name| format!("`{name}/`")).collect();
+        let _ = writeln!(text, "\n{}: of an earlier run.", names.join(", "));
+    }
     text
 }
 
@@ -238,16 +247,8 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
         "- **any type**: at least one true type is named. **in order**: exact, and the first type first. **answers**: number of distinct answers; the truth has {}.",
         findings.distinct_truths()
     );
-    if findings.embedded {
-        let asked = findings.before.first().map_or(0, |score| score.total);
-        let _ = writeln!(
-            text,
-            "- The other columns ask what the base learned in pretraining, of {asked} species: conversations about generation and number, and sentences that end with the type. The base never saw a conversation about types."
-        );
-        if rows.iter().any(|row| matches!(row.arm, Arm::ZeroShot | Arm::FewShot)) {
-            text.push_str("- Prompting does not fail for want of the chat format: before training the base answers the questions about generation and number, which are conversations as well. It answers what conversations in its pretraining were about: zero-shot mostly with the number, few-shot with the name, since repeating a name after examples is a skill it was pretrained on.\n");
-        }
-        text.push_str("- All types are in the pretraining text, one wording of it close to the answer's form: a high score shows that what is stored can be elicited, not that types can be inferred.\n");
+    if findings.kind == Kind::Pretrained {
+        text.push_str(&pretraining(findings, rows));
         if rows.iter().any(|row| row.arm == Arm::Full) {
             text.push_str("- Full fine-tuning's default learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
         }
@@ -256,9 +257,7 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     }
     let lost = |arm: Arm| {
         let row = rows.iter().find(|row| row.arm == arm)?;
-        let loss = |(before, after): (&crate::evaluation::Score, &crate::evaluation::Score)| {
-            (before.share() - after.share()).max(0.0)
-        };
+        let loss = |(before, after): (&Score, &Score)| (before.share() - after.share()).max(0.0);
         Some(
             findings.before.iter().zip(&row.abilities).map(loss).sum::<f64>()
                 / findings.before.len().max(1) as f64,
@@ -272,6 +271,54 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
             100.0 * lora
         );
     }
+    text
+}
+
+/// What pretraining has to do with the results. With `--data` the base is asked about species that it may never have
+/// read of: only what this run's numbers bear out is said.
+fn pretraining(findings: &Findings, rows: &[Row]) -> String {
+    let [generation, number, sentences] = findings.before[..] else { return String::new() };
+    let mut text = format!(
+        "- The other columns ask what pretraining was about, of {} species: conversations about generation and number, and sentences that end with the type. No conversation in pretraining is about types.\n",
+        sentences.total
+    );
+    let chat = Score::pooled([generation, number]).share();
+    let mut prompting = rows.iter().filter(|row| matches!(row.arm, Arm::ZeroShot | Arm::FewShot)).peekable();
+    if chat >= MOST && prompting.peek().is_some() && prompting.all(|row| row.exact.mean < MOST) {
+        let _ = writeln!(
+            text,
+            "- Prompting does not fail for want of the chat format: before training the base answers {} of the questions about generation and number, which are conversations as well.",
+            percent(chat)
+        );
+    }
+    let habit = |arm: Arm, has_it: fn(&Outcome) -> bool| {
+        let share = Score::of(findings.of(arm).flat_map(|result| &result.outcomes), has_it).share();
+        (share >= MOST).then(|| percent(share))
+    };
+    if let Some(share) = habit(Arm::ZeroShot, |one| one.answer.parse::<u32>().is_ok()) {
+        let _ = writeln!(
+            text,
+            "- Zero-shot, {share} of the answers are a number: conversations in pretraining were about numbers."
+        );
+    }
+    if let Some(share) = habit(Arm::FewShot, |one| one.answer == one.species) {
+        let _ = writeln!(
+            text,
+            "- Few-shot, {share} of the answers repeat the name: pretraining had conversations that repeat names."
+        );
+    }
+    let share = percent(sentences.share());
+    let _ = if sentences.share() >= MOST {
+        writeln!(
+            text,
+            "- Before training the base ends {share} of the sentences with the right type. Types are in the pretraining text, one wording of it close to the answer's form: a high score shows that what is stored can be elicited, not that types can be inferred."
+        )
+    } else {
+        writeln!(
+            text,
+            "- Before training the base ends only {share} of the sentences with the right type: for most of these species nothing is stored that fine-tuning could elicit."
+        )
+    };
     text
 }
 
@@ -318,7 +365,37 @@ mod tests {
         let text = markdown(&findings());
         assert!(text.contains("by full fine-tuning, 4.0 points by LoRA"), "{text}");
         assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));
-        assert!(text.contains("in pretraining, of 100 species"), "{text}");
+        assert!(text.contains("what pretraining was about, of 100 species"), "{text}");
+    }
+
+    #[test]
+    fn what_is_said_of_the_base_is_what_it_did() {
+        let mut findings = findings();
+        let text = markdown(&findings);
+        for said in
+            ["the base answers 99.0 % of the questions", "ends 99.0 % of the sentences", "elicited, not"]
+        {
+            assert!(text.contains(said), "{said} in {text}");
+        }
+        assert!(!text.contains("of the answers"), "{text}");
+
+        for result in &mut findings.results {
+            for one in result.outcomes.iter_mut().skip(10) {
+                one.answer = if result.arm == Arm::ZeroShot { "25".into() } else { one.species.clone() };
+            }
+        }
+        let text = markdown(&findings);
+        let zero_shot = "Zero-shot, 75.0 % of the answers are a number";
+        let few_shot = "Few-shot, 75.0 % of the answers repeat the name";
+        assert!(text.contains(zero_shot) && text.contains(few_shot), "{text}");
+
+        // Invented species: the base knows nothing of them.
+        findings.before = vec![Score { hits: 3, total: 100 }; 3];
+        let text = markdown(&findings);
+        assert!(text.contains("ends only 3.0 % of the sentences"), "{text}");
+        for unsaid in ["Prompting does not fail", "elicited, not"] {
+            assert!(!text.contains(unsaid), "{unsaid} in {text}");
+        }
     }
 
     #[test]

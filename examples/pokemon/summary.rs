@@ -2,6 +2,7 @@
 use serde::Serialize;
 
 use crate::arms::{Arm, ArmResult};
+use crate::base::Kind;
 use crate::evaluation::{Outcome, Score, distinct};
 
 /// Everything that a run found out.
@@ -11,8 +12,8 @@ pub struct Findings {
     pub command: String,
     /// Which base model.
     pub base: String,
-    /// Whether it is the embedded one.
-    pub embedded: bool,
+    /// What it has read.
+    pub kind: Kind,
     /// Species trained on and held out, of the first seed.
     pub species: (usize, usize),
     /// Whether the held-out species are those that the adapter was not trained on; not so for a foreign adapter.
@@ -22,6 +23,8 @@ pub struct Findings {
     /// What the base scores in them.
     pub before: Vec<Score>,
     pub results: Vec<ArmResult>,
+    /// Directories beside the report that have adapters of earlier runs.
+    pub earlier_adapters: Vec<String>,
     pub seconds: f64,
 }
 
@@ -154,7 +157,7 @@ pub mod tests {
         Findings {
             command: "pokemon --seeds 2".into(),
             base: "the embedded base".into(),
-            embedded: true,
+            kind: Kind::Pretrained,
             species: (160, 40),
             split_is_known: true,
             probes: vec!["generation questions", "number questions", "sentence completion"],
@@ -173,6 +176,7 @@ pub mod tests {
                 result(Arm::Full, 1, 26, &[2, 0, 20]),
                 result(Arm::Lora, 1, 32, &[97, 90, 96]),
             ],
+            earlier_adapters: Vec::new(),
             seconds: 300.0,
         }
     }

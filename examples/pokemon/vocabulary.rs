@@ -5,8 +5,8 @@ use burn_peft_llama::{SpecialTokens, Tokenizer};
 use crate::corpus::Document;
 
 /// One token per role, so that prompts are short, and a space before every content: a name then has the same tokens
-/// after a role as in a sentence, and what is read about it in one place holds in the other.
-const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+/// after a role as in a sentence, and what is read about it in one place holds in the other. A base is recognised by it, see [`Kind`](crate::base::Kind).
+pub const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
 
 /// Trains a vocabulary of `size` tokens on `documents`.
 pub fn train(documents: impl Iterator<Item = Document> + Send, size: usize) -> Result<Tokenizer> {
