@@ -297,6 +297,8 @@ impl AdapterDirectory {
                     None => config.rank_and_alpha(&tensor.module)?.0,
                 };
                 problems.extend(tensor.wrong_rank(r));
+            } else if tensor.role == TensorRole::LoraBias {
+                problems.extend(self.wrong_lora_bias(tensor));
             }
         }
         for key in self.missing() {
@@ -306,6 +308,18 @@ impl AdapterDirectory {
         let unexpected = unexpected.into_iter().map(str::to_string);
         problems.extend(unexpected.map(|key| TensorProblem::Unexpected { key, closest: None }));
         Ok(problems)
+    }
+
+    /// What is wrong with the shape of a `lora_bias`, which is as long as `B` is high.
+    fn wrong_lora_bias(&self, bias: &StoredTensor) -> Option<TensorProblem> {
+        let b = keys::join(&bias.module, "lora_B.weight");
+        let b = self.tensors.iter().find(|tensor| tensor.key == b)?;
+        let expected = vec![*b.shape.first()?];
+        (expected != bias.shape).then(|| TensorProblem::Shape {
+            key: bias.key.clone(),
+            expected,
+            found: bias.shape.clone(),
+        })
     }
 
     /// Keys of the tensors that others in the file ask for.
@@ -549,6 +563,18 @@ mod tests {
              own; use `LoraLinear`, or exclude them",
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_lora_bias_is_as_long_as_b_is_high() {
+        let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "lora_bias": true}"#;
+        let bias = |length| [(format!("{Q}.lora_B.bias"), [length], Dtype::F32)];
+        for (length, count) in [(3, 0), (7, 1)] {
+            let bias = bias(length);
+            let bias = [(bias[0].0.clone(), &bias[0].1[..], bias[0].2)];
+            let found = problems(config, &[&q(2)[..], &bias].concat());
+            assert_eq!(found.len(), count, "{found:?}");
+        }
     }
 
     #[test]
