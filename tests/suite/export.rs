@@ -177,8 +177,8 @@ impl Expected {
     fn write(self, root: &Path, model: &LlamaForCausalLm) {
         let mut base = model.clone();
         base.unload().unwrap();
-        LlamaForCausalLm::save_pretrained(&base, root.join("base")).unwrap();
-        let written = PeftModel::save_pretrained(model, root.join("adapter")).unwrap();
+        base.save_pretrained(root.join("base")).unwrap();
+        let written = model.save_adapters(root.join("adapter")).unwrap();
         assert_eq!(written.len(), model.adapters().len());
         let entries = Value::Object(self.with(&base, "base.").entries);
         std::fs::write(root.join("expected.json"), entries.to_string()).unwrap();

@@ -294,7 +294,7 @@ fn adapters() {
     refuse!(
         "saving a model without adapters",
         Net::new(),
-        |net| net.save_pretrained(path),
+        |net| net.save_adapters(path),
         UnknownAdapter { .. }
     );
     assert_eq!(std::fs::read_dir(path).unwrap().count(), 0);

@@ -253,7 +253,7 @@ pub(crate) fn export(root: &Path) {
         let weights = burn_peft_tests::fixture::directory(case.name).join("model.safetensors");
         std::fs::copy(weights, directory.join("base/model.safetensors")).unwrap();
         let mut toy: Toy = case.adapted(&device);
-        toy.save_pretrained(adapter).unwrap();
+        toy.save_adapters(adapter).unwrap();
         let rows = |data: &TensorData| -> Vec<Vec<f32>> {
             let values: Vec<f32> = data.iter().collect();
             values.chunks(data.shape()[1]).map(<[f32]>::to_vec).collect()

@@ -315,7 +315,7 @@ pub trait PeftModel: Module {
     ///
     /// # Errors
     /// As [`save_adapter`](Self::save_adapter); [`UnknownAdapter`](PeftError::UnknownAdapter) if there is none.
-    fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, PeftError> {
+    fn save_adapters(&self, directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, PeftError> {
         let layout = Layout::of(self)?;
         let adapters = AdapterStatus::list(&layout.states);
         if adapters.is_empty() {

@@ -168,7 +168,7 @@ fn every_adapter_is_saved_where_peft_looks_for_it() {
     model.load_adapter(DEFAULT_ADAPTER, directory("gqa-tied-rslora")).unwrap();
     let root = tempfile::tempdir().unwrap();
     // The LLaMA's own method of this name writes the base.
-    let saved = PeftModel::save_pretrained(&model, root.path().join("all")).unwrap();
+    let saved = model.save_adapters(root.path().join("all")).unwrap();
     let root = root.path().join("all");
     assert_eq!(saved, [root.clone(), root.join("one"), root.join("two")]);
     let mut entries: Vec<String> = std::fs::read_dir(&root)
