@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 use crate::adapter::{Adapter, AdapterInfo, Change, LayerKind, Site, Update};
 use crate::error::{PeftError, closest};
 use crate::key_mapping::KeyMapping;
-use crate::lora::{Bias, LoraConfig};
+use crate::lora::{Bias, LoraConfig, Ranks};
 use crate::seam::{BaseParameter, Layout, States};
 use crate::target::{LayerFilter, OUTPUT_LAYER, TargetModules, matches_name};
 
@@ -127,8 +127,9 @@ impl Plan {
         let adapted = plan.choose_weights(&parameters)?;
         plan.check_layers(&parameters, &adapted)?;
         plan.unmatched_modules_to_save = unmatched_modules_to_save(&parameters, &config.modules_to_save)?;
+        let ranks = config.ranks()?;
         for (parameter, site) in &parameters {
-            if let Some(change) = plan.change_of(site, &adapted)? {
+            if let Some(change) = plan.change_of(site, &adapted, &ranks) {
                 plan.targets.push(Target {
                     path: parameter.path.clone(),
                     site: site.clone(),
@@ -245,21 +246,21 @@ impl Plan {
     }
 
     /// What the adapter does to the parameter at `site`.
-    fn change_of(&self, site: &Site, adapted: &BTreeSet<String>) -> Result<Option<Change>, PeftError> {
+    fn change_of(&self, site: &Site, adapted: &BTreeSet<String>, ranks: &Ranks) -> Option<Change> {
         let config = &self.config;
         let is_saved = config.modules_to_save.iter().any(|saved| is_part_of(&site.name, saved));
         let is_adapted = adapted.contains(&site.name);
-        let (r, lora_alpha) = config.rank_and_alpha(&site.name)?;
+        let (r, lora_alpha) = ranks.of(&site.name);
         let takes_lora_bias = config.lora_bias && is_adapted && site.kind != LayerKind::LoraLinear;
         let shift = takes_lora_bias.then(|| config.scaling_of(r, lora_alpha));
-        Ok(match &*site.parameter {
+        match &*site.parameter {
             _ if is_saved => Some(Change::Copy { shift: None }),
             "weight" if is_adapted => Some(Change::LowRank { r, lora_alpha }),
             "bias" if config.bias == Bias::All => Some(Change::Copy { shift }),
             "bias" if config.bias == Bias::LoraOnly && is_adapted => Some(Change::Copy { shift }),
             "bias" => shift.map(|scaling| Change::Shift { scaling }),
             _ => None,
-        })
+        }
     }
 
     /// Adds the adapter that `make` gives for each target to `states`.

@@ -12,7 +12,9 @@ mod config;
 mod embedding;
 mod factors;
 mod linear;
+mod transparent;
 
+pub(crate) use config::Ranks;
 pub use config::{Bias, InitLoraWeights, LoraConfig};
 pub use embedding::LoraEmbedding;
 pub(crate) use factors::LowRank;

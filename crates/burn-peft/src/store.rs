@@ -165,14 +165,10 @@ fn config_to_write(config: &LoraConfig, adapters: &[&Adapter]) -> Result<LoraCon
     let mut sorted = config.clone();
     sorted.rank_pattern.sort_by(|a, b| a.0.cmp(&b.0));
     sorted.alpha_pattern.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut own = BTreeMap::new();
-    let mut is_equal = true;
-    for module in modules {
-        let values = config.rank_and_alpha(module)?;
-        is_equal &= sorted.rank_and_alpha(module)? == values;
-        own.insert(module, values);
-    }
-    if !is_equal {
+    let (ranks, sorted) = (config.ranks()?, sorted.ranks()?);
+    let own: BTreeMap<&str, (usize, f64)> =
+        modules.iter().map(|module| (*module, ranks.of(module))).collect();
+    if own.iter().any(|(module, values)| sorted.of(module) != *values) {
         let escape = |module: &str| format!("^{}", regex::escape(module));
         config.rank_pattern = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
         config.alpha_pattern = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
@@ -323,9 +319,12 @@ fn read_tensors(directory: &Path, path: &Path) -> Result<Vec<u8>, PeftError> {
 /// Writes `bytes` beside `path`, flushed to disk, for [`put`] to move there.
 fn stage(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, PeftError> {
     let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(PeftError::io(path))?;
+    let mut builder = tempfile::Builder::new();
+    // Temporary files are private; an adapter is meant to be handed on and follows the umask like any other file.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(directory).map_err(PeftError::io(path))?;
     file.write_all(bytes).map_err(PeftError::io(path))?;
-    make_readable(file.as_file(), path)?;
     file.as_file().sync_all().map_err(PeftError::io(path))?;
     Ok(file)
 }
@@ -333,18 +332,6 @@ fn stage(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, PeftError
 /// Moves a staged file to its place: a reader sees the old one or all of the new one.
 fn put(staged: tempfile::NamedTempFile, path: &Path) -> Result<(), PeftError> {
     staged.persist(path).map_err(|error| PeftError::Io { path: path.into(), source: error.error })?;
-    Ok(())
-}
-
-/// Temporary files are private; an adapter is meant to be handed on.
-#[cfg(unix)]
-fn make_readable(file: &std::fs::File, path: &Path) -> Result<(), PeftError> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(PeftError::io(path))
-}
-
-#[cfg(not(unix))]
-fn make_readable(_file: &std::fs::File, _path: &Path) -> Result<(), PeftError> {
     Ok(())
 }
 

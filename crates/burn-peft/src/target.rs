@@ -100,17 +100,21 @@ fn compile(pattern: &str, expression: &str) -> Result<Regex, PeftError> {
     })
 }
 
-/// The value of the first pattern that matches `name`.
-///
-/// # Errors
-/// [`PeftError::InvalidPattern`].
-pub(crate) fn first_match<T: Copy>(patterns: &[(String, T)], name: &str) -> Result<Option<T>, PeftError> {
-    for (pattern, value) in patterns {
-        if compile_pattern(pattern)?.is_match(name) {
-            return Ok(Some(*value));
-        }
+/// Patterns with a value each, ready to match.
+pub(crate) struct Patterns<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Patterns<T> {
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn new(patterns: &[(String, T)]) -> Result<Self, PeftError> {
+        let compiled = patterns.iter().map(|(pattern, value)| Ok((compile_pattern(pattern)?, *value)));
+        Ok(Self(compiled.collect::<Result<_, _>>()?))
     }
-    Ok(None)
+
+    /// The value of the first pattern that matches `name`.
+    pub(crate) fn first(&self, name: &str) -> Option<T> {
+        self.0.iter().find(|(pattern, _)| pattern.is_match(name)).map(|(_, value)| *value)
+    }
 }
 
 /// `layers_to_transform` and `layers_pattern`, ready to match.

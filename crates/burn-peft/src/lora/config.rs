@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::error::PeftError;
 use crate::key_mapping::KeyMapping;
 use crate::store;
-use crate::target::{TargetModules, compile_pattern, first_match};
+use crate::target::{Patterns, TargetModules, compile_pattern};
 
 /// How a model is adapted: PEFT's `LoraConfig`, with PEFT's names and defaults.
 ///
@@ -261,13 +261,16 @@ impl LoraConfig {
         lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// Rank and `lora_alpha` of the module `name`, patterns considered.
+    /// Ranks and alphas of modules, patterns considered.
     ///
     /// # Errors
     /// [`PeftError::InvalidPattern`].
-    pub(crate) fn rank_and_alpha(&self, name: &str) -> Result<(usize, f64), PeftError> {
-        let r = first_match(&self.rank_pattern, name)?.unwrap_or(self.r);
-        Ok((r, first_match(&self.alpha_pattern, name)?.unwrap_or(self.lora_alpha)))
+    pub(crate) fn ranks(&self) -> Result<Ranks, PeftError> {
+        Ok(Ranks {
+            default: (self.r, self.lora_alpha),
+            rank_pattern: Patterns::new(&self.rank_pattern)?,
+            alpha_pattern: Patterns::new(&self.alpha_pattern)?,
+        })
     }
 
     /// Checks every value.
@@ -331,6 +334,21 @@ impl LoraConfig {
     }
 }
 
+/// `r` and `lora_alpha` with their patterns, compiled once for many modules.
+pub(crate) struct Ranks {
+    default: (usize, f64),
+    rank_pattern: Patterns<usize>,
+    alpha_pattern: Patterns<f64>,
+}
+
+impl Ranks {
+    /// Rank and `lora_alpha` of the module `name`.
+    pub(crate) fn of(&self, name: &str) -> (usize, f64) {
+        let (r, lora_alpha) = self.default;
+        (self.rank_pattern.first(name).unwrap_or(r), self.alpha_pattern.first(name).unwrap_or(lora_alpha))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,10 +360,11 @@ mod tests {
             .with_use_rslora(true)
             .with_rank_pattern([(r"layers\.1\.q", 16), ("q", 2)])
             .with_alpha_pattern([("k|q", 1.0)]);
-        assert_eq!(config.rank_and_alpha("model.layers.1.q").unwrap(), (16, 1.0));
-        assert_eq!(config.rank_and_alpha("model.layers.0.q").unwrap(), (2, 1.0));
-        assert_eq!(config.rank_and_alpha("model.layers.0.kq").unwrap(), (4, 8.0));
-        assert_eq!(config.rank_and_alpha("q").unwrap(), (2, 1.0));
+        let ranks = config.ranks().unwrap();
+        assert_eq!(ranks.of("model.layers.1.q"), (16, 1.0));
+        assert_eq!(ranks.of("model.layers.0.q"), (2, 1.0));
+        assert_eq!(ranks.of("model.layers.0.kq"), (4, 8.0));
+        assert_eq!(ranks.of("q"), (2, 1.0));
         assert_eq!(config.scaling_of(16, 1.0), 0.25);
     }
 

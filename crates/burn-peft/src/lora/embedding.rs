@@ -1,15 +1,9 @@
-use std::ops::Deref;
-
-use burn::module::{
-    Content, Devices, DisplaySettings, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
-    ModuleVisitor,
-};
 use burn::nn::Embedding;
 use burn::tensor::module::embedding;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 
 use crate::adapter::Adapters;
-use crate::seam::announce;
+use crate::lora::transparent::transparent_layer;
 
 /// `nn::Embedding` whose adapters work on what is looked up:
 ///
@@ -52,87 +46,16 @@ impl LoraEmbedding {
     }
 }
 
-impl From<Embedding> for LoraEmbedding {
-    fn from(layer: Embedding) -> Self {
-        Self(layer)
-    }
-}
-
-/// The plain layer; adapters stay attached and work through the weight.
-impl From<LoraEmbedding> for Embedding {
-    fn from(layer: LoraEmbedding) -> Self {
-        layer.0
-    }
-}
-
-impl Deref for LoraEmbedding {
-    type Target = Embedding;
-
-    fn deref(&self) -> &Embedding {
-        &self.0
-    }
-}
-
-impl Module for LoraEmbedding {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.0.collect_devices(devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self(self.0.fork(device))
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self(self.0.to_device(device))
-    }
-
-    fn train(self) -> Self {
-        Self(self.0.train())
-    }
-
-    fn valid(&self) -> Self {
-        Self(self.0.valid())
-    }
-
-    fn materialize(self) -> Self {
-        Self(self.0.materialize())
-    }
-
-    /// Announces the wrapper, which adds nothing to the path, and visits the inner layer.
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        announce(visitor);
-        self.0.visit(visitor);
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        Self(self.0.map(mapper))
-    }
-}
-
-impl ModuleDisplay for LoraEmbedding {
-    fn custom_settings(&self) -> Option<DisplaySettings> {
-        self.0.custom_settings()
-    }
-
-    fn custom_content(&self, content: Content) -> Option<Content> {
-        let content = self.0.custom_content(content)?;
-        Some(match self.0.weight.reparameterization::<Adapters>() {
-            Some(adapters) => content.add("adapters", &adapters.describe()),
-            None => content,
-        })
-    }
-}
-
-impl ModuleDisplayDefault for LoraEmbedding {
-    fn content(&self, content: Content) -> Option<Content> {
-        ModuleDisplayDefault::content(&self.0, content)
-    }
+transparent_layer! {
+    LoraEmbedding, Embedding,
+    /// The plain layer; adapters stay attached and work through the weight.
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::module::Module;
     use burn::nn::EmbeddingConfig;
-    use burn::tensor::Tolerance;
+    use burn::tensor::{Device, Tolerance};
 
     use super::*;
     use crate::{InitLoraWeights, LoraConfig, PeftModel};

@@ -1,15 +1,9 @@
-use std::ops::Deref;
-
-use burn::module::{
-    Content, Devices, DisplaySettings, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
-    ModuleVisitor,
-};
 use burn::nn::Linear;
+use burn::tensor::Tensor;
 use burn::tensor::module::linear;
-use burn::tensor::{Device, Tensor};
 
 use crate::adapter::Adapters;
-use crate::seam::announce;
+use crate::lora::transparent::transparent_layer;
 
 /// `nn::Linear` whose adapters work on activations:
 ///
@@ -58,88 +52,17 @@ impl LoraLinear {
     }
 }
 
-impl From<Linear> for LoraLinear {
-    fn from(layer: Linear) -> Self {
-        Self(layer)
-    }
-}
-
-/// The plain layer; adapters stay attached and work through the weight, but for what a plain layer has no place for: their
-/// dropout and their `lora_bias`. Merge an adapter that has a `lora_bias` first.
-impl From<LoraLinear> for Linear {
-    fn from(layer: LoraLinear) -> Self {
-        layer.0
-    }
-}
-
-impl Deref for LoraLinear {
-    type Target = Linear;
-
-    fn deref(&self) -> &Linear {
-        &self.0
-    }
-}
-
-impl Module for LoraLinear {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.0.collect_devices(devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self(self.0.fork(device))
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self(self.0.to_device(device))
-    }
-
-    fn train(self) -> Self {
-        Self(self.0.train())
-    }
-
-    fn valid(&self) -> Self {
-        Self(self.0.valid())
-    }
-
-    fn materialize(self) -> Self {
-        Self(self.0.materialize())
-    }
-
-    /// Announces the wrapper, which adds nothing to the path, and visits the inner layer.
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        announce(visitor);
-        self.0.visit(visitor);
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        Self(self.0.map(mapper))
-    }
-}
-
-impl ModuleDisplay for LoraLinear {
-    fn custom_settings(&self) -> Option<DisplaySettings> {
-        self.0.custom_settings()
-    }
-
-    fn custom_content(&self, content: Content) -> Option<Content> {
-        let content = self.0.custom_content(content)?;
-        Some(match self.0.weight.reparameterization::<Adapters>() {
-            Some(adapters) => content.add("adapters", &adapters.describe()),
-            None => content,
-        })
-    }
-}
-
-impl ModuleDisplayDefault for LoraLinear {
-    fn content(&self, content: Content) -> Option<Content> {
-        ModuleDisplayDefault::content(&self.0, content)
-    }
+transparent_layer! {
+    LoraLinear, Linear,
+    /// The plain layer; adapters stay attached and work through the weight, but for what a plain layer has no place for:
+    /// their dropout and their `lora_bias`. Merge an adapter that has a `lora_bias` first.
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::module::{Module, ModuleVisitor};
     use burn::nn::LinearConfig;
-    use burn::tensor::Tolerance;
+    use burn::tensor::{Device, Tolerance};
 
     use super::*;
     use crate::adapter::{Adapter, Update};

@@ -281,6 +281,7 @@ impl AdapterDirectory {
                 && !excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true))
                 && !config.modules_to_save.iter().any(|saved| lies_within(module, saved))
         };
+        let configured = config.ranks()?;
         let ranks: BTreeMap<&str, usize> =
             self.modules.iter().map(|module| (&*module.name, module.r)).collect();
         let mut problems = vec![];
@@ -294,7 +295,7 @@ impl AdapterDirectory {
             } else if is_factor {
                 let r = match ranks.get(&*tensor.module) {
                     Some(r) => *r,
-                    None => config.rank_and_alpha(&tensor.module)?.0,
+                    None => configured.of(&tensor.module).0,
                 };
                 problems.extend(tensor.wrong_rank(r));
             } else if tensor.role == TensorRole::LoraBias {
@@ -430,6 +431,7 @@ fn stored_modules(tensors: &[StoredTensor], config: &LoraConfig) -> Vec<StoredMo
     let find = |module: &str, role| {
         tensors.iter().find(|tensor| tensor.module == module && tensor.role == role && tensor.shape.len() > 1)
     };
+    let ranks = config.ranks().ok();
     let pairs = tensors.iter().filter_map(|a| {
         let role = match a.role {
             TensorRole::A => TensorRole::B,
@@ -438,7 +440,8 @@ fn stored_modules(tensors: &[StoredTensor], config: &LoraConfig) -> Vec<StoredMo
         };
         let (_, d_input) = a.shape.split_first()?;
         let b = find(&a.module, role)?;
-        let (r, lora_alpha) = config.rank_and_alpha(&a.module).unwrap_or((config.r, config.lora_alpha));
+        let default = (config.r, config.lora_alpha);
+        let (r, lora_alpha) = ranks.as_ref().map_or(default, |ranks| ranks.of(&a.module));
         Some(StoredModule {
             name: a.module.clone(),
             r,
