@@ -1,0 +1,310 @@
+//! Files of one directory that belong together.
+
+use std::fs::{self, File, Metadata};
+use std::io::{self, ErrorKind, Read, Result, Write};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, SystemTime};
+
+use tempfile::NamedTempFile;
+
+use crate::lock::DirectoryLock;
+
+/// What stands before and behind the name of a file that is being written: `.NAME.a1b2c3.staged`.
+const STAGED_PREFIX: &str = ".";
+const STAGED_SUFFIX: &str = ".staged";
+
+/// The right to write to a directory, which nobody else has while this value lives.
+///
+/// Others who write through this type, or read through [`read_together`], wait. Programs that do neither see each file
+/// whole; which of the files they see together is up to the order in which they are [put](StagedFile::put).
+///
+/// ```
+/// use std::io::Write;
+/// use burn_peft_files::DirectoryWriter;
+///
+/// # fn main() -> std::io::Result<()> {
+/// # let parent = tempfile::tempdir()?;
+/// # let directory = parent.path().join("new");
+/// let writer = DirectoryWriter::open(&directory)?;
+/// let mut file = writer.stage("config.json")?;
+/// file.write_all(b"{}")?;
+/// assert!(!directory.join("config.json").exists());
+/// file.put()?;
+/// assert!(directory.join("config.json").exists());
+/// # Ok(())
+/// # }
+/// ```
+pub struct DirectoryWriter {
+    directory: PathBuf,
+    _lock: DirectoryLock,
+}
+
+impl DirectoryWriter {
+    /// Makes the directory if there is none, waits for its other readers and writers, and removes the files that
+    /// writers left there which were killed.
+    ///
+    /// # Errors
+    /// The directory cannot be made or opened; another program has kept it locked for a minute.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
+        let directory = directory.as_ref();
+        fs::create_dir_all(directory)?;
+        let lock = DirectoryLock::exclusive(directory)?;
+        // Files are staged under the lock alone, so who holds it knows that their writers are dead.
+        if lock.is_held() {
+            remove_leftovers(directory);
+        }
+        Ok(Self { directory: directory.into(), _lock: lock })
+    }
+
+    /// A file that becomes `name` when it is [put](StagedFile::put), and is removed if it is not.
+    ///
+    /// # Errors
+    /// No file can be made in the directory.
+    pub fn stage(&self, name: &str) -> Result<StagedFile> {
+        let prefix = format!("{STAGED_PREFIX}{name}.");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(STAGED_SUFFIX);
+        // Temporary files are private to their owner; what this one becomes should follow the umask like any other.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.tempfile_in(&self.directory)?;
+        Ok(StagedFile { file, path: self.directory.join(name) })
+    }
+
+    /// Removes the file `name`, if there is one.
+    ///
+    /// # Errors
+    /// There is one, and it cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        match fs::remove_file(self.directory.join(name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A file on its way to its place in a directory.
+pub struct StagedFile {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl StagedFile {
+    /// Flushes the file to disk and moves it to its place: a reader sees the old one, or all of this one.
+    ///
+    /// # Errors
+    /// The file cannot be flushed or moved; it is removed then.
+    pub fn put(self) -> Result<()> {
+        self.file.as_file().sync_all()?;
+        self.file.persist(&self.path).map_err(|error| error.error)?;
+        // The move itself is safe from a power failure when the directory is on disk too. Not everywhere can a directory be
+        // opened, and what was promised holds without it.
+        #[cfg(unix)]
+        if let Some(directory) = self.path.parent() {
+            let _ = File::open(directory).and_then(|directory| directory.sync_all());
+        }
+        Ok(())
+    }
+}
+
+impl Write for StagedFile {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.file.flush()
+    }
+}
+
+/// The contents of several files of a directory, as they were at one moment. Each can be absent or unreadable by itself.
+///
+/// Waits for a [`DirectoryWriter`] to finish. Whoever writes otherwise is noticed by the times of the files: they are
+/// read again until they stayed as they were meanwhile.
+///
+/// # Errors
+/// A writer has kept the directory locked for a minute, or the files change faster than they can be read.
+pub fn read_together<const N: usize>(
+    directory: impl AsRef<Path>,
+    names: [&str; N],
+) -> Result<[Result<Vec<u8>>; N]> {
+    const TRIES: usize = 200;
+    let directory = directory.as_ref();
+    for _ in 0..TRIES {
+        let lock = DirectoryLock::shared(directory)?;
+        let before = names.map(|name| Stamp::of(&directory.join(name)));
+        let contents = names.map(|name| read(&directory.join(name)));
+        let after = names.map(|name| Stamp::of(&directory.join(name)));
+        drop(lock);
+        if before == after {
+            return Ok(contents);
+        }
+        sleep(Duration::from_millis(5));
+    }
+    let message = format!("files in `{}` are being changed without pause", directory.display());
+    Err(io::Error::new(ErrorKind::TimedOut, message))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = vec![];
+    File::open(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// What tells one file from another that takes its place.
+#[derive(Debug, PartialEq)]
+struct Stamp(Option<(u64, u64, Option<SystemTime>)>);
+
+impl Stamp {
+    fn of(path: &Path) -> Self {
+        Self(
+            fs::metadata(path)
+                .ok()
+                .map(|metadata| (inode(&metadata), metadata.len(), metadata.modified().ok())),
+        )
+    }
+}
+
+#[cfg(unix)]
+fn inode(metadata: &Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(metadata)
+}
+
+#[cfg(not(unix))]
+fn inode(_metadata: &Metadata) -> u64 {
+    0
+}
+
+/// Removes staged files. That some cannot be removed is no reason not to write.
+fn remove_leftovers(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let is_staged = name
+            .to_str()
+            .is_some_and(|name| name.starts_with(STAGED_PREFIX) && name.ends_with(STAGED_SUFFIX));
+        if is_staged {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn write(directory: &Path, value: u8) {
+        let writer = DirectoryWriter::open(directory).unwrap();
+        for name in ["a", "b"] {
+            let mut file = writer.stage(name).unwrap();
+            file.write_all(&[value; 5000]).unwrap();
+            file.put().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_not_put_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = DirectoryWriter::open(directory.path()).unwrap();
+        let mut file = writer.stage("a").unwrap();
+        file.write_all(b"half").unwrap();
+        assert_eq!(names(directory.path()).len(), 1);
+        drop(file);
+        assert!(names(directory.path()).is_empty());
+        writer.remove("a").unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_writer_left_is_removed_and_other_files_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = DirectoryWriter::open(directory.path()).unwrap();
+        // As when the process is killed: the file stays, the lock ends.
+        let (_, left) = writer.stage("a").unwrap().file.keep().unwrap();
+        drop(writer);
+        fs::write(directory.path().join(".hidden"), "").unwrap();
+        fs::write(directory.path().join("x.staged"), "").unwrap();
+        assert!(left.exists());
+        write(directory.path(), 1);
+        assert_eq!(names(directory.path()), [".hidden", "a", "b", "x.staged"]);
+    }
+
+    #[test]
+    fn a_live_writers_file_is_no_leftover() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = DirectoryWriter::open(directory.path()).unwrap();
+        let mut staged = writer.stage("a").unwrap();
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| write(directory.path(), 2));
+            sleep(Duration::from_millis(100));
+            assert!(!other.is_finished());
+            staged.write_all(&[1; 5000]).unwrap();
+            staged.put().unwrap();
+            drop(writer);
+        });
+        assert_eq!(names(directory.path()), ["a", "b"]);
+        assert_eq!(fs::read(directory.path().join("a")).unwrap(), [2; 5000]);
+    }
+
+    #[test]
+    fn two_writers_and_a_reader_never_meet_in_the_middle() {
+        let directory = tempfile::tempdir().unwrap();
+        write(directory.path(), 0);
+        let done = AtomicBool::new(false);
+        let mut seen = [0; 3];
+        std::thread::scope(|scope| {
+            for value in [1, 2] {
+                let (directory, done) = (directory.path(), &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        write(directory, value);
+                    }
+                });
+            }
+            let start = std::time::Instant::now();
+            while start.elapsed() < Duration::from_secs(1) {
+                let [a, b] = read_together(directory.path(), ["a", "b"]).unwrap().map(Result::unwrap);
+                assert!(a == b && a.len() == 5000);
+                seen[a[0] as usize] += 1;
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!(seen[1] > 0 && seen[2] > 0, "{seen:?}");
+        assert_eq!(names(directory.path()), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_writer_that_takes_no_lock_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        fs::write(&path, "one").unwrap();
+        let before = Stamp::of(&path);
+        assert_eq!(before, Stamp::of(&path));
+        fs::write(&path, "other").unwrap();
+        assert_ne!(before, Stamp::of(&path));
+        fs::remove_file(&path).unwrap();
+        assert_eq!(Stamp::of(&path), Stamp(None));
+    }
+
+    #[test]
+    fn files_may_be_absent_and_so_may_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a"), "x").unwrap();
+        let [a, b] = read_together(directory.path(), ["a", "b"]).unwrap();
+        assert_eq!(a.unwrap(), b"x");
+        assert_eq!(b.unwrap_err().kind(), ErrorKind::NotFound);
+        let [a] = read_together(directory.path().join("none"), ["a"]).unwrap();
+        assert_eq!(a.unwrap_err().kind(), ErrorKind::NotFound);
+    }
+}
