@@ -69,10 +69,10 @@ impl BaseFiles {
     /// Whether `adapter` changes the embedding or the output layer of a model that has one table for both: only with
     /// a table for each can a merged model compute what the adapted one does.
     pub fn needs_untying(&self, adapter: &AdapterDirectory) -> bool {
-        let changes_table = adapter
-            .tensors()
-            .iter()
-            .any(|tensor| ["embed_tokens", "lm_head"].iter().any(|table| tensor.module.ends_with(table)));
+        let changes_table = adapter.tensors().iter().any(|tensor| {
+            tensor.role != TensorRole::BaseLayer
+                && ["embed_tokens", "lm_head"].iter().any(|table| tensor.module.ends_with(table))
+        });
         self.config.tie_word_embeddings && changes_table
     }
 
@@ -87,7 +87,7 @@ impl BaseFiles {
             let parameter = tensor.key.rsplit('.').next().unwrap_or_default();
             let name = format!("{}.{parameter}", tensor.module);
             match tensor.role {
-                TensorRole::Copy => match self.shape(&name) {
+                TensorRole::Copy | TensorRole::BaseLayer => match self.shape(&name) {
                     None => problems.push(format!("the model has no `{name}`")),
                     Some(shape) if *shape != tensor.shape => {
                         problems.push(format!(

@@ -103,7 +103,6 @@ fn describe(adapter: &AdapterDirectory) -> Result<Report> {
 fn settings(adapter: &AdapterDirectory) -> String {
     let config = adapter.config();
     let LoraConfig { r, lora_alpha, lora_dropout, .. } = config;
-    let default = LoraConfig::default();
     let list = |names: &[String]| names.join(", ");
     let targets = |targets: &TargetModules| match targets {
         TargetModules::Names(names) => {
@@ -135,7 +134,7 @@ fn settings(adapter: &AdapterDirectory) -> String {
     let init = match config.init_lora_weights {
         InitLoraWeights::Gaussian => "gaussian",
         InitLoraWeights::Random => "false",
-        _ => "true",
+        _ => config.init_in_file().unwrap_or("true"),
     };
     let differs = |differs: bool, text: String| differs.then_some(text);
     let rows = [
@@ -155,7 +154,7 @@ fn settings(adapter: &AdapterDirectory) -> String {
         ("bias", Some(bias.into())),
         ("lora_bias", differs(config.lora_bias, "true".into())),
         ("modules_to_save", differs(!config.modules_to_save.is_empty(), list(&config.modules_to_save))),
-        ("init_lora_weights", differs(config.init_lora_weights != default.init_lora_weights, init.into())),
+        ("init_lora_weights", differs(init != "true", init.into())),
         ("fan_in_fan_out", differs(config.fan_in_fan_out, "true".into())),
     ];
     let rows: Vec<(&str, String)> = rows.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel};
 use burn_peft_llama::{
     Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, TrainingConfig, fit,
 };
@@ -134,6 +134,24 @@ pub fn lora_config(args: &ExperimentArgs, kind: Kind) -> LoraConfig {
         .with_task_type("CAUSAL_LM")
 }
 
+/// Puts an adapter onto `model`. If it is for an output layer that shares the embedding's table, the output layer gets a
+/// weight of its own first, which changes no answer.
+///
+/// # Errors
+/// Those of `adapt`.
+pub fn adapting<T>(
+    model: &mut LlamaForCausalLm,
+    adapt: impl Fn(&mut LlamaForCausalLm) -> Result<T, PeftError>,
+) -> Result<T, PeftError> {
+    match adapt(model) {
+        Err(PeftError::NoOutputLayer { .. }) => {
+            model.untie_lm_head();
+            adapt(model)
+        }
+        adapted => adapted,
+    }
+}
+
 /// Questions and their answers, of which the answers are learnt.
 pub fn examples(tokenizer: &Tokenizer, prompt: &Prompt, species: &[Species]) -> Result<Vec<Example>> {
     let encode =
@@ -182,9 +200,13 @@ impl Setting<'_> {
             Arm::Lora => {
                 let mut model = self.base.clone();
                 self.device.seed(self.seed);
-                let report = model.add_adapter(DEFAULT_ADAPTER, &lora_config(self.args, self.kind))?;
+                let config = lora_config(self.args, self.kind);
+                let report = adapting(&mut model, |model| model.add_adapter(DEFAULT_ADAPTER, &config))?;
                 for target in &report.unmatched_targets {
                     println!("note: nothing in the model is called `{target}`");
+                }
+                for part in report.coverage.iter().filter(|part| !part.missing_layers.is_empty()) {
+                    println!("note: {part}");
                 }
                 let (model, training) = self.train(arm, model, &self.args.lora_training(self.kind))?;
                 // In this order an adapter never stands beside the provenance of another.
@@ -196,7 +218,7 @@ impl Setting<'_> {
             Arm::Adapter => {
                 let mut model = self.base.clone();
                 let dir = self.args.adapter.as_deref().unwrap_or(adapter);
-                model.load_adapter(DEFAULT_ADAPTER, dir)?;
+                adapting(&mut model, |model| model.load_adapter(DEFAULT_ADAPTER, dir))?;
                 (self.evaluate(&model, &self.prompt, arm)?, self.probe(&model)?, None)
             }
         };

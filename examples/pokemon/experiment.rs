@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device};
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
 
-use crate::arms::{Arm, ArmResult, Setting, lora_config};
+use crate::arms::{Arm, ArmResult, Setting, adapting, lora_config};
 use crate::base::{Base, Kind};
 use crate::checks;
 use crate::cli::{ExperimentArgs, Precision};
@@ -63,10 +63,18 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let model = load(&base, args.dtype, &training_device)?;
     // On copies, which share the weights: the arms begin with the base as it is.
     if let Some(dir) = &args.adapter {
-        model.clone().load_adapter(DEFAULT_ADAPTER, dir).context("`--adapter`")?;
+        let load = |model: &mut LlamaForCausalLm| model.load_adapter(DEFAULT_ADAPTER, dir);
+        adapting(&mut model.clone(), load).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
         checks::rank(args.rank, &model)?;
-        model.clone().add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind)).context("`--targets`")?;
+        let mut adapted = model.clone();
+        let add = |model: &mut LlamaForCausalLm| model.add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind));
+        adapting(&mut adapted, add).context("`--targets`")?;
+        if adapted.lm_head.is_some() && model.lm_head.is_none() {
+            println!(
+                "note: `lm_head` shares its table with the embedding; for LoRA it gets a weight of its own"
+            );
+        }
     }
     if arms.iter().any(|arm| arm.trains()) {
         checks::training(&base, &model, &tokenizer, &prompt, &species)?;
@@ -263,6 +271,20 @@ mod tests {
             report.contains("that it was not fine-tuned on")
         };
         assert!(known(&again));
+
+        // The output layer of this base is tied to the embedding, and an adapter of it trains and loads all the same.
+        let head = path("head");
+        let arguments =
+            ["--data", &data, "--limit", "2", "--seed", "3", "--arms", "lora", "--targets", "lm_head"];
+        pokemon(&[&arguments[..], &training[..2], &["--out", &head]].concat()).unwrap();
+        let adapter = Path::new(&head).join("adapter");
+        let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+        assert!(config.contains("\"lm_head\""), "{config}");
+        let arguments = ["--data", &data, "--limit", "2", "--adapter", adapter.to_str().unwrap()];
+        let read = path("read");
+        pokemon(&[&arguments[..], &["--out", &read]].concat()).unwrap();
+        let trained = of_arm(&predictions(Path::new(&head)), Arm::Lora);
+        assert_eq!(of_arm(&predictions(Path::new(&read)), Arm::Adapter), trained);
 
         let error = pokemon(&[&saved[..], &["--seed", "5"]].concat()).unwrap_err().to_string();
         assert!(error.contains("`--seed 5`") && error.contains("with seed 3"), "{error}");

@@ -146,15 +146,10 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("alora_invocation_tokens", json!([5, 7])),
         ("arrow_config", json!({"top_k": 3})),
         ("bias", json!("some")),
-        ("corda_config", json!({"corda_method": "kpm"})),
-        ("ensure_weight_tying", json!(true)),
-        ("eva_config", json!({"rho": 2.0})),
         ("init_lora_weights", json!("pissa")),
         ("kasa_config", json!({"beta": 1.0})),
         ("layer_replication", json!([[0, 2], [1, 2]])),
         ("layers_to_transform", json!([-1])),
-        ("loftq_config", json!({"loftq_bits": 4})),
-        ("lora_ga_config", json!({"direction": "ArB2r"})),
         ("monteclora_config", json!({"num_samples": 8})),
         ("r", json!("3")),
         ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
@@ -165,8 +160,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("velora_config", json!({"num_groups": 4})),
         ("a_setting_of_the_future", json!(0.5)),
     ];
-    let initializations =
-        ["pissa_niter_4", "olora", "eva", "loftq", "corda", "orthogonal", "lora_ga", "mitra"];
+    let initializations = ["pissa_niter_4", "olora", "corda", "lora_ga", "mitra"];
     let initializations = initializations.map(|name| ("init_lora_weights", json!(name)));
     let refused = |changes: &[(&str, Value)]| -> Vec<String> {
         let fixture = Fixture::open("gqa-tied-qv");

@@ -214,7 +214,7 @@ fn without_the_mapping_the_error_asks_for_one() {
     assert!(matches!(error, PeftError::NoModuleMatched { .. }), "{error:?}");
     insta::assert_snapshot!(error, @r#"
     no module matched `target_modules` ["attention.self.query", "attention.self.value", "intermediate.dense"]
-    hint: the closest modules are `query`, `value`; a key mapping makes the names of a file out of theirs
+    hint: the closest modules are `query`, `value`; in code, a `KeyMapping` gives them the names of a file
     "#);
 
     // Targets that are named alike in both find the modules, and none of the tensors.
@@ -223,7 +223,7 @@ fn without_the_mapping_the_error_asks_for_one() {
     model.save_adapter("default", directory.path()).unwrap();
     let error = other.load_adapter("default", directory.path()).unwrap_err();
     assert!(matches!(error, PeftError::IncompatibleAdapter { .. }), "{error:?}");
-    assert!(error.to_string().contains("give `load_adapter_with` a key mapping"), "{error}");
+    assert!(error.to_string().contains("`LoadOptions` can rename keys"), "{error}");
     assert_eq!(parameters(&other), before);
     assert!(other.adapters().is_empty());
 }

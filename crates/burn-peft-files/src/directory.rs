@@ -269,6 +269,7 @@ mod tests {
                 scope.spawn(move || {
                     while !done.load(Ordering::Relaxed) {
                         write(directory, value);
+                        sleep(Duration::from_millis(1));
                     }
                 });
             }

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// How long to wait for others: far longer than any of them takes, unless it was stopped.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long to wait between two tries: short enough to come in between two calls of somebody who writes in a loop.
+const PAUSE: Duration = Duration::from_micros(100);
+
 /// A lock that is held while this value lives. It is advisory: programs that do not ask for it are not kept out.
 pub(crate) struct DirectoryLock {
     /// Dropped, the file is closed, which ends the lock. `None` where the file system has no locks.
@@ -45,9 +48,7 @@ impl DirectoryLock {
         loop {
             match lock(&file) {
                 Ok(()) => return Ok(Self { file: Some(file) }),
-                Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {
-                    sleep(Duration::from_millis(1))
-                }
+                Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => sleep(PAUSE),
                 Err(TryLockError::WouldBlock) => {
                     let seconds = PATIENCE.as_secs();
                     let message = format!(

@@ -7,7 +7,7 @@ use burn::{
     nn::{Embedding, Initializer, Linear},
     tensor::{Bool, Device, Int, Tensor},
 };
-use burn_peft::{LoraEmbedding, LoraLinear};
+use burn_peft::{LoraEmbedding, LoraLinear, MergeReport, PeftError, PeftModel};
 
 use crate::{
     Batch, LlamaAttention, LlamaBlock, LlamaConfig, LlamaMlp, RmsNorm,
@@ -118,7 +118,8 @@ impl LlamaForCausalLm {
         };
 
         let weight = source.embedding("model.embed_tokens.weight", [config.vocab_size, hidden])?;
-        let embed_tokens = Embedding { weight }.into();
+        let mut embed_tokens = LoraEmbedding::from(Embedding { weight });
+        embed_tokens.set_tied_output(config.tie_word_embeddings);
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let path = format!("model.layers.{i}");
@@ -259,6 +260,31 @@ impl LlamaForCausalLm {
         let weight = Param::from_tensor(weight).set_require_grad(trained);
         self.lm_head = Some(Linear { weight, bias: None }.into());
         self.config.tie_word_embeddings = false;
+        self.model.embed_tokens.set_tied_output(false);
+    }
+
+    /// Folds the active adapters into the weights and removes every adapter, as
+    /// [`PeftModel::merge_and_unload`](burn_peft::PeftModel::merge_and_unload) does with any model.
+    ///
+    /// If an adapter changes the embedding and the output layer is tied to it, the output layer first gets a weight of its
+    /// own ([`untie_lm_head`](Self::untie_lm_head)): it reads the table below the adapter, before and after. So the merged
+    /// model computes what the adapted one does, also after [`save_pretrained`](Self::save_pretrained) and loading. PEFT
+    /// does so for `modules_to_save`; there an adapter of low rank on the embedding changes the output layer too.
+    ///
+    /// # Errors
+    ///
+    /// As of the method for any model; the model stays as it was.
+    pub fn merge_and_unload(&mut self) -> Result<MergeReport, PeftError> {
+        match PeftModel::merge_and_unload(self) {
+            Err(PeftError::TiedOutput { .. }) => {
+                let mut untied = self.clone();
+                untied.untie_lm_head();
+                let report = PeftModel::merge_and_unload(&mut untied)?;
+                *self = untied;
+                Ok(report)
+            }
+            merged => merged,
+        }
     }
 }
 

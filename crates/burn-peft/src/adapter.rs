@@ -1,5 +1,6 @@
 //! The adapters of a parameter: the state that rides on its `Param`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::module::{Module, Param, Reparameterization};
@@ -161,16 +162,24 @@ pub(crate) enum AttachedState {
     Dropped,
 }
 
-/// All adapters of one parameter, sorted by name: the order in which updates are summed hangs on nothing else.
+/// All adapters of one parameter, sorted by name, so that the order in which updates are summed depends on names alone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Adapters {
     pub(crate) list: Vec<Adapter>,
-    /// The value that the active adapters make of the base, kept ready while they are merged. Flattened, without a
-    /// graph.
-    pub(crate) merged: Option<Tensor<1>>,
+    /// While adapters are merged, what they make of the base.
+    pub(crate) merged: Option<Merged>,
     /// For a batch whose rows name their adapters: 1 where a row names this one, `[batch]`.
     pub(crate) rows: Vec<(Arc<str>, Tensor<1>)>,
     pub(crate) attached: AttachedState,
+}
+
+/// The value that merged adapters make of a parameter, kept ready.
+#[derive(Debug, Clone)]
+pub(crate) struct Merged {
+    /// Flattened, without a graph.
+    pub(crate) value: Tensor<1>,
+    /// The adapters that are in it. All of them are active.
+    pub(crate) names: BTreeSet<Arc<str>>,
 }
 
 impl Adapters {
@@ -205,59 +214,84 @@ impl Adapters {
         self.list.iter().find(|adapter| &*adapter.info.name == name)
     }
 
-    /// The value that the active adapters make of `base`, both flattened and without a graph, in f32 at least.
-    pub(crate) fn effective(&self, base: Tensor<1>) -> Tensor<1> {
+    /// Whether an adapter is part of the merged value.
+    pub(crate) fn is_merged(&self, name: &str) -> bool {
+        self.merged.as_ref().is_some_and(|merged| merged.names.contains(name))
+    }
+
+    /// The value that the active adapters of these names make of `base`, both flattened and without a graph, in f32 at
+    /// least.
+    pub(crate) fn effective(&self, base: Tensor<1>, names: &BTreeSet<Arc<str>>) -> Tensor<1> {
         let wide = if base.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        self.active().fold(cast(base, wide), |value, adapter| cast(adapter.valid().apply(value), wide))
+        let active = self.active().filter(|adapter| names.contains(&adapter.info.name));
+        active.fold(cast(base, wide), |value, adapter| cast(adapter.valid().apply(value), wide))
+    }
+
+    /// The merged value, or `base` where nothing is merged.
+    fn start<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        match &self.merged {
+            Some(merged) => like(merged.value.clone().reshape(base.shape()), &base),
+            None => base,
+        }
     }
 
     /// What a layer that works on activations starts from: the merged weight, the active copy, or `base`.
     pub(crate) fn weight<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        if let Some(merged) = &self.merged {
-            return like(merged.clone().reshape(base.shape()), &base);
-        }
-        let copies = self.active().filter(|adapter| matches!(adapter.update, Update::Copy(_)));
         let outer = base.dtype();
-        cast(copies.fold(base, |base, adapter| adapter.apply(base)), outer)
+        let copies = self.active().filter(|adapter| matches!(adapter.update, Update::Copy(_)));
+        let copies = copies.filter(|adapter| !self.is_merged(&adapter.info.name));
+        cast(copies.fold(self.start(base), |base, adapter| adapter.apply(base)), outer)
     }
 
     /// `output` plus what the adapters make of a linear layer's `input`.
     pub(crate) fn add_linear<const D: usize>(&self, input: Tensor<D>, output: Tensor<D>) -> Tensor<D> {
-        self.at_work().fold(output, |output, (scaling, factors, rows)| match (&self.merged, &factors.bias) {
-            (None, _) => output + factors.forward(input.clone(), scaling, rows),
-            (Some(_), Some(bias)) => {
-                // Merged adapters are not trained.
-                let bias = bias.val();
-                let bias = if bias.is_autodiff() { Tensor::from_inner(bias.inner()) } else { bias };
-                let bias = cast(bias.mul_scalar(scaling), output.dtype());
-                output + bias.unsqueeze::<D>()
+        self.at_work().fold(output, |output, at_work| {
+            let AtWork { scaling, factors, rows, is_merged } = at_work;
+            match (is_merged, &factors.bias) {
+                (false, _) => output + factors.forward(input.clone(), scaling, rows),
+                (true, Some(bias)) => {
+                    // Merged adapters are not trained.
+                    let bias = bias.val();
+                    let bias = if bias.is_autodiff() { Tensor::from_inner(bias.inner()) } else { bias };
+                    let bias = cast(bias.mul_scalar(scaling), output.dtype());
+                    output + bias.unsqueeze::<D>()
+                }
+                (true, None) => output,
             }
-            (Some(_), None) => output,
         })
     }
 
     /// `output` plus what the adapters make of an embedding's `ids`.
     pub(crate) fn add_embedding(&self, ids: Tensor<2, Int>, output: Tensor<3>) -> Tensor<3> {
-        if self.merged.is_some() {
-            return output;
-        }
-        self.at_work().fold(output, |output, (scaling, factors, rows)| {
+        let beside = self.at_work().filter(|at_work| !at_work.is_merged);
+        beside.fold(output, |output, AtWork { scaling, factors, rows, .. }| {
             let dtype = output.dtype();
             output + cast(factors.look_up(ids.clone(), scaling, rows), dtype)
         })
     }
 
-    /// The factors that take part in the forward pass, each with its scaling and the rows that it is for.
-    fn at_work(&self) -> impl Iterator<Item = (f64, &LowRank, Option<&Tensor<1>>)> {
+    /// The factors that take part in the forward pass.
+    fn at_work(&self) -> impl Iterator<Item = AtWork<'_>> {
         self.list.iter().filter_map(|adapter| {
             let info = &adapter.info;
             let rows = self.rows.iter().find(|(name, _)| *name == info.name).map(|(_, rows)| rows);
             if rows.is_none() && !info.active {
                 return None;
             }
-            Some((info.scaling, adapter.low_rank()?, rows))
+            let (scaling, is_merged) = (info.scaling, self.is_merged(&info.name));
+            Some(AtWork { scaling, factors: adapter.low_rank()?, rows, is_merged })
         })
     }
+}
+
+/// Factors that take part in a forward pass.
+struct AtWork<'a> {
+    scaling: f64,
+    factors: &'a LowRank,
+    /// The rows of the batch that they are for, if not all.
+    rows: Option<&'a Tensor<1>>,
+    /// Whether the weight has their update already.
+    is_merged: bool,
 }
 
 impl Reparameterization for Adapters {
@@ -269,10 +303,8 @@ impl Reparameterization for Adapters {
         if self.attached == AttachedState::Dropped {
             return base;
         }
-        if self.merged.is_some() {
-            return self.weight(base);
-        }
         let outer = base.dtype();
-        cast(self.active().fold(base, |value, adapter| adapter.apply(value)), outer)
+        let beside = self.active().filter(|adapter| !self.is_merged(&adapter.info.name));
+        cast(beside.fold(self.start(base), |value, adapter| adapter.apply(value)), outer)
     }
 }

@@ -1,6 +1,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use burn_peft_files::WrongFile;
 use strsim::jaro_winkler;
 
 use crate::target::ALL_LINEAR;
@@ -38,7 +39,20 @@ pub enum PeftError {
         /// The pattern as it was given.
         pattern: String,
         /// Where it goes wrong.
-        source: Box<regex::Error>,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// A pattern would take too long on a name: its steps double with every letter.
+    #[error(
+        "the regular expression `{pattern}` takes too many steps on `{name}`\nhint: avoid repetitions of repetitions such as `(x+)+`, or list the names"
+    )]
+    EndlessPattern {
+        /// The pattern as it was given.
+        pattern: String,
+        /// The name that it was tried on.
+        name: String,
+        /// The limit.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// No module of the model is a target.
@@ -105,6 +119,38 @@ pub enum PeftError {
         /// The adapters.
         names: Vec<String>,
         /// Paths of the parameters.
+        parameters: Vec<String>,
+    },
+
+    /// Only active adapters are merged.
+    #[error(
+        "adapter `{name}` is not active, so it cannot be merged\nhint: activate it with `set_adapter` first"
+    )]
+    InactiveAdapter {
+        /// The adapter.
+        name: String,
+    },
+
+    /// An adapter cannot be merged without the one that replaces a parameter it changes.
+    #[error(
+        "adapter `{name}` cannot be merged without `{copy}`, which has a trained copy of `{parameter}`\nhint: merge both"
+    )]
+    CoveredByCopy {
+        /// The adapter that was to be merged.
+        name: String,
+        /// The active adapter with the copy.
+        copy: String,
+        /// The parameter, by its name in files.
+        parameter: String,
+    },
+
+    /// A merge into an embedding's table would change the output layer that reads the table as well.
+    #[error(
+        "merging would change {}, which the output layer reads as well: the merged model would compute something else\nhint: give the output layer a weight of its own first (`untie_lm_head` of a LLaMA), or use `merge_adapter`, which keeps the table",
+        join(.parameters)
+    )]
+    TiedOutput {
+        /// Paths of the tables.
         parameters: Vec<String>,
     },
 
@@ -273,10 +319,10 @@ pub enum PeftError {
 
     /// The tensors of an adapter file do not fit the model.
     #[error(
-        "the adapter in `{}` does not fit the model:{}\nhint: {}, or leave out what does not fit with `LoadOptions::with_lenient`",
+        "the adapter in `{}` does not fit the model:{}\nhint: {}; in code, `LoadOptions` can rename keys and leave out what does not fit",
         .path.display(),
         lines(.problems),
-        fitting_hint(.problems)
+        FITTING_HINT
     )]
     IncompatibleAdapter {
         /// The adapter's tensor file.
@@ -302,7 +348,35 @@ pub enum PeftError {
         /// What is missing or found instead.
         reason: String,
         /// What can be done.
-        hint: &'static str,
+        hint: String,
+    },
+
+    /// A file is not what its name says.
+    #[error("`{}` is {found}\nhint: {}", .path.display(), .found.hint())]
+    NotTheFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: WrongFile,
+    },
+
+    /// All keys of a tensor file begin otherwise than they should.
+    #[error(
+        "the keys in `{}` {}: found `{example}`\nhint: rename them in Python: from safetensors.torch import load_file, save_file; path = {:?}; save_file({{{}: value for key, value in load_file(path).items()}}, path, {{\"format\": \"pt\"}})",
+        .path.display(),
+        prefixes(.found_prefix, .expected_prefix),
+        .path.display().to_string(),
+        renamed_key(.found_prefix, .expected_prefix)
+    )]
+    KeyPrefix {
+        /// The adapter's tensor file.
+        path: PathBuf,
+        /// How they begin.
+        found_prefix: String,
+        /// How they should begin.
+        expected_prefix: String,
+        /// One of them.
+        example: String,
     },
 
     /// A file or directory cannot be read or written.
@@ -439,6 +513,16 @@ pub(crate) fn closest<'a>(
     scored.into_iter().take(count).map(|(_, candidate)| candidate.to_string()).collect()
 }
 
+/// The key among `candidates` that resembles `key` most. One of the same layer is preferred: names differ less between
+/// layers than between modules.
+pub(crate) fn closest_key(key: &str, candidates: &[String]) -> Option<String> {
+    let numbers = |key: &str| -> Vec<usize> { key.split('.').filter_map(|part| part.parse().ok()).collect() };
+    let own = numbers(key);
+    let of_layer = candidates.iter().filter(|candidate| numbers(candidate) == own);
+    let found = closest(key, of_layer.map(String::as_str), 1).pop();
+    found.or_else(|| closest(key, candidates.iter().map(String::as_str), 1).pop())
+}
+
 fn rank_list(ranks: &[usize]) -> String {
     ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -464,7 +548,7 @@ fn closest_hint(targets: &str, closest: &[String]) -> String {
         ),
         [] => "\nhint: `all-linear` adapts every linear layer".to_string(),
         names if is_name_in_file => format!(
-            "\nhint: the closest modules are {}; a key mapping makes the names of a file out of theirs",
+            "\nhint: the closest modules are {}; in code, a `KeyMapping` gives them the names of a file",
             join(names)
         ),
         names => format!("\nhint: the closest modules are {}", join(names)),
@@ -478,22 +562,34 @@ fn saved_hint(closest: &[String]) -> String {
     }
 }
 
-fn fitting_hint(problems: &[TensorProblem]) -> &'static str {
-    let is_name = |problem: &TensorProblem| {
-        matches!(problem, TensorProblem::Missing { .. } | TensorProblem::Unexpected { .. })
-    };
-    if problems.iter().any(is_name) {
-        "if the file has other names, give `load_adapter_with` a key mapping"
-    } else {
-        "load it onto the base model and with the configuration that it was trained with"
-    }
-}
+const FITTING_HINT: &str =
+    "load it onto the base model that it was trained on, with the configuration that was saved with it";
 
 fn in_layers(layers: Option<&[usize]>) -> String {
     layers.map_or(String::new(), |layers| format!(" in the layers {layers:?}"))
 }
 
-/// Each on a line of its own.
+/// Each on a line of its own, as many as a reader will read.
 fn lines<T: fmt::Display>(problems: &[T]) -> String {
-    problems.iter().map(|problem| format!("\n  {problem}")).collect()
+    const SHOWN: usize = 16;
+    let mut text: String = problems.iter().take(SHOWN).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > SHOWN {
+        text.push_str(&format!("\n  and {} more", problems.len() - SHOWN));
+    }
+    text
+}
+
+/// The Python expression that makes a key begin with `expected` in the place of `found`.
+fn renamed_key(found: &str, expected: &str) -> String {
+    let rest = if found.is_empty() { "key".to_string() } else { format!("key.removeprefix({found:?})") };
+    if expected.is_empty() { rest } else { format!("{expected:?} + {rest}") }
+}
+
+/// What is wrong with keys that begin with `found` in the place of `expected`.
+fn prefixes(found: &str, expected: &str) -> String {
+    match (found, expected) {
+        ("", expected) => format!("lack the prefix `{expected}`"),
+        (found, "") => format!("have `{found}` in front, which does not belong there"),
+        (found, expected) => format!("begin with `{found}`, not with `{expected}`"),
+    }
 }

@@ -1,85 +1,22 @@
 //! Which parameters of a model a configuration means: every decision and every error before anything changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::{Adapter, AdapterInfo, Change, LayerKind, Site, Update};
 use crate::error::{PeftError, closest};
-use crate::key_mapping::KeyMapping;
 use crate::lora::{Bias, LoraConfig, Ranks};
-use crate::seam::{BaseParameter, Layout, States};
-use crate::target::{LayerFilter, OUTPUT_LAYER, TargetModules, matches_name};
+use crate::pattern::Pattern;
+use crate::seam::{Layout, States};
+use crate::target::{LayerFilter, Matcher, OUTPUT_LAYER, TargetModules, matches_name};
 
-/// What an adapter was attached to.
-///
-/// Printed, it names what a user may have got wrong: targets that matched nothing.
-#[non_exhaustive]
-#[derive(Debug, Clone, PartialEq)]
-pub struct InjectionReport {
-    /// The adapter's name.
-    pub adapter: String,
-    /// The adapted modules, in the model's order.
-    pub modules: Vec<AdaptedModule>,
-    /// Names of `target_modules` that no module has.
-    pub unmatched_targets: Vec<String>,
-    /// Names of `exclude_modules` that kept nothing out.
-    pub unused_exclusions: Vec<String>,
-    /// Paths of the parameters that are trained as copies: `modules_to_save` and biases.
-    pub copied_parameters: Vec<String>,
-    /// Names of `modules_to_save` that no module's name ends with.
-    pub unmatched_modules_to_save: Vec<String>,
-    num_params: usize,
-}
+mod modules;
+mod report;
 
-/// One adapted module.
-#[non_exhaustive]
-#[derive(Debug, Clone, PartialEq)]
-pub struct AdaptedModule {
-    /// The module's path, `model.layers.0.self_attn.q_proj`.
-    pub path: String,
-    /// Rows of `A`: inputs of a linear layer, vocabulary of an embedding, `channels_in * kernel` of a convolution.
-    pub d_input: usize,
-    /// Columns of `B`: outputs of a linear layer, width of an embedding, `channels_out` of a convolution.
-    pub d_output: usize,
-    /// Rank of the adapter.
-    pub r: usize,
-    /// Whether the adapter works on activations ([`LoraLinear`](crate::LoraLinear),
-    /// [`LoraEmbedding`](crate::LoraEmbedding)) or on the weight (plain layers).
-    pub activation_space: bool,
-}
-
-impl InjectionReport {
-    /// Trainable parameters: `Σ r (d_input + d_output)`, and the elements of copies and of `lora_bias`.
-    pub fn num_params(&self) -> usize {
-        self.num_params
-    }
-}
-
-impl fmt::Display for InjectionReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dense = self.modules.iter().filter(|module| !module.activation_space).count();
-        write!(f, "adapter `{}`: {} modules adapted", self.adapter, self.modules.len())?;
-        if dense > 0 {
-            write!(f, ", {dense} of them through their dense weight")?;
-        }
-        if !self.copied_parameters.is_empty() {
-            write!(f, ", {} parameters copied", self.copied_parameters.len())?;
-        }
-        if !self.unmatched_targets.is_empty() {
-            write!(f, "; no module is named {}", self.unmatched_targets.join(", "))?;
-        }
-        if !self.unused_exclusions.is_empty() {
-            write!(f, "; nothing was excluded by {}", self.unused_exclusions.join(", "))?;
-        }
-        if !self.unmatched_modules_to_save.is_empty() {
-            write!(f, "; nothing to save is named {}", self.unmatched_modules_to_save.join(", "))?;
-        }
-        Ok(())
-    }
-}
+pub(crate) use modules::{Parameter, is_part_of, lies_within, module_names, parameters};
+pub use report::{AdaptedModule, InjectionReport, TargetCoverage};
 
 /// A parameter that will get an adapter.
 pub(crate) struct Target {
@@ -102,8 +39,11 @@ pub(crate) struct Plan {
     pub(crate) name: Arc<str>,
     pub(crate) config: Arc<LoraConfig>,
     pub(crate) targets: Vec<Target>,
+    coverage: Vec<TargetCoverage>,
     unmatched_targets: Vec<String>,
     unused_exclusions: Vec<String>,
+    unmatched_rank_patterns: Vec<String>,
+    unmatched_alpha_patterns: Vec<String>,
     unmatched_modules_to_save: Vec<String>,
 }
 
@@ -116,20 +56,15 @@ impl Plan {
         }
         let parameters = parameters(layout, &config.key_mapping)?;
         check_output_layer(&parameters, config)?;
-        let mut plan = Self {
-            name: name.into(),
-            config: Arc::new(config.clone()),
-            targets: vec![],
-            unmatched_targets: vec![],
-            unused_exclusions: vec![],
-            unmatched_modules_to_save: vec![],
-        };
+        let mut plan = Self::empty(name, config);
         let adapted = plan.choose_weights(&parameters)?;
         plan.check_layers(&parameters, &adapted)?;
         plan.unmatched_modules_to_save = unmatched_modules_to_save(&parameters, &config.modules_to_save)?;
         let ranks = config.ranks()?;
+        plan.unmatched_rank_patterns = ranks.rank_pattern.unmatched(&adapted)?;
+        plan.unmatched_alpha_patterns = ranks.alpha_pattern.unmatched(&adapted)?;
         for (parameter, site) in &parameters {
-            if let Some(change) = plan.change_of(site, &adapted, &ranks) {
+            if let Some(change) = plan.change_of(site, &adapted, &ranks)? {
                 plan.targets.push(Target {
                     path: parameter.path.clone(),
                     site: site.clone(),
@@ -138,49 +73,86 @@ impl Plan {
                 });
             }
         }
+        plan.check_ties(layout)?;
         Ok(plan)
     }
 
+    fn empty(name: &str, config: &LoraConfig) -> Self {
+        Self {
+            name: name.into(),
+            config: Arc::new(config.clone()),
+            targets: vec![],
+            coverage: vec![],
+            unmatched_targets: vec![],
+            unused_exclusions: vec![],
+            unmatched_rank_patterns: vec![],
+            unmatched_alpha_patterns: vec![],
+            unmatched_modules_to_save: vec![],
+        }
+    }
+
+    /// The names of the modules that `config` adapts.
+    ///
+    /// # Errors
+    /// Those of [`choose_weights`](Self::choose_weights).
+    pub(crate) fn modules(
+        parameters: &[Parameter],
+        config: &LoraConfig,
+    ) -> Result<BTreeSet<String>, PeftError> {
+        Self::empty("", config).choose_weights(parameters)
+    }
+
     /// The names of the modules that get an update of low rank.
+    ///
+    /// # Errors
+    /// [`PeftError::NoModuleMatched`], [`PeftError::AllModulesExcluded`], [`PeftError::UnsupportedModules`],
+    /// [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].
     fn choose_weights(&mut self, parameters: &[Parameter]) -> Result<BTreeSet<String>, PeftError> {
         let config = self.config.clone();
         // `validate` has seen to it that there are targets.
         let wanted = config.target_modules.clone().unwrap_or(TargetModules::AllLinear);
-        let matcher = wanted.compile()?;
         let filter = LayerFilter::new(config.layers_to_transform.as_deref(), &config.layers_pattern)?;
         let exclusions = config.exclude_modules.as_ref();
         let excluding = exclusions.map(TargetModules::compile).transpose()?;
-        let is_excluded = |module: &str| {
-            excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true))
-                || config.modules_to_save.iter().any(|saved| lies_within(module, saved))
-        };
+        let rules = Rules { config: &config, matcher: wanted.compile()?, excluding, filter };
 
         let adaptable: BTreeMap<&str, LayerKind> = parameters
             .iter()
             .filter(|(_, site)| site.kind != LayerKind::Other && site.parameter == "weight")
             .map(|(_, site)| (&*site.name, site.kind))
             .collect();
-        let matched: Vec<&str> = adaptable
-            .iter()
-            .filter(|(module, kind)| matcher.matches_within(module, kind.is_linear(), &filter))
-            .map(|(module, _)| *module)
-            .collect();
-        let unsupported: Vec<String> = module_names(parameters)
-            .into_iter()
-            .filter(|module| matcher.matches_within(module, false, &filter) && !is_excluded(module))
-            .filter(|module| !adaptable.contains_key(module))
-            .map(str::to_string)
-            .collect();
+        let all = module_names(parameters);
+        let (mut matched, mut excluded, mut kept) = (vec![], vec![], BTreeSet::new());
+        for (&module, kind) in &adaptable {
+            let is_matched = rules.matches(module, kind.is_linear())?;
+            let is_excluded = rules.excludes(module)?;
+            if is_matched {
+                matched.push(module);
+            }
+            if is_excluded {
+                excluded.push(module);
+            }
+            if is_matched && !is_excluded {
+                kept.insert(module.to_string());
+            }
+        }
+        let mut unsupported = vec![];
+        for &module in all.iter().filter(|module| !adaptable.contains_key(**module)) {
+            if rules.matches(module, false)? && !rules.excludes(module)? {
+                unsupported.push(module.to_string());
+            }
+        }
         if !unsupported.is_empty() {
             return Err(PeftError::UnsupportedModules { modules: unsupported });
         }
         if matched.is_empty() {
-            let anywhere = LayerFilter::new(None, &[])?;
-            let elsewhere = adaptable
-                .iter()
-                .filter(|(module, kind)| matcher.matches_within(module, kind.is_linear(), &anywhere))
-                .map(|(module, _)| module.to_string());
-            let elsewhere: Vec<String> = elsewhere.collect();
+            let anywhere = Rules { filter: LayerFilter::new(None, &[])?, ..rules };
+            let mut elsewhere = vec![];
+            for (&module, kind) in &adaptable {
+                if anywhere.matches(module, kind.is_linear())? {
+                    elsewhere.push(module.to_string());
+                }
+            }
             return Err(PeftError::NoModuleMatched {
                 closest: if elsewhere.is_empty() {
                     closest_modules(&wanted, adaptable.keys().copied())
@@ -191,12 +163,6 @@ impl Plan {
                 layers: config.layers_to_transform.clone(),
             });
         }
-        self.unmatched_targets = names_without(&wanted, matched.iter().copied());
-        let excluded: Vec<&str> = adaptable.keys().copied().filter(|module| is_excluded(module)).collect();
-        self.unused_exclusions = exclusions.map_or(vec![], |names| names_without(names, excluded));
-        let count = matched.len();
-        let kept: BTreeSet<String> =
-            matched.into_iter().filter(|module| !is_excluded(module)).map(str::to_string).collect();
         if kept.is_empty() {
             let saved = config.modules_to_save.iter().map(String::as_str).collect::<TargetModules>();
             let saved = (!config.modules_to_save.is_empty()).then(|| format!("`modules_to_save` {saved}"));
@@ -205,9 +171,14 @@ impl Plan {
             return Err(PeftError::AllModulesExcluded {
                 targets: wanted.to_string(),
                 excluded: excluded.join(" and "),
-                count,
+                count: matched.len(),
             });
         }
+        self.unmatched_targets = names_without(&wanted, matched);
+        self.unused_exclusions = exclusions.map_or(vec![], |names| names_without(names, excluded));
+        self.coverage = report::coverage(kept.iter().map(String::as_str), all, |module| {
+            Ok(rules.matches(module, true)? && !rules.excludes(module)?)
+        })?;
         Ok(kept)
     }
 
@@ -246,20 +217,54 @@ impl Plan {
     }
 
     /// What the adapter does to the parameter at `site`.
-    fn change_of(&self, site: &Site, adapted: &BTreeSet<String>, ranks: &Ranks) -> Option<Change> {
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    fn change_of(
+        &self,
+        site: &Site,
+        adapted: &BTreeSet<String>,
+        ranks: &Ranks,
+    ) -> Result<Option<Change>, PeftError> {
         let config = &self.config;
         let is_saved = config.modules_to_save.iter().any(|saved| is_part_of(&site.name, saved));
         let is_adapted = adapted.contains(&site.name);
-        let (r, lora_alpha) = ranks.of(&site.name);
+        let (r, lora_alpha) = ranks.of(&site.name)?;
         let takes_lora_bias = config.lora_bias && is_adapted && site.kind != LayerKind::LoraLinear;
         let shift = takes_lora_bias.then(|| config.scaling_of(r, lora_alpha));
-        match &*site.parameter {
+        Ok(match &*site.parameter {
             _ if is_saved => Some(Change::Copy { shift: None }),
             "weight" if is_adapted => Some(Change::LowRank { r, lora_alpha }),
             "bias" if config.bias == Bias::All => Some(Change::Copy { shift }),
             "bias" if config.bias == Bias::LoraOnly && is_adapted => Some(Change::Copy { shift }),
             "bias" => shift.map(|scaling| Change::Shift { scaling }),
             _ => None,
+        })
+    }
+
+    /// `ensure_weight_tying` asks for one adapter of both ends of a tied weight, which does not exist here. Where nothing
+    /// tied is adapted it has no effect.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidConfig`].
+    fn check_ties(&self, layout: &Layout) -> Result<(), PeftError> {
+        if !self.config.ensures_weight_tying() {
+            return Ok(());
+        }
+        let has_output_layer = layout.parameters.iter().any(|parameter| {
+            let module = parameter.path.rsplit_once('.').map_or("", |(module, _)| module);
+            matches_name(module, OUTPUT_LAYER)
+        });
+        let is_tied = |site: &Site| {
+            layout.tied_tables.contains(&site.module) || (site.kind.is_embedding() && !has_output_layer)
+        };
+        match self.targets.iter().find(|target| is_tied(&target.site)) {
+            None => Ok(()),
+            Some(target) => Err(PeftError::InvalidConfig {
+                field: "ensure_weight_tying",
+                expected: "false, or no target that is tied to the output layer",
+                found: format!("true, and `{}` among the targets", target.site.name),
+            }),
         }
     }
 
@@ -320,8 +325,11 @@ impl Plan {
         InjectionReport {
             adapter: self.name.to_string(),
             modules,
+            coverage: self.coverage,
             unmatched_targets: self.unmatched_targets,
             unused_exclusions: self.unused_exclusions,
+            unmatched_rank_patterns: self.unmatched_rank_patterns,
+            unmatched_alpha_patterns: self.unmatched_alpha_patterns,
             copied_parameters,
             unmatched_modules_to_save: self.unmatched_modules_to_save,
             num_params,
@@ -329,10 +337,36 @@ impl Plan {
     }
 }
 
+/// Which modules `target_modules` means and which are left alone, ready to match.
+struct Rules<'a> {
+    config: &'a LoraConfig,
+    matcher: Matcher<'a>,
+    excluding: Option<Matcher<'a>>,
+    filter: LayerFilter<'a>,
+}
+
+impl Rules<'_> {
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    fn matches(&self, module: &str, is_linear: bool) -> Result<bool, PeftError> {
+        self.matcher.matches_within(module, is_linear, &self.filter)
+    }
+
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    fn excludes(&self, module: &str) -> Result<bool, PeftError> {
+        let by_name = match &self.excluding {
+            Some(excluding) => excluding.matches(module, true)?,
+            None => false,
+        };
+        Ok(by_name || self.config.modules_to_save.iter().any(|saved| lies_within(module, saved)))
+    }
+}
+
 /// An output layer that is tied to the embedding owns no parameter, so nothing would come of asking for it.
 ///
 /// # Errors
-/// [`PeftError::NoOutputLayer`].
+/// [`PeftError::NoOutputLayer`], [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].
 fn check_output_layer(parameters: &[Parameter], config: &LoraConfig) -> Result<(), PeftError> {
     if parameters.iter().any(|(_, site)| matches_name(&site.name, OUTPUT_LAYER)) {
         return Ok(());
@@ -341,7 +375,10 @@ fn check_output_layer(parameters: &[Parameter], config: &LoraConfig) -> Result<(
         Some(TargetModules::Names(names)) => {
             names.iter().filter(|name| matches_name(name, OUTPUT_LAYER)).collect()
         }
-        Some(TargetModules::Regex(pattern)) if pattern.contains(OUTPUT_LAYER) => vec![pattern],
+        // One may mention the output layer to leave it out.
+        Some(TargetModules::Regex(pattern)) if Pattern::whole(pattern)?.is_match(OUTPUT_LAYER)? => {
+            vec![pattern]
+        }
         _ => vec![],
     };
     let saved = config.modules_to_save.iter().filter(|entry| matches_name(entry, OUTPUT_LAYER));
@@ -359,83 +396,6 @@ fn validate_name(name: &str) -> Result<(), PeftError> {
         return Err(PeftError::InvalidAdapterName { name: name.to_string() });
     }
     Ok(())
-}
-
-pub(crate) type Parameter<'a> = (&'a BaseParameter, Arc<Site>);
-
-/// Every parameter that belongs to a module, in the model's order, by the names that files give them.
-///
-/// # Errors
-/// [`PeftError::InvalidPattern`], [`PeftError::AmbiguousKeyMapping`].
-pub(crate) fn parameters<'a>(
-    layout: &'a Layout,
-    mapping: &KeyMapping,
-) -> Result<Vec<Parameter<'a>>, PeftError> {
-    let mapping = mapping.compile()?;
-    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
-    let mut parameters = vec![];
-    for base in &layout.parameters {
-        let Some((module, _)) = base.path.rsplit_once('.') else { continue };
-        let mapped = mapping.apply(&base.path);
-        let (name, parameter) = mapped.rsplit_once('.').unwrap_or((module, &mapped));
-        let site = Site {
-            module: module.to_string(),
-            name: name.to_string(),
-            parameter: name_in_files(parameter, &base.container).to_string(),
-            kind: kind_of(base, layout.activation_space.contains(module)),
-            shape: base.shape[..].to_vec(),
-        };
-        let full = format!("{}.{}", site.name, site.parameter);
-        if let Some(other) = seen.insert(full.clone(), &base.path) {
-            return Err(PeftError::AmbiguousKeyMapping {
-                name: full,
-                paths: vec![other.to_string(), base.path.clone()],
-            });
-        }
-        parameters.push((base, Arc::new(site)));
-    }
-    Ok(parameters)
-}
-
-/// Norms call their parameters `gamma` and `beta` in Burn, `weight` and `bias` in PyTorch.
-fn name_in_files<'a>(parameter: &'a str, container: &str) -> &'a str {
-    match parameter {
-        "gamma" if container.ends_with("Norm") => "weight",
-        "beta" if container.ends_with("Norm") => "bias",
-        other => other,
-    }
-}
-
-fn kind_of(parameter: &BaseParameter, shows_its_input: bool) -> LayerKind {
-    match (&*parameter.container, shows_its_input) {
-        ("Struct:Linear", true) => LayerKind::LoraLinear,
-        ("Struct:Linear", false) => LayerKind::Linear,
-        ("Struct:Embedding", true) => LayerKind::LoraEmbedding,
-        ("Struct:Embedding", false) => LayerKind::Embedding,
-        ("Struct:Conv1d" | "Struct:Conv2d" | "Struct:Conv3d", _) => LayerKind::Conv,
-        _ => LayerKind::Other,
-    }
-}
-
-/// The names of all modules: whatever a parameter's name leads through.
-fn module_names<'a>(parameters: &'a [Parameter]) -> BTreeSet<&'a str> {
-    parameters.iter().flat_map(|(_, site)| ancestors_and_self(&site.name)).collect()
-}
-
-/// Whether `module` is one that `modules_to_save` names or lies within one, by the rule with which PEFT keeps updates
-/// of low rank out of them.
-pub(crate) fn lies_within(module: &str, saved: &str) -> bool {
-    ancestors_and_self(module).any(|module| matches_name(module, saved))
-}
-
-/// Whether a parameter of `module` is copied because of the entry `saved`: PEFT copies every module whose name ends
-/// with it, not only behind a dot, with all it contains.
-pub(crate) fn is_part_of(module: &str, saved: &str) -> bool {
-    !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
-}
-
-fn ancestors_and_self(module: &str) -> impl Iterator<Item = &str> {
-    module.match_indices('.').map(|(end, _)| &module[..end]).chain([module])
 }
 
 /// # Errors

@@ -1,6 +1,5 @@
-use regex::Regex;
-
 use crate::error::PeftError;
+use crate::pattern::Pattern;
 
 /// How the parameter paths of a Burn model become the names in Hugging Face files.
 ///
@@ -41,32 +40,27 @@ impl KeyMapping {
     /// The name in files of the parameter at `path`.
     ///
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
+    /// [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].
     pub fn apply(&self, path: &str) -> Result<String, PeftError> {
-        Ok(self.compile()?.apply(path))
+        self.compile()?.apply(path)
     }
 
     /// # Errors
     /// [`PeftError::InvalidPattern`].
     pub(crate) fn compile(&self) -> Result<CompiledMapping, PeftError> {
-        let compile = |(pattern, with): &(String, String)| match Regex::new(pattern) {
-            Ok(regex) => Ok((regex, with.clone())),
-            Err(source) => {
-                Err(PeftError::InvalidPattern { pattern: pattern.clone(), source: Box::new(source) })
-            }
-        };
-        let rules = self.rules.iter().map(compile).collect::<Result<_, _>>()?;
-        Ok(CompiledMapping(rules))
+        let compile =
+            |(pattern, with): &(String, String)| Ok((Pattern::new(pattern, pattern)?, with.clone()));
+        Ok(CompiledMapping(self.rules.iter().map(compile).collect::<Result<_, _>>()?))
     }
 }
 
 /// A [`KeyMapping`] ready to be applied many times.
-pub(crate) struct CompiledMapping(Vec<(Regex, String)>);
+pub(crate) struct CompiledMapping(Vec<(Pattern, String)>);
 
 impl CompiledMapping {
-    pub(crate) fn apply(&self, path: &str) -> String {
-        self.0.iter().fold(path.to_string(), |name, (pattern, with)| {
-            pattern.replace_all(&name, with.as_str()).into_owned()
-        })
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn apply(&self, path: &str) -> Result<String, PeftError> {
+        self.0.iter().try_fold(path.to_string(), |name, (pattern, with)| pattern.replace_all(&name, with))
     }
 }

@@ -35,6 +35,7 @@ mod key_mapping;
 mod lora;
 mod merge;
 mod model;
+mod pattern;
 mod seam;
 mod status;
 mod store;
@@ -43,8 +44,9 @@ mod target;
 mod tensor;
 mod weighted;
 
+pub use burn_peft_files::WrongFile;
 pub use error::{ConfigProblem, PeftError, TensorProblem};
-pub use inject::{AdaptedModule, InjectionReport};
+pub use inject::{AdaptedModule, InjectionReport, TargetCoverage};
 pub use key_mapping::KeyMapping;
 pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear};
 pub use merge::MergeReport;

@@ -14,8 +14,8 @@ mod factors;
 mod linear;
 mod transparent;
 
-pub(crate) use config::Ranks;
 pub use config::{Bias, InitLoraWeights, LoraConfig};
+pub(crate) use config::{ENSURE_WEIGHT_TYING, INIT_LORA_WEIGHTS, Ranks};
 pub use embedding::LoraEmbedding;
 pub(crate) use factors::LowRank;
 pub use linear::LoraLinear;

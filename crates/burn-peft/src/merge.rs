@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::adapter::Adapters;
+use crate::adapter::{Adapter, Adapters, Merged, Update};
 use crate::error::PeftError;
 use crate::seam::{Layout, States, attach, base_values};
 use crate::tensor::cast;
@@ -43,17 +44,32 @@ impl fmt::Display for MergeReport {
 type Sums = BTreeMap<String, (Tensor<1>, DType)>;
 
 /// Merged values by path, flattened, without a graph.
-type Merged = BTreeMap<String, Tensor<1>>;
+type Values = BTreeMap<String, Tensor<1>>;
 
-/// Keeps the merged values ready in the states, from which [`PeftModel::unmerge_adapter`](crate::PeftModel) takes them
-/// off again.
-pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
+/// Keeps the values that the active adapters make, or those of them that are named, ready in the states, from which
+/// [`PeftModel::unmerge_adapter`](crate::PeftModel) takes them off again. What was merged before stays merged.
+pub(crate) fn merge<M: Module>(model: &mut M, names: Option<&[&str]>) -> Result<MergeReport, PeftError> {
     let mut layout = Layout::of(model)?;
     refuse_rows(&layout.states)?;
-    let (merged, report) = round(effective_values(model, &layout.states), &layout.states)?;
+    let mut chosen = active_adapters(&layout.states);
+    if let Some(names) = names {
+        for name in names {
+            if !chosen.contains(*name) {
+                return Err(PeftError::InactiveAdapter { name: name.to_string() });
+            }
+        }
+        let merged = layout.states.values().filter_map(|state| state.merged.as_ref());
+        let merged: BTreeSet<Arc<str>> = merged.flat_map(|merged| merged.names.clone()).collect();
+        chosen.retain(|name| names.contains(&&**name) || merged.contains(name));
+        refuse_covered(&layout.states, &chosen)?;
+    }
+    let sums = effective_values(model, &layout.states, &chosen);
+    let (merged, report) = round(sums, &chosen)?;
     for (path, value) in merged {
         if let Some(state) = layout.states.get_mut(&path) {
-            state.merged = Some(value);
+            let own = state.active().map(|adapter| adapter.info.name.clone());
+            let names = own.filter(|name| chosen.contains(name)).collect();
+            state.merged = Some(Merged { value, names });
         }
     }
     attach(model, layout.states, false);
@@ -66,9 +82,15 @@ pub(crate) fn merge<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> 
 pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let layout = Layout::of(model)?;
     refuse_rows(&layout.states)?;
-    let mut sums = effective_values(model, &layout.states);
+    let active = active_adapters(&layout.states);
+    let mut sums = effective_values(model, &layout.states, &active);
+    let tied = layout.tied_tables.iter().map(|module| format!("{module}.weight"));
+    let tied: Vec<String> = tied.filter(|path| sums.contains_key(path)).collect();
+    if !tied.is_empty() {
+        return Err(PeftError::TiedOutput { parameters: tied });
+    }
     add_lora_biases(model, &layout, &mut sums)?;
-    let (merged, report) = round(sums, &layout.states)?;
+    let (merged, report) = round(sums, &active)?;
     attach(model, States::new(), false);
     *model = model.clone().map(&mut Placer { path: vec![], values: merged });
     Ok(report)
@@ -84,19 +106,40 @@ fn refuse_rows(states: &States) -> Result<(), PeftError> {
     }
 }
 
-/// What the active adapters make of the base, in f32 where the base is narrower.
-fn effective_values<M: Module>(model: &M, states: &States) -> Sums {
-    let active: BTreeSet<String> = states
-        .iter()
-        .filter(|(_, state)| state.active().next().is_some())
-        .map(|(path, _)| path.clone())
-        .collect();
+/// # Errors
+/// [`PeftError::CoveredByCopy`] if one of the chosen adapters changes a parameter that an active one, which is not chosen,
+/// replaces.
+fn refuse_covered(states: &States, chosen: &BTreeSet<Arc<str>>) -> Result<(), PeftError> {
+    for state in states.values() {
+        let is_chosen = |adapter: &&Adapter| chosen.contains(&adapter.info.name);
+        let copy =
+            state.active().find(|adapter| matches!(adapter.update, Update::Copy(_)) && !is_chosen(adapter));
+        if let (Some(copy), Some(adapter)) = (copy, state.active().find(is_chosen)) {
+            return Err(PeftError::CoveredByCopy {
+                name: adapter.info.name.to_string(),
+                copy: copy.info.name.to_string(),
+                parameter: format!("{}.{}", copy.info.site.name, copy.info.site.parameter),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn active_adapters(states: &States) -> BTreeSet<Arc<str>> {
+    states.values().flat_map(Adapters::active).map(|adapter| adapter.info.name.clone()).collect()
+}
+
+/// What these active adapters make of the base, in f32 where the base is narrower.
+fn effective_values<M: Module>(model: &M, states: &States, names: &BTreeSet<Arc<str>>) -> Sums {
+    let is_changed = |state: &Adapters| state.active().any(|adapter| names.contains(&adapter.info.name));
+    let changed =
+        states.iter().filter(|(_, state)| is_changed(state)).map(|(path, _)| path.clone()).collect();
     let effective = |(path, base): (String, Tensor<1>)| {
         let dtype = base.dtype();
-        let value = states.get(&path)?.effective(base);
+        let value = states.get(&path)?.effective(base, names);
         Some((path, (value, dtype)))
     };
-    base_values(model, &active).into_iter().filter_map(effective).collect()
+    base_values(model, &changed).into_iter().filter_map(effective).collect()
 }
 
 /// Adds the `lora_bias` of layers that work on activations to the sums of their biases.
@@ -135,9 +178,9 @@ fn add_lora_biases<M: Module>(model: &M, layout: &Layout, sums: &mut Sums) -> Re
 ///
 /// # Errors
 /// [`PeftError::NonFiniteMerge`].
-fn round(sums: Sums, states: &States) -> Result<(Merged, MergeReport), PeftError> {
+fn round(sums: Sums, names: &BTreeSet<Arc<str>>) -> Result<(Values, MergeReport), PeftError> {
     let mut report = MergeReport::default();
-    let mut merged = Merged::new();
+    let mut merged = Values::new();
     let mut broken = vec![];
     for (path, (exact, dtype)) in sums {
         let value = cast(exact.clone(), dtype);
@@ -157,21 +200,16 @@ fn round(sums: Sums, states: &States) -> Result<(Merged, MergeReport), PeftError
         merged.insert(path, value);
     }
     if !broken.is_empty() {
-        return Err(PeftError::NonFiniteMerge { name: active_names(states), modules: broken });
+        let names: Vec<&str> = names.iter().map(|name| &**name).collect();
+        return Err(PeftError::NonFiniteMerge { name: names.join("+"), modules: broken });
     }
     Ok((merged, report))
-}
-
-fn active_names(states: &States) -> String {
-    let names: BTreeSet<&str> =
-        states.values().flat_map(Adapters::active).map(|adapter| &*adapter.info.name).collect();
-    names.into_iter().collect::<Vec<_>>().join("+")
 }
 
 /// Puts the merged values in the place of the old ones; ids and training state stay.
 struct Placer {
     path: Vec<String>,
-    values: Merged,
+    values: Values,
 }
 
 impl ModuleMapper for Placer {

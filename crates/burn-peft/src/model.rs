@@ -76,6 +76,13 @@ pub trait PeftModel: Module {
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<InjectionReport, PeftError> {
         let mut layout = Layout::of(self)?;
+        if let Some(start) = config.init_in_file() {
+            return Err(PeftError::InvalidConfig {
+                field: "init_lora_weights",
+                expected: "`true`, `false` or `gaussian` for a new adapter",
+                found: start.to_string(),
+            });
+        }
         let plan = Plan::new(&layout, name, config)?;
         let base = base_values(self, &plan.copied());
         plan.add_to(&mut layout.states, |target| target.fresh(&plan.config, base.get(&target.path)));
@@ -237,10 +244,24 @@ pub trait PeftModel: Module {
     /// bit. Merged adapters are not trained. Whatever changes parameters (an optimizer's step, a record that is loaded)
     /// unmerges them, as does [`set_adapter`](Self::set_adapter).
     ///
+    /// A tied output layer reads the table of the embedding below its adapters. So it does while they are merged.
+    ///
     /// # Errors
     /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn merge_adapter(&mut self) -> Result<MergeReport, PeftError> {
-        merge::merge(self)
+        merge::merge(self, None)
+    }
+
+    /// Folds some of the active adapters into the weights for now, as [`merge_adapter`](Self::merge_adapter) does with all
+    /// of them. The other active ones go on working beside the merged weights, and adapters that were merged before stay
+    /// merged. PEFT's `merge_adapter(adapter_names=[..])`, which lets the other active adapters fall silent.
+    ///
+    /// # Errors
+    /// - [`InactiveAdapter`](PeftError::InactiveAdapter): only active adapters are merged
+    /// - [`CoveredByCopy`](PeftError::CoveredByCopy): an active adapter that is not named replaces a parameter
+    /// - the errors of [`merge_adapter`](Self::merge_adapter)
+    fn merge_adapters(&mut self, names: &[&str]) -> Result<MergeReport, PeftError> {
+        merge::merge(self, Some(names))
     }
 
     /// Undoes [`merge_adapter`](Self::merge_adapter): the base has its bits, the adapters work beside it again. Does
@@ -262,12 +283,15 @@ pub trait PeftModel: Module {
     ///
     /// The sum is formed in the type of the factors, f32 as a rule, and rounded once to the type of the weight.
     ///
-    /// A weight that is also read elsewhere, a tied output layer for example, changes there too: the merged model is
-    /// then another one than the adapted one. Untie such a layer before merging an adapter of an embedding.
+    /// A table that a tied output layer reads as well cannot be merged into: the merged model would be another one than
+    /// the adapted one. `LlamaForCausalLm` of burn-peft-llama has a method of this name that unties first. A model of your
+    /// own says that its output layer is tied with
+    /// [`LoraEmbedding::set_tied_output`](crate::LoraEmbedding::set_tied_output); of any other tied weight nothing is
+    /// known here, and it changes wherever it is read.
     ///
     /// # Errors
     /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`NoBiasToMergeInto`](PeftError::NoBiasToMergeInto),
-    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    /// [`TiedOutput`](PeftError::TiedOutput), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn merge_and_unload(&mut self) -> Result<MergeReport, PeftError> {
         merge::merge_and_unload(self)
     }
@@ -298,8 +322,14 @@ pub trait PeftModel: Module {
     }
 
     /// Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which Python's
-    /// `PeftModel.from_pretrained` reads. The directory is created if need be. Whenever the process dies, the directory
-    /// holds an adapter whole, or none, never parts of two.
+    /// `PeftModel.from_pretrained` reads. The directory is created if need be.
+    ///
+    /// Whenever the process ends, and whoever else writes to the directory at the same time, it holds an adapter whole, or
+    /// none, never parts of two. Other calls of this crate wait, in this process and in others. What a killed process
+    /// left behind goes with the next save.
+    ///
+    /// Long lists of targets are shortened as PEFT does it, to the shortest ends of names that mean the same modules;
+    /// `all-linear` is always spelled out like that.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`Io`](PeftError::Io),
@@ -307,7 +337,7 @@ pub trait PeftModel: Module {
     fn save_adapter(&self, name: &str, directory: impl AsRef<Path>) -> Result<(), PeftError> {
         let layout = Layout::of(self)?;
         require(&layout, name)?;
-        store::save(&layout.states, name, directory.as_ref())
+        store::save(&layout, name, directory.as_ref())
     }
 
     /// Writes every adapter as PEFT's `save_pretrained` lays them out: the one named `default` into `directory` itself,
@@ -325,7 +355,7 @@ pub trait PeftModel: Module {
         for AdapterStatus { name, .. } in adapters {
             let root = directory.as_ref();
             let place = if name == DEFAULT_ADAPTER { root.to_path_buf() } else { root.join(&name) };
-            store::save(&layout.states, &name, &place)?;
+            store::save(&layout, &name, &place)?;
             directories.push(place);
         }
         Ok(directories)

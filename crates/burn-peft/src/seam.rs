@@ -12,17 +12,32 @@ use burn::module::{
 };
 use burn::tensor::{Device, Shape, Tensor};
 
-use crate::adapter::{Adapter, Adapters, AttachedState, Update};
+use crate::adapter::{Adapter, Adapters, AttachedState, Merged, Update};
 use crate::error::PeftError;
 
-/// The container name under which a layer that works on activations, [`LoraLinear`](crate::LoraLinear) or
-/// [`LoraEmbedding`](crate::LoraEmbedding), announces itself before its inner layer.
-const ACTIVATION_SPACE_MARK: &str = "ActivationSpace";
+/// What a layer of this crate tells visitors about itself before it shows its inner layer. It adds nothing to parameter
+/// paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// The adapters of the layer work on activations.
+    ActivationSpace,
+    /// The output layer of the model reads the table of this embedding.
+    TiedTable,
+}
 
-/// Tells a visitor that the layer visited next shows its input to its adapters. It adds nothing to parameter paths.
-pub(crate) fn announce<V: ModuleVisitor>(visitor: &mut V) {
-    visitor.enter_module("", ACTIVATION_SPACE_MARK);
-    visitor.exit_module("", ACTIVATION_SPACE_MARK);
+impl Mark {
+    /// The container name that stands for it.
+    fn container(self) -> &'static str {
+        match self {
+            Self::ActivationSpace => "ActivationSpace",
+            Self::TiedTable => "TiedTable",
+        }
+    }
+
+    pub(crate) fn announce<V: ModuleVisitor>(self, visitor: &mut V) {
+        visitor.enter_module("", self.container());
+        visitor.exit_module("", self.container());
+    }
 }
 
 /// The container name that Burn gives to the traversal of a reparameterization.
@@ -47,8 +62,10 @@ pub(crate) struct BaseParameter {
 pub(crate) struct Layout {
     pub(crate) parameters: Vec<BaseParameter>,
     pub(crate) states: States,
-    /// Paths of the modules that show their input to their adapters.
+    /// Paths of the modules whose adapters work on activations.
     pub(crate) activation_space: BTreeSet<String>,
+    /// Paths of the embeddings whose table the output layer reads as well.
+    pub(crate) tied_tables: BTreeSet<String>,
 }
 
 impl Layout {
@@ -129,8 +146,14 @@ struct Reader {
 
 impl ModuleVisitor for Reader {
     fn enter_module(&mut self, name: &str, container: &str) {
-        if container == ACTIVATION_SPACE_MARK {
-            self.layout.activation_space.insert(self.path.join("."));
+        let marked = [
+            (Mark::ActivationSpace, &mut self.layout.activation_space),
+            (Mark::TiedTable, &mut self.layout.tied_tables),
+        ];
+        for (mark, paths) in marked {
+            if container == mark.container() {
+                paths.insert(self.path.join("."));
+            }
         }
         if container == REPARAMETERIZATION && name != Adapters::NAME {
             self.foreign.push(self.path.join("."));
@@ -336,7 +359,7 @@ impl Adapters {
     fn map_each(self, each: impl FnMut(Adapter) -> Adapter, plain: impl Fn(Tensor<1>) -> Tensor<1>) -> Self {
         Self {
             list: self.list.into_iter().map(each).collect(),
-            merged: self.merged.map(&plain),
+            merged: self.merged.map(|merged| Merged { value: plain(merged.value), ..merged }),
             rows: self.rows.into_iter().map(|(name, rows)| (name, plain(rows))).collect(),
             attached: self.attached,
         }

@@ -44,7 +44,7 @@ impl AdapterStatus {
                     num_params: 0,
                     config: LoraConfig::clone(&info.config),
                 });
-                status.merged |= info.active && state.merged.is_some();
+                status.merged |= state.is_merged(&info.name);
                 status.num_params += adapter.num_elements();
                 match adapter.update {
                     Update::LowRank(_) => status.modules += 1,

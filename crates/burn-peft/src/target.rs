@@ -3,9 +3,8 @@ use std::convert::Infallible;
 use std::fmt;
 use std::str::FromStr;
 
-use regex::Regex;
-
 use crate::error::PeftError;
+use crate::pattern::Pattern;
 
 /// Which modules of a model are meant, by the rules of PEFT's `target_modules` and `exclude_modules`.
 ///
@@ -24,7 +23,8 @@ pub enum TargetModules {
     /// Modules whose name is one of these, or ends with `.` and one of these: `q_proj` means every
     /// `….q_proj`, `proj` does not mean `q_proj`.
     Names(BTreeSet<String>),
-    /// Modules whose whole name this regular expression matches (Python's `re.fullmatch`).
+    /// Modules whose whole name this regular expression matches (Python's `re.fullmatch`, look-around and
+    /// back-references included).
     Regex(String),
     /// Every linear layer but the output layer, `lm_head`; no embedding. PEFT's `"all-linear"`.
     AllLinear,
@@ -78,42 +78,52 @@ impl TargetModules {
     pub(crate) fn compile(&self) -> Result<Matcher<'_>, PeftError> {
         Ok(match self {
             Self::Names(names) => Matcher::Names(names),
-            Self::Regex(pattern) => Matcher::Regex(compile(pattern, &format!("^(?:{pattern})$"))?),
+            Self::Regex(pattern) => Matcher::Regex(Pattern::whole(pattern)?),
             Self::AllLinear => Matcher::AllLinear,
         })
     }
 }
 
-/// The expression that matches a whole name, or its end behind a dot, as PEFT's `rank_pattern` and `alpha_pattern` do.
-///
-/// # Errors
-/// [`PeftError::InvalidPattern`].
-pub(crate) fn compile_pattern(pattern: &str) -> Result<Regex, PeftError> {
-    compile(pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))
-}
-
-fn compile(pattern: &str, expression: &str) -> Result<Regex, PeftError> {
-    Regex::new(expression).map_err(|source| PeftError::InvalidPattern {
-        pattern: pattern.to_string(),
-        // About what was written, without what was put around it.
-        source: Box::new(Regex::new(pattern).err().unwrap_or(source)),
-    })
-}
-
 /// Patterns with a value each, ready to match.
-pub(crate) struct Patterns<T>(Vec<(Regex, T)>);
+pub(crate) struct Patterns<T>(Vec<(Pattern, T)>);
 
 impl<T: Copy> Patterns<T> {
     /// # Errors
     /// [`PeftError::InvalidPattern`].
     pub(crate) fn new(patterns: &[(String, T)]) -> Result<Self, PeftError> {
-        let compiled = patterns.iter().map(|(pattern, value)| Ok((compile_pattern(pattern)?, *value)));
+        let compiled = patterns.iter().map(|(pattern, value)| Ok((Pattern::whole_or_end(pattern)?, *value)));
         Ok(Self(compiled.collect::<Result<_, _>>()?))
     }
 
     /// The value of the first pattern that matches `name`.
-    pub(crate) fn first(&self, name: &str) -> Option<T> {
-        self.0.iter().find(|(pattern, _)| pattern.is_match(name)).map(|(_, value)| *value)
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn first(&self, name: &str) -> Result<Option<T>, PeftError> {
+        for (pattern, value) in &self.0 {
+            if pattern.is_match(name)? {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The patterns that match none of the names.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn unmatched(&self, names: &BTreeSet<String>) -> Result<Vec<String>, PeftError> {
+        let mut unmatched = vec![];
+        for (pattern, _) in &self.0 {
+            let mut found = false;
+            for name in names {
+                found |= pattern.is_match(name)?;
+            }
+            if !found {
+                unmatched.push(pattern.as_str().to_string());
+            }
+        }
+        Ok(unmatched)
     }
 }
 
@@ -121,7 +131,7 @@ impl<T: Copy> Patterns<T> {
 pub(crate) struct LayerFilter<'a> {
     layers: &'a [usize],
     /// Each with one group, the layer's number.
-    patterns: Vec<Regex>,
+    patterns: Vec<Pattern>,
 }
 
 impl<'a> LayerFilter<'a> {
@@ -129,30 +139,36 @@ impl<'a> LayerFilter<'a> {
     /// [`PeftError::InvalidPattern`].
     pub(crate) fn new(layers: Option<&'a [usize]>, patterns: &[String]) -> Result<Self, PeftError> {
         let patterns = if patterns.is_empty() {
-            vec![compile("", r"^.*?\.[^.]*\.(\d+)\.")?]
+            vec![Pattern::new("", r"^.*?\.[^.]*\.(\d+)\.")?]
         } else {
             let with_number =
-                |pattern: &String| compile(pattern, &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
+                |pattern: &String| Pattern::new(pattern, &format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."));
             patterns.iter().map(with_number).collect::<Result<_, _>>()?
         };
         Ok(Self { layers: layers.unwrap_or_default(), patterns })
     }
 
     /// Whether a module that matched by the end of its name lies in one of the layers.
-    fn allows(&self, module: &str) -> bool {
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn allows(&self, module: &str) -> Result<bool, PeftError> {
         if self.layers.is_empty() {
-            return true;
+            return Ok(true);
         }
-        let found = self.patterns.iter().find_map(|pattern| pattern.captures(module));
-        let number = found.and_then(|groups| groups.get(groups.len() - 1)?.as_str().parse().ok());
-        number.is_some_and(|number: usize| self.layers.contains(&number))
+        for pattern in &self.patterns {
+            let Some(groups) = pattern.captures(module)? else { continue };
+            let number = groups.get(groups.len() - 1).and_then(|group| group.as_str().parse().ok());
+            return Ok(number.is_some_and(|number: usize| self.layers.contains(&number)));
+        }
+        Ok(false)
     }
 }
 
 /// [`TargetModules`] ready to match.
 pub(crate) enum Matcher<'a> {
     Names(&'a BTreeSet<String>),
-    Regex(Regex),
+    Regex(Pattern),
     AllLinear,
 }
 
@@ -160,18 +176,28 @@ impl Matcher<'_> {
     /// Whether a module is meant, in one of the layers that `filter` allows.
     ///
     /// As in PEFT, the filter does not concern modules whose whole name is listed.
-    pub(crate) fn matches_within(&self, module: &str, is_linear: bool, filter: &LayerFilter) -> bool {
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn matches_within(
+        &self,
+        module: &str,
+        is_linear: bool,
+        filter: &LayerFilter,
+    ) -> Result<bool, PeftError> {
         match self {
-            Self::Names(names) if names.contains(module) => true,
-            _ => self.matches(module, is_linear) && filter.allows(module),
+            Self::Names(names) if names.contains(module) => Ok(true),
+            _ => Ok(self.matches(module, is_linear)? && filter.allows(module)?),
         }
     }
 
-    pub(crate) fn matches(&self, module: &str, is_linear: bool) -> bool {
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn matches(&self, module: &str, is_linear: bool) -> Result<bool, PeftError> {
         match self {
-            Self::Names(names) => names.iter().any(|name| matches_name(module, name)),
-            Self::Regex(regex) => regex.is_match(module),
-            Self::AllLinear => is_linear && !matches_name(module, OUTPUT_LAYER),
+            Self::Names(names) => Ok(names.iter().any(|name| matches_name(module, name))),
+            Self::Regex(pattern) => pattern.is_match(module),
+            Self::AllLinear => Ok(is_linear && !matches_name(module, OUTPUT_LAYER)),
         }
     }
 }
@@ -188,7 +214,7 @@ mod tests {
     use super::*;
 
     fn matches(targets: TargetModules, module: &str) -> bool {
-        targets.compile().unwrap().matches(module, true)
+        targets.compile().unwrap().matches(module, true).unwrap()
     }
 
     #[test]
@@ -216,14 +242,14 @@ mod tests {
     fn all_linear_leaves_out_the_output_layer_and_what_is_not_linear() {
         assert!(matches(TargetModules::AllLinear, "layers.0.q_proj"));
         assert!(!matches(TargetModules::AllLinear, "lm_head"));
-        assert!(!TargetModules::AllLinear.compile().unwrap().matches("embed_tokens", false));
+        assert!(!TargetModules::AllLinear.compile().unwrap().matches("embed_tokens", false).unwrap());
     }
 
     #[test]
     fn layers_are_filtered_by_their_first_number() {
         let allows = |module: &str, layers: &[usize], patterns: &[&str]| {
             let patterns: Vec<String> = patterns.iter().map(ToString::to_string).collect();
-            LayerFilter::new(Some(layers), &patterns).unwrap().allows(module)
+            LayerFilter::new(Some(layers), &patterns).unwrap().allows(module).unwrap()
         };
         assert!(allows("model.layers.1.q_proj", &[0, 1], &[]));
         assert!(!allows("model.layers.10.q_proj", &[0, 1], &[]));
@@ -236,8 +262,8 @@ mod tests {
         assert!(allows("anything", &[], &[]));
         let q = TargetModules::from(["a.layers.3.q"]);
         let filter = LayerFilter::new(Some(&[1]), &[]).unwrap();
-        assert!(q.compile().unwrap().matches_within("a.layers.3.q", true, &filter));
-        assert!(!q.compile().unwrap().matches_within("b.a.layers.3.q", true, &filter));
+        assert!(q.compile().unwrap().matches_within("a.layers.3.q", true, &filter).unwrap());
+        assert!(!q.compile().unwrap().matches_within("b.a.layers.3.q", true, &filter).unwrap());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use burn_peft::{KeyMapping, LoadOptions, LoraConfig, LoraLinear, PeftError, PeftModel};
+use burn_peft::{KeyMapping, LoadOptions, LoraConfig, LoraLinear, PeftError, PeftModel, WrongFile};
 use burn_peft_tests::parameters::parameters;
 use burn_peft_tests::tolerance::assert_different;
 use tempfile::TempDir;
@@ -80,7 +80,7 @@ fn the_old_adapter_stays_if_the_new_one_cannot_come() {
         assert_eq!(state(&net), before);
         error
     };
-    assert!(matches!(fails("one", broken.path()), PeftError::Safetensors { .. }));
+    assert!(matches!(fails("one", broken.path()), PeftError::NotTheFile { found: WrongFile::Empty, .. }));
     assert!(matches!(fails("one", &old.path().join("absent")), PeftError::NoAdapter { .. }));
     assert!(matches!(fails("three", old.path()), PeftError::UnknownAdapter { .. }));
     // The one that it replaces counts no more, the one beside it does.

@@ -5,8 +5,9 @@ use serde_json::{Map, Value};
 
 use crate::error::PeftError;
 use crate::key_mapping::KeyMapping;
+use crate::pattern::Pattern;
 use crate::store;
-use crate::target::{Patterns, TargetModules, compile_pattern};
+use crate::target::{LayerFilter, Patterns, TargetModules};
 
 /// How a model is adapted: PEFT's `LoraConfig`, with PEFT's names and defaults.
 ///
@@ -77,6 +78,12 @@ pub struct LoraConfig {
     /// Entries of `adapter_config.json` that have no effect on the computation, to be written back as they were read.
     pub(crate) kept: Map<String, Value>,
 }
+
+/// PEFT's key for how the factors start.
+pub(crate) const INIT_LORA_WEIGHTS: &str = "init_lora_weights";
+
+/// PEFT's key for one adapter of both ends of a tied weight.
+pub(crate) const ENSURE_WEIGHT_TYING: &str = "ensure_weight_tying";
 
 /// A rank above this is a mistake, and would ask for more memory than there is.
 const MAX_RANK: usize = 65_536;
@@ -232,8 +239,9 @@ impl LoraConfig {
         self
     }
 
-    /// Sets [`init_lora_weights`](Self::init_lora_weights).
+    /// Sets [`init_lora_weights`](Self::init_lora_weights), in the place of a start that was read from a file.
     pub fn with_init_lora_weights(mut self, init_lora_weights: InitLoraWeights) -> Self {
+        self.kept.remove(INIT_LORA_WEIGHTS);
         self.init_lora_weights = init_lora_weights;
         self
     }
@@ -259,6 +267,18 @@ impl LoraConfig {
     pub(crate) fn scaling_of(&self, r: usize, lora_alpha: f64) -> f64 {
         let r = r as f64;
         lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// PEFT's word for how the factors started, if the configuration is from a file and the word chooses factors in a way
+    /// that is not computed here: `eva`, `loftq`, `mica`, `orthogonal`. A trained adapter does not depend on it; a new one
+    /// cannot be made with it.
+    pub fn init_in_file(&self) -> Option<&str> {
+        self.kept.get(INIT_LORA_WEIGHTS).and_then(Value::as_str)
+    }
+
+    /// Whether a file asks for `ensure_weight_tying`.
+    pub(crate) fn ensures_weight_tying(&self) -> bool {
+        self.kept.get(ENSURE_WEIGHT_TYING) == Some(&Value::Bool(true))
     }
 
     /// Ranks and alphas of modules, patterns considered.
@@ -293,7 +313,7 @@ impl LoraConfig {
             invalid("r", "a positive integer", &self.r);
         }
         if self.r > MAX_RANK {
-            invalid("r", "at most 65536, the width of no layer", &self.r);
+            invalid("r", "at most 65536", &self.r);
         }
         if let Some((pattern, r)) = self.rank_pattern.iter().find(|(_, r)| *r > MAX_RANK) {
             invalid("rank_pattern", "ranks of at most 65536", &format!("{r} for `{pattern}`"));
@@ -327,9 +347,18 @@ impl LoraConfig {
             }
             Some(_) => {}
         }
+        let targets = [&self.target_modules, &self.exclude_modules].into_iter().flatten();
+        problems.extend(targets.filter_map(|targets| targets.compile().err()));
+        let layers = self.layers_to_transform.as_deref();
+        problems.extend(
+            self.layers_pattern
+                .iter()
+                .filter_map(|pattern| LayerFilter::new(layers, std::slice::from_ref(pattern)).err()),
+        );
         let patterns = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let patterns = patterns.chain(self.alpha_pattern.iter().map(|(pattern, _)| pattern));
-        problems.extend(patterns.filter_map(|pattern| compile_pattern(pattern).err()));
+        problems.extend(patterns.filter_map(|pattern| Pattern::whole_or_end(pattern).err()));
+        problems.extend(self.key_mapping.compile().err());
         problems
     }
 }
@@ -337,15 +366,19 @@ impl LoraConfig {
 /// `r` and `lora_alpha` with their patterns, compiled once for many modules.
 pub(crate) struct Ranks {
     default: (usize, f64),
-    rank_pattern: Patterns<usize>,
-    alpha_pattern: Patterns<f64>,
+    pub(crate) rank_pattern: Patterns<usize>,
+    pub(crate) alpha_pattern: Patterns<f64>,
 }
 
 impl Ranks {
     /// Rank and `lora_alpha` of the module `name`.
-    pub(crate) fn of(&self, name: &str) -> (usize, f64) {
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn of(&self, name: &str) -> Result<(usize, f64), PeftError> {
         let (r, lora_alpha) = self.default;
-        (self.rank_pattern.first(name).unwrap_or(r), self.alpha_pattern.first(name).unwrap_or(lora_alpha))
+        let r = self.rank_pattern.first(name)?.unwrap_or(r);
+        Ok((r, self.alpha_pattern.first(name)?.unwrap_or(lora_alpha)))
     }
 }
 
@@ -361,10 +394,10 @@ mod tests {
             .with_rank_pattern([(r"layers\.1\.q", 16), ("q", 2)])
             .with_alpha_pattern([("k|q", 1.0)]);
         let ranks = config.ranks().unwrap();
-        assert_eq!(ranks.of("model.layers.1.q"), (16, 1.0));
-        assert_eq!(ranks.of("model.layers.0.q"), (2, 1.0));
-        assert_eq!(ranks.of("model.layers.0.kq"), (4, 8.0));
-        assert_eq!(ranks.of("q"), (2, 1.0));
+        assert_eq!(ranks.of("model.layers.1.q").unwrap(), (16, 1.0));
+        assert_eq!(ranks.of("model.layers.0.q").unwrap(), (2, 1.0));
+        assert_eq!(ranks.of("model.layers.0.kq").unwrap(), (4, 8.0));
+        assert_eq!(ranks.of("q").unwrap(), (2, 1.0));
         assert_eq!(config.scaling_of(16, 1.0), 0.25);
     }
 

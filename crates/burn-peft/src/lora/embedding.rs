@@ -1,9 +1,11 @@
+use burn::module::ModuleVisitor;
 use burn::nn::Embedding;
 use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
 use crate::adapter::Adapters;
 use crate::lora::transparent::transparent_layer;
+use crate::seam::Mark;
 
 /// `nn::Embedding` whose adapters work on what is looked up:
 ///
@@ -25,9 +27,37 @@ use crate::lora::transparent::transparent_layer;
 /// assert_eq!(layer.forward(ids).dims(), [1, 3, 4]);
 /// ```
 #[derive(Clone, Debug)]
-pub struct LoraEmbedding(Embedding);
+pub struct LoraEmbedding {
+    layer: Embedding,
+    has_tied_output: bool,
+}
 
 impl LoraEmbedding {
+    fn new(layer: Embedding) -> Self {
+        Self { layer, has_tied_output: false }
+    }
+
+    fn announce<V: ModuleVisitor>(&self, visitor: &mut V) {
+        Mark::ActivationSpace.announce(visitor);
+        if self.has_tied_output {
+            Mark::TiedTable.announce(visitor);
+        }
+    }
+
+    /// Says whether the model's output layer reads the table of this embedding (`tie_word_embeddings`), below its
+    /// adapters, as `self.weight.base()`. Default false.
+    ///
+    /// With it, [`merge_and_unload`](crate::PeftModel::merge_and_unload) refuses to merge an adapter into the table, which
+    /// would change the output layer too.
+    pub fn set_tied_output(&mut self, has_tied_output: bool) {
+        self.has_tied_output = has_tied_output;
+    }
+
+    /// Whether the model's output layer reads the table of this embedding.
+    pub fn has_tied_output(&self) -> bool {
+        self.has_tied_output
+    }
+
     /// Looks up `ids` and adds the updates of the active adapters.
     ///
     /// # Shapes
@@ -38,10 +68,10 @@ impl LoraEmbedding {
     /// If rows of the batch were given adapters ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) and the
     /// batch has another number of rows.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        let Some(adapters) = self.0.weight.reparameterization::<Adapters>() else {
-            return self.0.forward(ids);
+        let Some(adapters) = self.layer.weight.reparameterization::<Adapters>() else {
+            return self.layer.forward(ids);
         };
-        let output = embedding(adapters.weight(self.0.weight.base()), ids.clone());
+        let output = embedding(adapters.weight(self.layer.weight.base()), ids.clone());
         adapters.add_embedding(ids, output)
     }
 }

@@ -1,9 +1,11 @@
+use burn::module::ModuleVisitor;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 use burn::tensor::module::linear;
 
 use crate::adapter::Adapters;
 use crate::lora::transparent::transparent_layer;
+use crate::seam::Mark;
 
 /// `nn::Linear` whose adapters work on activations:
 ///
@@ -28,9 +30,19 @@ use crate::lora::transparent::transparent_layer;
 /// assert_eq!(layer.forward(Tensor::<3>::ones([1, 3, 4], &device)).dims(), [1, 3, 2]);
 /// ```
 #[derive(Clone, Debug)]
-pub struct LoraLinear(Linear);
+pub struct LoraLinear {
+    layer: Linear,
+}
 
 impl LoraLinear {
+    fn new(layer: Linear) -> Self {
+        Self { layer }
+    }
+
+    fn announce<V: ModuleVisitor>(&self, visitor: &mut V) {
+        Mark::ActivationSpace.announce(visitor);
+    }
+
     /// Applies the layer and its active adapters.
     ///
     /// The input of an adapter is cast to the type of its factors, and its output back.
@@ -43,19 +55,19 @@ impl LoraLinear {
     /// If the input's last axis is not `d_input`, and if rows of the batch were given adapters
     /// ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) and the first axis has another length.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        let Some(adapters) = self.0.weight.reparameterization::<Adapters>() else {
-            return self.0.forward(input);
+        let Some(adapters) = self.layer.weight.reparameterization::<Adapters>() else {
+            return self.layer.forward(input);
         };
-        let bias = self.0.bias.as_ref().map(|bias| bias.val());
-        let output = linear(input.clone(), adapters.weight(self.0.weight.base()), bias);
+        let bias = self.layer.bias.as_ref().map(|bias| bias.val());
+        let output = linear(input.clone(), adapters.weight(self.layer.weight.base()), bias);
         adapters.add_linear(input, output)
     }
 }
 
 transparent_layer! {
     LoraLinear, Linear,
-    /// The plain layer; adapters stay attached and work through the weight, but for what a plain layer has no place for:
-    /// their dropout and their `lora_bias`. Merge an adapter that has a `lora_bias` first.
+    /// The plain layer. Adapters stay attached and act through the weight; their dropout and `lora_bias` are lost. Merge an
+    /// adapter that has a `lora_bias` first.
 }
 
 #[cfg(test)]

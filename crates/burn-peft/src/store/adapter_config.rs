@@ -4,8 +4,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::files::{MLX_HINT, unreadable};
 use crate::error::{ConfigProblem, PeftError};
-use crate::lora::{Bias, InitLoraWeights, LoraConfig};
+use crate::lora::{Bias, ENSURE_WEIGHT_TYING, INIT_LORA_WEIGHTS, InitLoraWeights, LoraConfig};
 use crate::target::{ALL_LINEAR, TargetModules};
 
 /// The version of PEFT whose format is written.
@@ -19,13 +20,8 @@ const UNSUPPORTED_HINT: &str =
 const NEUTRAL_ONLY: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
     "kasa_config",
     "layer_replication",
-    "loftq_config",
-    "lora_ga_config",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
@@ -35,8 +31,31 @@ const NEUTRAL_ONLY: &[&str] = &[
     "velora_config",
 ];
 
-/// Keys that have no effect on what an adapter computes; their values are written back as they were read.
-const KEPT: &[&str] = &["auto_mapping", "megatron_config", "megatron_core", "qalora_group_size", "revision"];
+/// Keys that have no effect on what a trained adapter computes; their values are written back as they were read. Those
+/// that end with `_config` belong to a start of the factors, which is refused by its own name where it matters.
+/// `ensure_weight_tying` has an effect on tied weights alone, so it is judged when the adapter meets a model.
+const KEPT: &[&str] = &[
+    "auto_mapping",
+    "corda_config",
+    ENSURE_WEIGHT_TYING,
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+    "revision",
+];
+
+/// Words of [`INIT_LORA_WEIGHTS`] that choose factors and leave the base as it is: once trained, the adapter is like any other.
+const FACTOR_STARTS: &[&str] = &["eva", "loftq", "mica", "orthogonal"];
+
+/// What can be done about an adapter whose start took a part out of the base.
+const CHANGED_BASE_HINT: &str = "its training changed the base model as well; convert it in PEFT when it is saved, with `path_initial_model_for_weight_conversion`, or merge it there and load the merged model";
+
+/// What can be done about a key that PEFT does not have either.
+const UNKNOWN_HINT: &str =
+    "PEFT 0.21 has no such key; if the adapter works without it, delete the entry from the file";
 
 /// Keys whose values PEFT writes by rules of its own, whatever it read.
 const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"];
@@ -44,7 +63,7 @@ const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"]
 /// PEFT's JSON for `config`: every key that PEFT writes, sorted, indented by 2.
 pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftError> {
     let mut map: Map<String, Value> = NEUTRAL_ONLY.iter().map(|key| (key.to_string(), Value::Null)).collect();
-    for key in ["ensure_weight_tying", "use_dora", "use_qalora"] {
+    for key in ["use_dora", "use_qalora"] {
         map.insert(key.into(), json!(false));
     }
     let names_or_null = |names: &[String]| if names.is_empty() { Value::Null } else { json!(names) };
@@ -63,7 +82,7 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
         ("fan_in_fan_out", json!(config.fan_in_fan_out)),
         ("inference_mode", json!(true)),
         (
-            "init_lora_weights",
+            INIT_LORA_WEIGHTS,
             match config.init_lora_weights {
                 InitLoraWeights::KaimingUniform => json!(true),
                 InitLoraWeights::Gaussian => json!("gaussian"),
@@ -72,7 +91,6 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
         ),
         ("layers_pattern", names_or_null(&config.layers_pattern)),
         ("layers_to_transform", json!(config.layers_to_transform)),
-        ("loftq_config", json!({})),
         ("lora_alpha", number(config.lora_alpha)),
         ("lora_bias", json!(config.lora_bias)),
         ("lora_dropout", json!(config.lora_dropout)),
@@ -87,7 +105,8 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
     ];
     map.extend(entries.into_iter().map(|(key, value)| (key.to_string(), value)));
     map.extend(KEPT.iter().map(|key| (key.to_string(), kept_default(key))));
-    map.extend(config.kept.clone());
+    let is_as_read = config.init_lora_weights == InitLoraWeights::default();
+    map.extend(config.kept.clone().into_iter().filter(|(key, _)| key != INIT_LORA_WEIGHTS || is_as_read));
     map.sort_keys();
     serde_json::to_vec_pretty(&map).map_err(|source| PeftError::Json { path: path.into(), source })
 }
@@ -107,10 +126,13 @@ pub(super) struct Parsed {
 /// Reads a JSON text as far as it goes.
 ///
 /// # Errors
-/// [`PeftError::Json`].
+/// [`PeftError::Json`], [`PeftError::NotTheFile`], [`PeftError::NoAdapter`] for a file of another program.
 pub(super) fn parse(text: &[u8], path: &Path) -> Result<Parsed, PeftError> {
-    let map: Map<String, Value> =
-        serde_json::from_slice(text).map_err(|source| PeftError::Json { path: path.into(), source })?;
+    let map: Map<String, Value> = serde_json::from_slice(text)
+        .map_err(|source| unreadable(path, text, PeftError::Json { path: path.into(), source }))?;
+    if let Some(error) = other_format(&map, path) {
+        return Err(error);
+    }
     let mut config = LoraConfig::default();
     let (mut ignored, mut problems) = (vec![], vec![]);
     for (key, value) in &map {
@@ -142,9 +164,31 @@ pub(super) fn from_json(text: &[u8], path: &Path) -> Result<(LoraConfig, Vec<Str
     Ok((config, ignored.into_iter().map(|(key, _)| key).collect()))
 }
 
+/// The error about a file that another program wrote under the same name.
+fn other_format(map: &Map<String, Value>, path: &Path) -> Option<PeftError> {
+    if map.contains_key("peft_type") {
+        return None;
+    }
+    let has = |keys: &[&str]| keys.iter().any(|key| map.contains_key(*key));
+    let (reason, hint) = if has(&["lora_parameters", "fine_tune_type"]) {
+        ("it is an adapter of mlx-lm, which has a format of its own", MLX_HINT)
+    } else if has(&["model_class", "adapter_class"]) {
+        (
+            "it is an adapter of AdapterHub, which has a format of its own",
+            "train it with PEFT, or merge it there",
+        )
+    } else {
+        return None;
+    };
+    let directory = path.parent().unwrap_or(path).into();
+    Some(PeftError::NoAdapter { path: directory, reason: reason.into(), hint: hint.into() })
+}
+
 /// What PEFT writes for a key of [`KEPT`] that nobody set.
 fn kept_default(key: &str) -> Value {
     match key {
+        ENSURE_WEIGHT_TYING => json!(false),
+        "loftq_config" => json!({}),
         "megatron_core" => json!("megatron.core"),
         "qalora_group_size" => json!(16),
         _ => Value::Null,
@@ -164,7 +208,11 @@ fn read_field(config: &mut LoraConfig, key: &str, value: &Value) -> Result<Field
     let index = |value: &Value| value.as_u64().and_then(|number| usize::try_from(number).ok());
     match key {
         "peft_type" if value == "LORA" => {}
-        "peft_type" => return Err("only adapters of type LORA can be loaded"),
+        "peft_type" => {
+            return Err(
+                "only adapters of type LORA can be loaded; merge this one in PEFT and load the merged model",
+            );
+        }
         kept if KEPT.contains(&kept) => {
             if *value != kept_default(kept) {
                 config.kept.insert(key.to_string(), value.clone());
@@ -211,20 +259,28 @@ fn read_field(config: &mut LoraConfig, key: &str, value: &Value) -> Result<Field
                 _ => return Err("expected \"none\", \"all\" or \"lora_only\""),
             }
         }
-        "init_lora_weights" => {
-            config.init_lora_weights = match value {
-                Value::Bool(true) => InitLoraWeights::KaimingUniform,
-                Value::Bool(false) => InitLoraWeights::Random,
-                Value::String(name) if name == "gaussian" => InitLoraWeights::Gaussian,
-                _ => return Err(UNSUPPORTED_HINT),
+        INIT_LORA_WEIGHTS => match value {
+            Value::Bool(true) => config.init_lora_weights = InitLoraWeights::KaimingUniform,
+            Value::Bool(false) => config.init_lora_weights = InitLoraWeights::Random,
+            Value::String(word) if word == "gaussian" => config.init_lora_weights = InitLoraWeights::Gaussian,
+            Value::String(word) if FACTOR_STARTS.contains(&word.as_str()) => {
+                config.kept.insert(key.to_string(), value.clone());
             }
-        }
+            Value::String(word) if changes_base(word) => return Err(CHANGED_BASE_HINT),
+            _ => return Err("PEFT has no such start; after training it does not matter, `true` will do"),
+        },
         known if is_neutral(value) => {
             return Ok(if is_known(known) { Field::Understood } else { Field::Ignored });
         }
-        _ => return Err(UNSUPPORTED_HINT),
+        known if is_known(known) => return Err(UNSUPPORTED_HINT),
+        _ => return Err(UNKNOWN_HINT),
     }
     Ok(Field::Understood)
+}
+
+/// Whether a start takes a part out of the base.
+fn changes_base(start: &str) -> bool {
+    ["corda", "lora_ga", "olora", "pissa"].contains(&start) || start.starts_with("pissa_niter_")
 }
 
 /// Whether PEFT has a key of this name that is read here, at its neutral value at least.

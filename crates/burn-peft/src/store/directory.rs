@@ -3,16 +3,18 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
+use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use safetensors::{SafeTensorError, SafeTensors};
 
-use crate::error::{ConfigProblem, PeftError, TensorProblem, closest};
+use crate::error::{ConfigProblem, PeftError, TensorProblem, closest_key};
 use crate::inject::{is_part_of, lies_within};
 use crate::lora::{Bias, LoraConfig};
 use crate::target::{LayerFilter, TargetModules};
 
 use super::adapter_config::{self, Parsed};
-use super::{CONFIG_FILE, GIVE_ADAPTER, TENSOR_FILE, keys, read_config_text, read_tensors, tensors};
+use super::files::{AdapterFiles, unreadable};
+use super::prefix::OtherPrefix;
+use super::{CONFIG_FILE, TENSOR_FILE, keys, tensors};
 
 /// An adapter directory in PEFT's format, read without a model: what it says, what it holds, and what is wrong with it.
 ///
@@ -65,6 +67,8 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
     /// Its type, as safetensors names it.
     pub dtype: String,
+    /// The key without the name of an adapter.
+    unnamed: String,
     stored: Dtype,
     place: Range<usize>,
 }
@@ -83,7 +87,8 @@ pub enum TensorRole {
     EmbeddingB,
     /// The bias of `B`, PEFT's `lora_bias`.
     LoraBias,
-    /// The weight that is adapted, which PEFT adds for embeddings and output layers. It says nothing new.
+    /// A parameter of the base, which PEFT adds for embeddings and output layers. It says nothing new: a model with
+    /// another one refuses the adapter.
     BaseLayer,
     /// A trained copy of a parameter: of `modules_to_save`, or a bias.
     Copy,
@@ -117,17 +122,17 @@ impl AdapterDirectory {
     /// Reads an adapter directory. Whatever can be read is: [`problems`](Self::problems) tells what else is wrong.
     ///
     /// # Errors
-    /// - [`PeftError::NoAdapter`]: a file is missing, or the tensors are a pickle
-    /// - [`PeftError::Io`], [`PeftError::Json`], [`PeftError::Safetensors`]: a file cannot be read
+    /// - [`PeftError::NoAdapter`]: a file is missing, the tensors are a pickle or those of several adapters, or the files
+    ///   are another program's
+    /// - [`PeftError::Io`], [`PeftError::Json`], [`PeftError::Safetensors`], [`PeftError::NotTheFile`]: a file cannot be
+    ///   read
     pub fn open(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
         let path = directory.as_ref();
-        let config_path = path.join(CONFIG_FILE);
+        let mut files = AdapterFiles::read(path)?;
         let Parsed { config, ignored, problems, peft_version } =
-            adapter_config::parse(&read_config_text(path, &config_path)?, &config_path)?;
-        let tensor_path = path.join(TENSOR_FILE);
-        let bytes = read_tensors(path, &tensor_path)?;
-        let tensors = stored_tensors(&bytes, &config)
-            .map_err(|source| PeftError::Safetensors { path: tensor_path, source })?;
+            adapter_config::parse(&files.config, &files.config_path)?;
+        let bytes = files.tensors()?;
+        let tensors = stored_tensors(&files.tensor_path, &bytes, &config)?;
         Ok(Self {
             path: path.into(),
             peft_version,
@@ -202,6 +207,7 @@ impl AdapterDirectory {
     ///
     /// - [`PeftError::UnsupportedConfig`] with every entry that cannot be used
     /// - [`PeftError::InvalidConfig`], [`PeftError::InvalidPattern`] for every value that makes no sense
+    /// - [`PeftError::KeyPrefix`] if all keys lack PEFT's prefix or have something in front of it
     /// - [`PeftError::InconsistentAdapter`] with every tensor that is missing, unexpected, or of a shape or type that
     ///   does not fit the configuration
     /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`]
@@ -230,16 +236,23 @@ impl AdapterDirectory {
             return problems;
         }
         problems.extend(self.config.problems());
+        let keys: Vec<&str> = self.tensors.iter().map(|tensor| &*tensor.unnamed).collect();
+        if let Some(other) = OtherPrefix::of(&keys) {
+            problems.push(other.refused(&self.path.join(TENSOR_FILE)));
+            return problems;
+        }
         if self.modules.is_empty() {
             problems.push(PeftError::NoAdapter {
                 path: self.path.clone(),
                 reason: format!("there are no pairs of factors in `{TENSOR_FILE}`"),
-                hint: GIVE_ADAPTER,
+                hint: "give the directory of an adapter after it was trained and saved".into(),
             });
         }
         match self.tensor_problems() {
             Ok(found) if found.is_empty() => {}
             Ok(found) => problems.push(self.inconsistent(found)),
+            // A pattern that does not compile is among the problems of the configuration already.
+            Err(PeftError::InvalidPattern { .. }) => {}
             Err(error) => problems.push(error),
         }
         let named = |is_meant: &dyn Fn(&StoredModule) -> bool| -> Vec<String> {
@@ -274,12 +287,19 @@ impl AdapterDirectory {
         let matcher = config.target_modules.as_ref().map(TargetModules::compile).transpose()?;
         let excluding = config.exclude_modules.as_ref().map(TargetModules::compile).transpose()?;
         let filter = LayerFilter::new(config.layers_to_transform.as_deref(), &config.layers_pattern)?;
-        let is_target = |tensor: &StoredTensor| {
+        let is_target = |tensor: &StoredTensor| -> Result<bool, PeftError> {
             let module = &*tensor.module;
             let is_linear = matches!(tensor.role, TensorRole::A | TensorRole::B);
-            matcher.as_ref().is_none_or(|matcher| matcher.matches_within(module, is_linear, &filter))
-                && !excluding.as_ref().is_some_and(|excluding| excluding.matches(module, true))
-                && !config.modules_to_save.iter().any(|saved| lies_within(module, saved))
+            let is_matched = match &matcher {
+                Some(matcher) => matcher.matches_within(module, is_linear, &filter)?,
+                None => true,
+            };
+            let is_excluded = match &excluding {
+                Some(excluding) => excluding.matches(module, true)?,
+                None => false,
+            };
+            let is_saved = config.modules_to_save.iter().any(|saved| lies_within(module, saved));
+            Ok(is_matched && !is_excluded && !is_saved)
         };
         let configured = config.ranks()?;
         let ranks: BTreeMap<&str, usize> =
@@ -288,14 +308,14 @@ impl AdapterDirectory {
         let mut unexpected = vec![];
         for tensor in &self.tensors {
             let is_factor = tensor.role.is_factor();
-            if tensor.role == TensorRole::Unknown || (is_factor && !is_target(tensor)) {
-                unexpected.push(&*tensor.key);
+            if tensor.role == TensorRole::Unknown || (is_factor && !is_target(tensor)?) {
+                unexpected.push(tensor.key.clone());
             } else if !tensors::is_float(tensor.stored) {
                 problems.push(tensor.wrong_type());
             } else if is_factor {
                 let r = match ranks.get(&*tensor.module) {
                     Some(r) => *r,
-                    None => configured.of(&tensor.module).0,
+                    None => configured.of(&tensor.module)?.0,
                 };
                 problems.extend(tensor.wrong_rank(r));
             } else if tensor.role == TensorRole::LoraBias {
@@ -303,10 +323,10 @@ impl AdapterDirectory {
             }
         }
         for key in self.missing() {
-            let closest = closest(&key, unexpected.iter().copied(), 1).pop();
+            let closest = closest_key(&key, &unexpected);
             problems.push(TensorProblem::Missing { key, closest });
         }
-        let unexpected = unexpected.into_iter().map(str::to_string);
+        let unexpected = unexpected.into_iter();
         problems.extend(unexpected.map(|key| TensorProblem::Unexpected { key, closest: None }));
         Ok(problems)
     }
@@ -314,7 +334,7 @@ impl AdapterDirectory {
     /// What is wrong with the shape of a `lora_bias`, which is as long as `B` is high.
     fn wrong_lora_bias(&self, bias: &StoredTensor) -> Option<TensorProblem> {
         let b = keys::join(&bias.module, "lora_B.weight");
-        let b = self.tensors.iter().find(|tensor| tensor.key == b)?;
+        let b = self.tensors.iter().find(|tensor| tensor.unnamed == b)?;
         let expected = vec![*b.shape.first()?];
         (expected != bias.shape).then(|| TensorProblem::Shape {
             key: bias.key.clone(),
@@ -325,7 +345,7 @@ impl AdapterDirectory {
 
     /// Keys of the tensors that others in the file ask for.
     fn missing(&self) -> Vec<String> {
-        let keys: BTreeSet<&str> = self.tensors.iter().map(|tensor| &*tensor.key).collect();
+        let keys: BTreeSet<&str> = self.tensors.iter().map(|tensor| &*tensor.unnamed).collect();
         let mut missing = vec![];
         for tensor in &self.tensors {
             let partners: &[&str] = match tensor.role {
@@ -361,8 +381,10 @@ impl TensorRole {
             "lora_B.bias" if config.lora_bias => Self::LoraBias,
             "base_layer.weight" if is_adapted => Self::BaseLayer,
             "base_layer.bias" if is_adapted && config.bias != Bias::None => Self::Copy,
+            "base_layer.bias" if is_adapted => Self::BaseLayer,
             "bias" if config.bias == Bias::All && !is_adapted => Self::Copy,
             _ if config.modules_to_save.iter().any(|saved| is_part_of(module, saved)) => Self::Copy,
+            _ if keys::is_of_base(&keys::join(module, end)) => Self::BaseLayer,
             _ => Self::Unknown,
         }
     }
@@ -394,27 +416,37 @@ impl StoredTensor {
 impl StoredModule {
     /// Whether it is an embedding.
     pub fn is_embedding(&self) -> bool {
-        self.a.ends_with("lora_embedding_A")
+        self.a.contains(".lora_embedding_A")
     }
 }
 
 /// The table of contents of a tensor file.
-fn stored_tensors(bytes: &[u8], config: &LoraConfig) -> Result<Vec<StoredTensor>, SafeTensorError> {
-    // Checks the lengths as well.
-    SafeTensors::deserialize(bytes)?;
-    let (header, metadata) = SafeTensors::read_metadata(bytes)?;
+///
+/// # Errors
+/// [`PeftError::NotTheFile`], [`PeftError::Safetensors`], [`PeftError::NoAdapter`] for tensors of several adapters.
+fn stored_tensors(path: &Path, bytes: &[u8], config: &LoraConfig) -> Result<Vec<StoredTensor>, PeftError> {
+    // Deserializing checks the lengths as well.
+    let (header, metadata) = SafeTensors::deserialize(bytes)
+        .and_then(|_| SafeTensors::read_metadata(bytes))
+        .map_err(|source| unreadable(path, bytes, PeftError::Safetensors { path: path.into(), source }))?;
     let start = header + size_of::<u64>();
     let infos: BTreeMap<String, _> = metadata.tensors().into_iter().collect();
-    let parts = infos.keys().filter_map(|key| keys::split(key));
+    let unnamed: BTreeMap<String, String> = tensors::without_names(path, infos.keys().map(String::as_str))?
+        .into_iter()
+        .map(|(unnamed, key)| (key, unnamed))
+        .collect();
+    let parts = unnamed.values().filter_map(|key| keys::split(key));
     let adapted: BTreeSet<&str> =
         parts.filter(|(_, end)| end.starts_with("lora_")).map(|(module, _)| module).collect();
     let stored = infos.iter().map(|(key, info)| {
-        let (module, role) = match keys::split(key) {
+        let unnamed = unnamed.get(key).unwrap_or(key);
+        let (module, role) = match keys::split(unnamed) {
             Some((module, end)) => (module, TensorRole::of(module, end, config, &adapted)),
             None => ("", TensorRole::Unknown),
         };
         StoredTensor {
             key: key.clone(),
+            unnamed: unnamed.clone(),
             module: module.to_string(),
             role,
             shape: info.shape.clone(),
@@ -441,7 +473,7 @@ fn stored_modules(tensors: &[StoredTensor], config: &LoraConfig) -> Vec<StoredMo
         let (_, d_input) = a.shape.split_first()?;
         let b = find(&a.module, role)?;
         let default = (config.r, config.lora_alpha);
-        let (r, lora_alpha) = ranks.as_ref().map_or(default, |ranks| ranks.of(&a.module));
+        let (r, lora_alpha) = ranks.as_ref().and_then(|ranks| ranks.of(&a.module).ok()).unwrap_or(default);
         Some(StoredModule {
             name: a.module.clone(),
             r,

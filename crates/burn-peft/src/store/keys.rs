@@ -6,7 +6,7 @@ use crate::adapter::{Adapter, Change, Copied, LayerKind, Site, Update};
 use crate::lora::LowRank;
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// One tensor of an adapter's file.
 pub(super) struct Entry {
@@ -82,6 +82,38 @@ pub(super) fn split(key: &str) -> Option<(&str, &str)> {
     let path = key.strip_prefix(PREFIX)?;
     let known = ENDS.iter().find_map(|end| Some((path.strip_suffix(end)?.strip_suffix('.')?, *end)));
     known.or_else(|| path.rsplit_once('.'))
+}
+
+/// A key without the name of an adapter in it, and that name: `x.lora_A.default.weight` is `x.lora_A.weight` of
+/// `default`.
+///
+/// So are keys named in memory, where a model has several adapters, and in files of those who save what is in memory.
+pub(super) fn without_name(key: &str) -> (String, Option<&str>) {
+    let parts: Vec<&str> = key.split('.').collect();
+    let named = parts.iter().enumerate().find_map(|(i, part)| {
+        let behind = &parts[i + 1..];
+        match (*part, behind) {
+            // The wrapper of a module that is saved whole goes with the name.
+            ("modules_to_save", [_, _]) => Some((i, i + 2)),
+            ("lora_A" | "lora_B", [_, "weight" | "bias"]) | ("lora_magnitude_vector", [_, "weight"]) => {
+                Some((i + 1, i + 2))
+            }
+            ("lora_embedding_A" | "lora_embedding_B", [_]) => Some((i + 1, i + 2)),
+            _ => None,
+        }
+    });
+    match named {
+        Some((start, end)) => ([&parts[..start], &parts[end..]].concat().join("."), Some(parts[end - 1])),
+        None => (key.to_string(), None),
+    }
+}
+
+/// Whether a key is that of a parameter of the base, `x.weight` or `x.bias`.
+pub(super) fn is_of_base(key: &str) -> bool {
+    let is_of_adapter = |part: &str| part.starts_with("lora_") || part == "token_adapter";
+    key.starts_with(PREFIX)
+        && key.rsplit('.').next().is_some_and(|end| ["weight", "bias"].contains(&end))
+        && !key.split('.').any(is_of_adapter)
 }
 
 /// The key of a module's tensor; the inverse of [`split`].

@@ -3,13 +3,15 @@
 //! The `safetensors` crate is used directly: burn-store writes a module's own parameters under the module's own paths,
 //! and here neither the paths nor the layout nor the set of tensors are the module's.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 
+use super::files::unreadable;
+use super::keys;
 use crate::error::{PeftError, TensorProblem};
 
 /// A tensor on its way to a file: its key, its shape there, its elements.
@@ -42,21 +44,27 @@ pub(super) fn to_bytes(path: &Path, tensors: &[Stored]) -> Result<Vec<u8>, PeftE
     serialize(views, Some(metadata)).map_err(error)
 }
 
-/// Hands out the tensors of a file one by one.
+/// Hands out the tensors of a file one by one, by keys without the name of an adapter.
 pub(super) struct Reader<'a> {
     file: SafeTensors<'a>,
-    taken: Vec<String>,
+    /// The keys as the file has them by the keys that are asked for.
+    keys: BTreeMap<String, String>,
+    taken: BTreeSet<String>,
 }
 
 impl<'a> Reader<'a> {
+    /// # Errors
+    /// [`PeftError::NotTheFile`], [`PeftError::Safetensors`], [`PeftError::NoAdapter`] for tensors of several adapters.
     pub(super) fn new(path: &Path, bytes: &'a [u8]) -> Result<Self, PeftError> {
-        let file = SafeTensors::deserialize(bytes)
-            .map_err(|source| PeftError::Safetensors { path: path.into(), source })?;
-        Ok(Self { file, taken: vec![] })
+        let file = SafeTensors::deserialize(bytes).map_err(|source| {
+            unreadable(path, bytes, PeftError::Safetensors { path: path.into(), source })
+        })?;
+        let keys = without_names(path, file.names())?;
+        Ok(Self { file, keys, taken: BTreeSet::new() })
     }
 
     pub(super) fn has(&self, key: &str) -> bool {
-        self.file.tensor(key).is_ok()
+        self.keys.contains_key(key)
     }
 
     /// The tensor `key`, in f32 and flattened, if it has the expected shape.
@@ -66,11 +74,10 @@ impl<'a> Reader<'a> {
         expected: &[usize],
         device: &Device,
     ) -> Result<Tensor<1>, TensorProblem> {
-        let view = self
-            .file
-            .tensor(key)
-            .map_err(|_| TensorProblem::Missing { key: key.to_string(), closest: None })?;
-        self.taken.push(key.to_string());
+        let missing = || TensorProblem::Missing { key: key.to_string(), closest: None };
+        let in_file = self.keys.get(key).ok_or_else(missing)?;
+        let view = self.file.tensor(in_file).map_err(|_| missing())?;
+        self.taken.insert(key.to_string());
         if view.shape() != expected {
             return Err(TensorProblem::Shape {
                 key: key.to_string(),
@@ -86,11 +93,34 @@ impl<'a> Reader<'a> {
 
     /// Keys that nobody took, sorted.
     pub(super) fn leftover(&self) -> Vec<String> {
-        let names = self.file.names().into_iter().map(ToString::to_string);
-        let mut names: Vec<String> = names.filter(|name| !self.taken.contains(name)).collect();
-        names.sort();
-        names
+        self.keys.keys().filter(|key| !self.taken.contains(*key)).cloned().collect()
     }
+}
+
+/// The keys of a file by what they are without the name of an adapter.
+///
+/// # Errors
+/// [`PeftError::NoAdapter`] if they have different names in them.
+pub(super) fn without_names<'k>(
+    path: &Path,
+    keys: impl IntoIterator<Item = &'k str>,
+) -> Result<BTreeMap<String, String>, PeftError> {
+    let (mut found, mut names) = (BTreeMap::new(), BTreeSet::new());
+    let mut is_twice = false;
+    for key in keys {
+        let (without, name) = keys::without_name(key);
+        names.extend(name);
+        is_twice |= found.insert(without, key.to_string()).is_some();
+    }
+    if names.len() < 2 && !is_twice {
+        return Ok(found);
+    }
+    let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+    Err(PeftError::NoAdapter {
+        path: path.into(),
+        reason: format!("its keys belong to several adapters, {}", names.join(", ")),
+        hint: "save each of them alone, with PEFT's `save_pretrained`".into(),
+    })
 }
 
 /// Whether adapters can have tensors of this type.

@@ -1,5 +1,6 @@
 //! The combined adapter of a whole model.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::module::Module;
@@ -71,7 +72,7 @@ fn plan(layout: &Layout, name: &str, config: LoraConfig, sources: &[(&str, f64)]
     else {
         return Ok(plan);
     };
-    let escaped: Vec<String> = names.iter().map(|name| regex::escape(name)).collect();
+    let escaped: Vec<String> = names.iter().map(|name| fancy_regex::escape(name).into_owned()).collect();
     let exact = config.with_target_modules(TargetModules::Regex(escaped.join("|")));
     Plan::new(layout, name, &exact)
 }
@@ -107,17 +108,18 @@ fn combined_config(layout: &Layout, sources: &[(&str, f64)], rank: usize) -> Res
     let first = first.map(|config| LoraConfig::clone(&config)).unwrap_or_default();
     // By the mapping of the new adapter: a source may have another one.
     let mapping = first.key_mapping.compile()?;
-    let module = |path: &String| {
-        let name = mapping.apply(path);
-        name.rsplit_once('.').map(|(module, _)| module.to_string())
-    };
+    let mut modules = BTreeSet::new();
+    for path in paths {
+        let name = mapping.apply(path)?;
+        modules.extend(name.rsplit_once('.').map(|(module, _)| module.to_string()));
+    }
     Ok(LoraConfig {
         r: rank,
         lora_alpha: rank as f64,
         use_rslora: false,
         rank_pattern: vec![],
         alpha_pattern: vec![],
-        target_modules: Some(paths.into_iter().filter_map(module).collect::<TargetModules>()),
+        target_modules: Some(TargetModules::Names(modules)),
         exclude_modules: None,
         layers_to_transform: None,
         layers_pattern: vec![],

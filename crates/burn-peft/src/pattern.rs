@@ -1,0 +1,125 @@
+//! Regular expressions that users and files give.
+
+use fancy_regex::{Captures, Regex};
+
+use crate::error::PeftError;
+
+/// A regular expression in Python's notation, look-around and back-references included.
+///
+/// Such an expression may take time that grows exponentially with the text, and files can come from anywhere. So the
+/// number of steps is bounded, and a match that needs more is an error.
+pub(crate) struct Pattern {
+    /// As it was given, without what was put around it.
+    given: String,
+    regex: Regex,
+}
+
+impl Pattern {
+    /// Compiles `expression`, which was made of `given`.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn new(given: &str, expression: &str) -> Result<Self, PeftError> {
+        let regex = Regex::new(expression).map_err(|source| PeftError::InvalidPattern {
+            pattern: given.to_string(),
+            // About what was written, without what was put around it.
+            source: Box::new(Regex::new(given).err().unwrap_or(source)),
+        })?;
+        Ok(Self { given: given.to_string(), regex })
+    }
+
+    /// The expression that matches whole names: Python's `re.fullmatch`.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn whole(given: &str) -> Result<Self, PeftError> {
+        Self::new(given, &format!("^(?:{given})$"))
+    }
+
+    /// The expression that matches a whole name, or its end behind a dot, as PEFT's `rank_pattern` and `alpha_pattern`
+    /// do.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn whole_or_end(given: &str) -> Result<Self, PeftError> {
+        Self::new(given, &format!(r"^(?:.*\.)?(?:{given})$"))
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.given
+    }
+
+    /// Whether it matches somewhere in `text`.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn is_match(&self, text: &str) -> Result<bool, PeftError> {
+        self.regex.is_match(text).map_err(|source| self.endless(text, source))
+    }
+
+    /// The groups of the first match in `text`.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn captures<'t>(&self, text: &'t str) -> Result<Option<Captures<'t>>, PeftError> {
+        self.regex.captures(text).map_err(|source| self.endless(text, source))
+    }
+
+    /// `text` with every match replaced by `with`, which may name groups.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn replace_all(&self, text: &str, with: &str) -> Result<String, PeftError> {
+        let replaced = self.regex.try_replacen(text, 0, with);
+        Ok(replaced.map_err(|source| self.endless(text, source))?.into_owned())
+    }
+
+    fn endless(&self, text: &str, source: fancy_regex::Error) -> PeftError {
+        let (pattern, name) = (self.given.clone(), text.to_string());
+        PeftError::EndlessPattern { pattern, name, source: Box::new(source) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What Python's `re.fullmatch` says, tried there.
+    #[test]
+    fn expressions_match_as_in_python() {
+        for (pattern, name, expected) in [
+            (r"^(model)(?!.*(lm_head|emb)).*(q_proj|v_proj)", "model.layers.0.self_attn.q_proj", true),
+            (r"^(model)(?!.*(lm_head|emb)).*(q_proj|v_proj)", "model.emb.q_proj", false),
+            (r".*(?<!vision\.)q_proj", "text.q_proj", true),
+            (r".*(?<!vision\.)q_proj", "vision.q_proj", false),
+            (r"(?P<half>\w+)\.(?P=half)", "a.a", true),
+            (r"(?P<half>\w+)\.(?P=half)", "a.b", false),
+            (r"(\w+)\.\1", "mlp.mlp", true),
+            (r"(?i)Q_PROJ", "q_proj", true),
+            (r"q_proj|v_proj", "x.q_proj", false),
+            (r"(?:.*\.)?q_proj$", "x.q_proj", true),
+            (r".*\.(?=q_).*", "x.q_proj", true),
+            (r"", "", true),
+        ] {
+            assert_eq!(
+                Pattern::whole(pattern).unwrap().is_match(name).unwrap(),
+                expected,
+                "{pattern} {name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_broken_expression_is_named_as_it_was_written() {
+        let error = Pattern::whole_or_end("(q_proj").err().unwrap();
+        assert_eq!(error.to_string(), "invalid regular expression `(q_proj`");
+    }
+
+    #[test]
+    fn a_match_that_would_take_for_ever_is_an_error() {
+        let pattern = Pattern::whole(r"(?=x)(x+x+)+y").unwrap();
+        let error = pattern.is_match(&"x".repeat(64)).unwrap_err();
+        assert!(matches!(&error, PeftError::EndlessPattern { pattern, .. } if pattern == r"(?=x)(x+x+)+y"));
+        assert!(error.to_string().contains("hint:"), "{error}");
+    }
+}

@@ -1,0 +1,135 @@
+//! The two files of an adapter directory, as they belong together.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use burn_peft_files::{WrongFile, read_together};
+
+use super::{CONFIG_FILE, TENSOR_FILE, adapter_config};
+use crate::error::PeftError;
+use crate::lora::LoraConfig;
+
+pub(super) const PICKLE_FILE: &str = "adapter_model.bin";
+
+/// What can be done about a directory without an adapter.
+const GIVE_ADAPTER: &str = "give the directory that PEFT's `save_pretrained` wrote";
+
+/// The files of one adapter, read at one moment.
+pub(super) struct AdapterFiles {
+    pub(super) config_path: PathBuf,
+    pub(super) config: Vec<u8>,
+    pub(super) tensor_path: PathBuf,
+    tensors: std::io::Result<Vec<u8>>,
+}
+
+impl AdapterFiles {
+    /// Reads both files. That there are no tensors is told when they are [asked for](Self::tensors).
+    ///
+    /// # Errors
+    /// [`PeftError::NoAdapter`] if there is no configuration, [`PeftError::Io`].
+    pub(super) fn read(directory: &Path) -> Result<Self, PeftError> {
+        let (config_path, tensor_path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
+        let [config, tensors] =
+            read_together(directory, [CONFIG_FILE, TENSOR_FILE]).map_err(PeftError::io(directory))?;
+        let config = config.map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => no_config(directory),
+            _ => PeftError::io(&config_path)(error),
+        })?;
+        Ok(Self { config_path, config, tensor_path, tensors })
+    }
+
+    /// The tensor file.
+    ///
+    /// # Errors
+    /// [`PeftError::NoAdapter`] if there is none, or only a pickle; [`PeftError::Io`].
+    pub(super) fn tensors(&mut self) -> Result<Vec<u8>, PeftError> {
+        let tensors = std::mem::replace(&mut self.tensors, Ok(vec![]));
+        tensors.map_err(|error| match error.kind() {
+            ErrorKind::NotFound => no_tensors(self.tensor_path.parent().unwrap_or(Path::new("."))),
+            _ => PeftError::io(&self.tensor_path)(error),
+        })
+    }
+}
+
+/// The configuration in an adapter directory, and the keys in it that were not understood and ask for nothing.
+///
+/// # Errors
+/// Those of the file; [`PeftError::UnsupportedConfig`].
+pub(crate) fn read_config(directory: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
+    let AdapterFiles { config, config_path, .. } = AdapterFiles::read(directory)?;
+    adapter_config::from_json(&config, &config_path)
+}
+
+/// The error about a file that could not be made sense of: that it is not what its name says, or else `error`.
+pub(super) fn unreadable(path: &Path, bytes: &[u8], error: PeftError) -> PeftError {
+    match WrongFile::detect(bytes) {
+        Some(found) => PeftError::NotTheFile { path: path.into(), found },
+        None => error,
+    }
+}
+
+/// What a directory without a configuration is instead.
+fn no_config(directory: &Path) -> PeftError {
+    let no = |reason: &str, hint: String| PeftError::NoAdapter {
+        path: directory.into(),
+        reason: reason.into(),
+        hint,
+    };
+    if directory.is_file() {
+        return no("it is a file", format!("give the directory that it is in; {GIVE_ADAPTER}"));
+    }
+    if !directory.exists() {
+        return no("there is no such directory", GIVE_ADAPTER.into());
+    }
+    let has = |name: &str| directory.join(name).exists();
+    let inside = adapters_inside(directory);
+    if !inside.is_empty() {
+        let hint = format!("give one of its sub-directories: {}", inside.join(", "));
+        return no(&format!("there is no `{CONFIG_FILE}`"), hint);
+    }
+    if has("adapters.safetensors") || has("adapters.npz") {
+        return no("it is an adapter of mlx-lm, which has a format of its own", MLX_HINT.into());
+    }
+    if has("pytorch_lora_weights.safetensors") {
+        let hint = "load it in diffusers and save it with PEFT's `save_pretrained`";
+        return no("it is a LoRA of diffusers, which has a format of its own", hint.into());
+    }
+    if has("config.json") {
+        return no(
+            "it holds a whole model",
+            format!("give it as the base model; for the adapter, {GIVE_ADAPTER}"),
+        );
+    }
+    no(&format!("there is no `{CONFIG_FILE}`"), GIVE_ADAPTER.into())
+}
+
+/// What can be done about an adapter of mlx-lm.
+pub(super) const MLX_HINT: &str = "fold it into its model with `mlx_lm.fuse --model MODEL --adapter-path DIRECTORY` and use the fused model";
+
+fn no_tensors(directory: &Path) -> PeftError {
+    let no = |reason: String, hint: &str| PeftError::NoAdapter {
+        path: directory.into(),
+        reason,
+        hint: hint.into(),
+    };
+    if directory.join(PICKLE_FILE).exists() {
+        return no(
+            format!("`{PICKLE_FILE}` is a pickle, which can run code when it is read"),
+            "load it in Python and save it again with `safe_serialization=True`",
+        );
+    }
+    no(format!("there is no `{TENSOR_FILE}`"), GIVE_ADAPTER)
+}
+
+/// The names of the sub-directories with adapters, a few of them, sorted.
+fn adapters_inside(directory: &Path) -> Vec<String> {
+    const SHOWN: usize = 8;
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter(|entry| entry.path().join(CONFIG_FILE).exists())
+        .map(|entry| format!("`{}`", entry.file_name().to_string_lossy()))
+        .collect();
+    names.sort();
+    names.truncate(SHOWN);
+    names
+}
