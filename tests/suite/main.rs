@@ -5,6 +5,7 @@
 mod adapter_files;
 mod cases;
 mod common;
+mod directories;
 mod export;
 mod key_mapping;
 mod lifecycle;
