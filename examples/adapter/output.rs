@@ -3,9 +3,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use burn_peft_files::StagedDirectory;
 use burn_peft_llama::LlamaForCausalLm;
 use serde_json::{Map, Value, json};
-use tempfile::TempDir;
 
 const CONFIG_FILE: &str = "config.json";
 
@@ -48,16 +48,9 @@ impl Output {
     }
 
     /// An empty directory beside the place, removed again unless it is moved there.
-    fn stage(&self) -> Result<TempDir> {
-        let parent = self.directory.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
-        let context = || format!("cannot write to `{}`", parent.display());
-        std::fs::create_dir_all(parent).with_context(context)?;
-        let mut builder = tempfile::Builder::new();
-        // A temporary directory is private to its owner; the one it becomes should follow the umask like any other.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        builder.prefix(".merging-").tempdir_in(parent).with_context(context)
+    fn stage(&self) -> Result<StagedDirectory> {
+        let context = || format!("cannot write beside `{}`", self.directory.display());
+        StagedDirectory::beside(&self.directory).with_context(context)
     }
 
     /// Writes `model` with the files that it shares with `base`, and returns the names and sizes of all files. The
@@ -82,12 +75,7 @@ impl Output {
             files.push((entry.file_name().to_string_lossy().into_owned(), size));
         }
         files.sort();
-        if self.directory.exists() {
-            std::fs::remove_dir(&self.directory).with_context(context)?;
-        }
-        std::fs::rename(path, &self.directory).with_context(context)?;
-        // There is nothing left to remove.
-        let _ = staged.keep();
+        staged.put().with_context(context)?;
         Ok(files)
     }
 }

@@ -193,9 +193,33 @@ mod inspecting {
         let text = error(report(copy.path()));
         assert!(text.contains("is a pickle") && text.contains("hint: load it in Python"), "{text}");
         let text = error(report(&fixture("gqa-tied")));
-        assert!(text.contains("there is no `adapter_config.json`"), "{text}");
+        assert!(
+            text.contains("it holds a whole model") && text.contains("hint: give it as the base"),
+            "{text}"
+        );
         let text = error(report(&fixture("absent")));
         assert!(text.contains("cannot read the directory"), "{text}");
+    }
+
+    #[test]
+    fn what_loads_is_usable_and_what_does_not_says_why() {
+        let inspect = |name: &str| report(&fixture("cases").join(name));
+        for name in ["a04-lookahead-regex", "a09-eva", "b01-default-in-keys", "b06-embedding-layers"] {
+            let report = inspect(name).unwrap();
+            assert!(report.usable, "{}", report.text);
+        }
+        assert_eq!(line(&inspect("a09-eva").unwrap().text, "init_lora_weights"), "init_lora_weights eva");
+        for (name, part) in [
+            ("b02-no-prefix", "lack the prefix `base_model.model.`"),
+            ("a11-unknown-value", "delete the entry from the file"),
+        ] {
+            let report = inspect(name).unwrap();
+            assert!(!report.usable && report.text.contains(part), "{}", report.text);
+        }
+        for (name, part) in [("b10-lfs-pointer", "git lfs pull"), ("b13-mlx", "mlx_lm.fuse")] {
+            let text = error(inspect(name));
+            assert!(text.contains(part), "{text}");
+        }
     }
 
     #[test]
@@ -457,6 +481,46 @@ mod merging {
         let text = error(merge(&args));
         assert!(text.contains("non-finite weights at `model.layers.0.self_attn.q_proj`"), "{text}");
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn weights_of_the_base_beside_an_adapter_are_checked_and_change_nothing() {
+        let parent = tempfile::tempdir().unwrap();
+        let case = |name: &str| fixture("cases").join(name);
+        let (plain, repeated) = (parent.path().join("plain"), parent.path().join("repeated"));
+        merge(&args(&case("base-untied"), &[&case("b06-embedding-layers")], &repeated)).unwrap();
+        let factors = parent.path().join("factors");
+        fs::create_dir(&factors).unwrap();
+        fs::copy(
+            case("b06-embedding-layers").join("adapter_config.json"),
+            factors.join("adapter_config.json"),
+        )
+        .unwrap();
+        let bytes = fs::read(case("b06-embedding-layers").join("adapter_model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let own = file.tensors().into_iter().filter(|(key, _)| key.contains(".lora_"));
+        fs::write(factors.join("adapter_model.safetensors"), safetensors::serialize(own, None).unwrap())
+            .unwrap();
+        merge(&args(&case("base-untied"), &[&factors], &plain)).unwrap();
+        assert_eq!(tensors(&repeated), tensors(&plain));
+        // A table that is only repeated is no reason to untie it.
+        let text = error(Plan::new(&args(&fixture("mha-biased"), &[&case("b06-embedding-layers")], &plain)));
+        assert!(
+            text.contains("`lm_head.weight` is [96, 48] in the model, [96, 32] in the adapter"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_merge_cleans_up_after_one_that_was_killed() {
+        let parent = tempfile::tempdir().unwrap();
+        // As a killed one leaves it: a directory, and beside it the file that its writer had locked.
+        fs::create_dir(parent.path().join(".staged-a1b2c3-out")).unwrap();
+        fs::write(parent.path().join(".staged-a1b2c3-out/model.safetensors"), "half").unwrap();
+        fs::write(parent.path().join(".staged-a1b2c3-out.lock"), "").unwrap();
+        let out = parent.path().join("out");
+        merge(&args(&fixture("gqa-tied"), &[&fixture("gqa-tied-qv")], &out)).unwrap();
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tempfile::NamedTempFile;
+use burn_peft_files::DirectoryWriter;
 
 /// Makes a directory for output, and finds out whether files can be made in it.
 pub fn make_directory(dir: &Path) -> Result<()> {
@@ -33,26 +33,15 @@ pub fn remove(path: &Path) -> Result<()> {
 /// Lets `fill` write an empty file beside `path` with the same ending, and then puts it in the place of `path`.
 pub fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let whole = || -> Result<()> {
-        let file = beside(path)?;
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let writer = DirectoryWriter::open(directory.unwrap_or(Path::new(".")))?;
+        let name = path.file_name().context("the path has no file name")?;
+        let file = writer.stage(&name.to_string_lossy())?;
         fill(file.path())?;
-        // A name must not reach the disk before the bytes it stands for.
-        file.as_file().sync_all()?;
-        file.persist(path)?;
+        file.put()?;
         Ok(())
     };
     whole().with_context(|| format!("`{}` cannot be written", path.display()))
-}
-
-/// A temporary file in the same directory: only there renaming is one step.
-fn beside(path: &Path) -> std::io::Result<NamedTempFile> {
-    let ending = path.extension().map(|ending| format!(".{}", ending.display())).unwrap_or_default();
-    let mut builder = tempfile::Builder::new();
-    builder.suffix(&ending);
-    // Temporary files are private; what becomes of this one has the permissions of any new file.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    builder.tempfile_in(directory.unwrap_or(Path::new(".")))
 }
 
 #[cfg(test)]

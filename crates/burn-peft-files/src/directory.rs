@@ -9,10 +9,10 @@ use std::time::{Duration, SystemTime};
 use tempfile::NamedTempFile;
 
 use crate::lock::DirectoryLock;
+use crate::staged_directory::LOCK;
 
-/// What stands before and behind the name of a file that is being written: `.NAME.a1b2c3.staged`.
-const STAGED_PREFIX: &str = ".";
-const STAGED_SUFFIX: &str = ".staged";
+/// What the names of files begin with that are being written: `.staged-a1b2c3-NAME`, with the ending of `NAME`.
+pub(crate) const STAGED: &str = ".staged-";
 
 /// The right to write to a directory, which nobody else has while this value lives.
 ///
@@ -62,9 +62,9 @@ impl DirectoryWriter {
     /// # Errors
     /// No file can be made in the directory.
     pub fn stage(&self, name: &str) -> Result<StagedFile> {
-        let prefix = format!("{STAGED_PREFIX}{name}.");
+        let suffix = format!("-{name}");
         let mut builder = tempfile::Builder::new();
-        builder.prefix(&prefix).suffix(STAGED_SUFFIX);
+        builder.prefix(STAGED).suffix(&suffix);
         // Temporary files are private to their owner; what this one becomes should follow the umask like any other.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -91,6 +91,11 @@ pub struct StagedFile {
 }
 
 impl StagedFile {
+    /// Where the file is until it is put, for writers that want a path. It has the ending of its name.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
     /// Flushes the file to disk and moves it to its place: a reader sees the old one, or all of this one.
     ///
     /// # Errors
@@ -98,14 +103,20 @@ impl StagedFile {
     pub fn put(self) -> Result<()> {
         self.file.as_file().sync_all()?;
         self.file.persist(&self.path).map_err(|error| error.error)?;
-        // The move itself is safe from a power failure when the directory is on disk too. Not everywhere can a directory be
-        // opened, and what was promised holds without it.
-        #[cfg(unix)]
-        if let Some(directory) = self.path.parent() {
-            let _ = File::open(directory).and_then(|directory| directory.sync_all());
-        }
+        sync_parent(&self.path);
         Ok(())
     }
+}
+
+/// Flushes the directory that `path` is in: only then is the move to `path` safe from a power failure. Not everywhere can
+/// a directory be opened, and without it a reader still sees all or nothing.
+pub(crate) fn sync_parent(path: &Path) {
+    #[cfg(unix)]
+    if let Some(directory) = path.parent() {
+        let _ = File::open(directory).and_then(|directory| directory.sync_all());
+    }
+    #[cfg(not(unix))]
+    let _ = path;
 }
 
 impl Write for StagedFile {
@@ -180,11 +191,9 @@ fn inode(_metadata: &Metadata) -> u64 {
 fn remove_leftovers(directory: &Path) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for entry in entries.flatten() {
-        let name = entry.file_name();
-        let is_staged = name
-            .to_str()
-            .is_some_and(|name| name.starts_with(STAGED_PREFIX) && name.ends_with(STAGED_SUFFIX));
-        if is_staged {
+        let is_staged = entry.file_name().to_str().is_some_and(|name| name.starts_with(STAGED));
+        // Directories are staged otherwise.
+        if is_staged && entry.path().is_file() && !entry.path().extension().is_some_and(|end| end == LOCK) {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -234,10 +243,10 @@ mod tests {
         let (_, left) = writer.stage("a").unwrap().file.keep().unwrap();
         drop(writer);
         fs::write(directory.path().join(".hidden"), "").unwrap();
-        fs::write(directory.path().join("x.staged"), "").unwrap();
+        fs::write(directory.path().join("x.staged-a"), "").unwrap();
         assert!(left.exists());
         write(directory.path(), 1);
-        assert_eq!(names(directory.path()), [".hidden", "a", "b", "x.staged"]);
+        assert_eq!(names(directory.path()), [".hidden", "a", "b", "x.staged-a"]);
     }
 
     #[test]
