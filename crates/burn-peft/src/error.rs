@@ -398,7 +398,7 @@ pub enum PeftError {
     },
 
     /// A safetensors file is malformed.
-    #[error("invalid safetensors file `{}`", .path.display())]
+    #[error("invalid safetensors file `{}`\nhint: copy or download it again, it may be incomplete", .path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,

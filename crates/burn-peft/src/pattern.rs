@@ -20,7 +20,7 @@ impl Pattern {
     /// # Errors
     /// [`PeftError::InvalidPattern`].
     pub(crate) fn new(given: &str, expression: &str) -> Result<Self, PeftError> {
-        let regex = Regex::new(expression).map_err(|source| PeftError::InvalidPattern {
+        let regex = Regex::new(&translated(expression)).map_err(|source| PeftError::InvalidPattern {
             pattern: given.to_string(),
             // About what was written, without what was put around it.
             source: Box::new(Regex::new(given).err().unwrap_or(source)),
@@ -80,6 +80,42 @@ impl Pattern {
     }
 }
 
+/// Python's notation in that of the `regex` crate, where they differ: sets have no operators and no sets inside, `{,n}` is
+/// a repetition, and `\Z` is the very end.
+fn translated(python: &str) -> String {
+    let mut out = String::with_capacity(python.len());
+    let mut rest = python.char_indices().peekable();
+    let mut in_set = false;
+    while let Some((at, c)) = rest.next() {
+        match c {
+            '\\' => match rest.next() {
+                Some((_, 'Z')) if !in_set => out.push_str(r"\z"),
+                Some((_, next)) => out.extend(['\\', next]),
+                None => out.push('\\'),
+            },
+            '[' if !in_set => {
+                in_set = true;
+                out.push('[');
+                if let Some((_, not)) = rest.next_if(|(_, c)| *c == '^') {
+                    out.push(not);
+                }
+                // A bracket that comes first stands for itself.
+                if rest.next_if(|(_, c)| *c == ']').is_some() {
+                    out.push_str(r"\]");
+                }
+            }
+            ']' if in_set => {
+                in_set = false;
+                out.push(']');
+            }
+            '[' | '&' | '~' if in_set => out.extend(['\\', c]),
+            '{' if !in_set && python[at..].starts_with("{,") => out.push_str("{0"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +136,17 @@ mod tests {
             (r"(?:.*\.)?q_proj$", "x.q_proj", true),
             (r".*\.(?=q_).*", "x.q_proj", true),
             (r"", "", true),
+            (r"[[a]q", "[q", true),
+            (r"a{,2}b", "aab", true),
+            (r"a{,2}b", "aaab", false),
+            (r"\Aq\Z", "q", true),
+            (r"[&&~~]x", "&x", true),
+            (r"[]a]b", "]b", true),
+            (r"[^]]x", "ax", true),
+            (r"[^]]x", "]x", false),
+            (r"[\[\]]x", "]x", true),
+            (r"[a{,2}]b", "{b", true),
+            (r"\{,2\}", "{,2}", true),
         ] {
             assert_eq!(
                 Pattern::whole(pattern).unwrap().is_match(name).unwrap(),

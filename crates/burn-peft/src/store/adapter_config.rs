@@ -262,7 +262,9 @@ fn read_field(config: &mut LoraConfig, key: &str, value: &Value) -> Result<Field
         INIT_LORA_WEIGHTS => match value {
             Value::Bool(true) => config.init_lora_weights = InitLoraWeights::KaimingUniform,
             Value::Bool(false) => config.init_lora_weights = InitLoraWeights::Random,
-            Value::String(word) if word == "gaussian" => config.init_lora_weights = InitLoraWeights::Gaussian,
+            Value::String(word) if word.eq_ignore_ascii_case("gaussian") => {
+                config.init_lora_weights = InitLoraWeights::Gaussian
+            }
             Value::String(word) if FACTOR_STARTS.contains(&word.as_str()) => {
                 config.kept.insert(key.to_string(), value.clone());
             }

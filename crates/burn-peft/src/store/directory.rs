@@ -92,6 +92,8 @@ pub enum TensorRole {
     BaseLayer,
     /// A trained copy of a parameter: of `modules_to_save`, or a bias.
     Copy,
+    /// A bias that PEFT wrote a second time. Nobody reads it.
+    Repeated,
     /// None that the configuration asks for.
     Unknown,
 }
@@ -181,9 +183,11 @@ impl AdapterDirectory {
         self.bytes.len()
     }
 
-    /// Elements of the tensors that say something new, those of [`TensorRole::BaseLayer`] left out.
+    /// Elements of the tensors that say something new, those of [`TensorRole::BaseLayer`] and [`TensorRole::Repeated`]
+    /// left out.
     pub fn num_params(&self) -> usize {
-        let own = self.tensors.iter().filter(|tensor| tensor.role != TensorRole::BaseLayer);
+        let repeated = [TensorRole::BaseLayer, TensorRole::Repeated];
+        let own = self.tensors.iter().filter(|tensor| !repeated.contains(&tensor.role));
         own.map(|tensor| tensor.shape.iter().product::<usize>()).sum()
     }
 
@@ -379,6 +383,7 @@ impl TensorRole {
             "lora_embedding_A" => Self::EmbeddingA,
             "lora_embedding_B" => Self::EmbeddingB,
             "lora_B.bias" if config.lora_bias => Self::LoraBias,
+            _ if keys::is_written_again(&keys::join(module, end), config.bias) => Self::Repeated,
             "base_layer.weight" if is_adapted => Self::BaseLayer,
             "base_layer.bias" if is_adapted && config.bias != Bias::None => Self::Copy,
             "base_layer.bias" if is_adapted => Self::BaseLayer,
@@ -632,6 +637,27 @@ mod tests {
         let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "modules_to_save": [".0.q"]}"#;
         let found = problems(config, &q(2));
         assert!(found.len() == 1 && found[0].starts_with("modules are both targets"), "{found:?}");
+    }
+
+    #[test]
+    fn biases_that_peft_writes_again_are_told_apart() {
+        let bias = |module: &str| [(format!("base_model.model.{module}.bias"), &[3_usize][..], Dtype::F32)];
+        let again = [bias("head.modules_to_save"), bias("head.original_module"), bias("head")].concat();
+        let config = |bias: &str| {
+            format!(
+                r#"{{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "modules_to_save": ["head"], "bias": "{bias}"}}"#
+            )
+        };
+        let all = directory(&config("all"), &[&q(2)[..], &again].concat());
+        let adapter = AdapterDirectory::open(all.path()).unwrap();
+        assert!(adapter.problems().is_empty(), "{:?}", adapter.problems());
+        let roles: Vec<TensorRole> = adapter.tensors().iter().map(|tensor| tensor.role).collect();
+        let (repeated, copy) = (TensorRole::Repeated, TensorRole::Copy);
+        assert_eq!(roles, [copy, repeated, repeated, TensorRole::A, TensorRole::B]);
+        assert_eq!(adapter.num_params(), 10 + 6 + 3);
+        // Otherwise nothing asks for them, on any model.
+        let found = problems(&config("none"), &[&q(2)[..], &bias("other.modules_to_save")].concat());
+        assert!(found.len() == 1 && found[0].contains("unexpected"), "{found:?}");
     }
 
     #[test]

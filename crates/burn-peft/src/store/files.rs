@@ -31,10 +31,7 @@ impl AdapterFiles {
         let (config_path, tensor_path) = (directory.join(CONFIG_FILE), directory.join(TENSOR_FILE));
         let [config, tensors] =
             read_together(directory, [CONFIG_FILE, TENSOR_FILE]).map_err(PeftError::io(directory))?;
-        let config = config.map_err(|error| match error.kind() {
-            ErrorKind::NotFound | ErrorKind::NotADirectory => no_config(directory),
-            _ => PeftError::io(&config_path)(error),
-        })?;
+        let config = config.map_err(|error| unread_config(directory, error))?;
         Ok(Self { config_path, config, tensor_path, tensors })
     }
 
@@ -56,8 +53,16 @@ impl AdapterFiles {
 /// # Errors
 /// Those of the file; [`PeftError::UnsupportedConfig`].
 pub(crate) fn read_config(directory: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
-    let AdapterFiles { config, config_path, .. } = AdapterFiles::read(directory)?;
-    adapter_config::from_json(&config, &config_path)
+    let path = directory.join(CONFIG_FILE);
+    let [config] = read_together(directory, [CONFIG_FILE]).map_err(PeftError::io(directory))?;
+    adapter_config::from_json(&config.map_err(|error| unread_config(directory, error))?, &path)
+}
+
+fn unread_config(directory: &Path, error: std::io::Error) -> PeftError {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => no_config(directory),
+        _ => PeftError::io(directory.join(CONFIG_FILE))(error),
+    }
 }
 
 /// The error about a file that could not be made sense of: that it is not what its name says, or else `error`.

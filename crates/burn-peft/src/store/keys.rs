@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::adapter::{Adapter, Change, Copied, LayerKind, Site, Update};
-use crate::lora::LowRank;
+use crate::lora::{Bias, LowRank};
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -108,9 +108,19 @@ pub(super) fn without_name(key: &str) -> (String, Option<&str>) {
     }
 }
 
+/// What PEFT calls the two modules into which it puts one that is saved whole.
+const WRAPPERS: [&str; 2] = ["modules_to_save", "original_module"];
+
+/// Whether a key is one of those under which PEFT, with `bias` "all", writes the biases of saved modules again. It does
+/// not read them.
+pub(super) fn is_written_again(key: &str, bias: Bias) -> bool {
+    bias == Bias::All && key.ends_with(".bias") && key.split('.').any(|part| WRAPPERS.contains(&part))
+}
+
 /// Whether a key is that of a parameter of the base, `x.weight` or `x.bias`.
 pub(super) fn is_of_base(key: &str) -> bool {
-    let is_of_adapter = |part: &str| part.starts_with("lora_") || part == "token_adapter";
+    let is_of_adapter =
+        |part: &str| part.starts_with("lora_") || part == "token_adapter" || WRAPPERS.contains(&part);
     key.starts_with(PREFIX)
         && key.rsplit('.').next().is_some_and(|end| ["weight", "bias"].contains(&end))
         && !key.split('.').any(is_of_adapter)

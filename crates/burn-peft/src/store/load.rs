@@ -13,7 +13,7 @@ use super::{LoadOptions, LoadReport, adapted_names, adapter_config, tensors};
 use crate::adapter::{Copied, Update};
 use crate::error::{PeftError, TensorProblem, closest_key};
 use crate::inject::{Plan, Target, parameters};
-use crate::lora::{Bias, LowRank};
+use crate::lora::LowRank;
 use crate::seam::Layout;
 use crate::target::OUTPUT_LAYER;
 use crate::tensor::cast;
@@ -125,12 +125,9 @@ fn compare_base(
 
 /// The tensors that nothing took.
 fn unexpected(plan: &Plan, stored: &tensors::Reader) -> Vec<TensorProblem> {
-    let mut leftover = stored.leftover();
-    if plan.config.bias == Bias::All {
-        // PEFT writes the biases of saved modules again under the names of its wrapper, and does not read them.
-        leftover.retain(|key| !key.contains(".modules_to_save.") && !key.contains(".original_module."));
-    }
-    leftover.into_iter().map(|key| TensorProblem::Unexpected { key, closest: None }).collect()
+    let leftover = stored.leftover().into_iter();
+    let leftover = leftover.filter(|key| !keys::is_written_again(key, plan.config.bias));
+    leftover.map(|key| TensorProblem::Unexpected { key, closest: None }).collect()
 }
 
 /// The error about tensors that do not fit: the common cause, if there is one.
