@@ -234,6 +234,22 @@ pub enum LlamaError {
     )]
     NoEndToken,
 
+    // === Adapters ===
+    /// The rows of a batch name their adapters, and there are more or fewer prompts.
+    #[error(
+        "expected a prompt for each of the {rows} rows that name adapters, found {prompts}\n\
+         hint: give `with_adapter_names` one adapter, or `None`, for each prompt"
+    )]
+    BatchRows {
+        /// Number of rows that were given to `with_adapter_names`.
+        rows: usize,
+        /// Number of prompts.
+        prompts: usize,
+    },
+    /// The adapters of a model are in a state that an operation on it cannot work with.
+    #[error(transparent)]
+    Adapters(burn_peft::PeftError),
+
     // === Batches ===
     /// A batch of nothing.
     #[error("expected at least one example, found none")]
@@ -289,7 +305,7 @@ pub enum LlamaError {
     /// Nothing would be trained.
     #[error("no parameter is trainable\nhint: {hint}")]
     NotTrainable {
-        /// Which of the two causes it is, and the remedy.
+        /// The cause and the remedy.
         hint: &'static str,
     },
     /// A parameter of type f16 would be trained.

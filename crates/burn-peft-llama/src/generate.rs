@@ -4,6 +4,7 @@ use burn::{
     module::Module,
     tensor::{Bool, Device, Int, Tensor, TensorData},
 };
+use burn_peft::PeftModel;
 
 use crate::{
     LlamaError, LlamaForCausalLm,
@@ -71,6 +72,8 @@ impl LlamaForCausalLm {
     ///
     /// - [`LlamaError::EmptyPrompt`] for a prompt without tokens,
     /// - [`LlamaError::TokenOutOfRange`] for a token id that the model does not have,
+    /// - [`LlamaError::BatchRows`] if rows of a batch name their adapters
+    ///   ([`with_adapter_names`](PeftModel::with_adapter_names)) and there are not as many prompts,
     /// - [`LlamaError::SamplingOption`] for a temperature, `top_p` or `top_k` that makes no sense,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn generate(
@@ -79,12 +82,17 @@ impl LlamaForCausalLm {
         options: &GenerateOptions,
     ) -> Result<Vec<Vec<u32>>, LlamaError> {
         self.check(prompts)?;
+        let batch_rows = self.batch_rows();
+        if let Some(rows) = batch_rows.filter(|&rows| rows != prompts.len()) {
+            return Err(LlamaError::BatchRows { rows, prompts: prompts.len() });
+        }
         let mut sampler = Sampler::new(&options.sampling)?;
         let mut outputs = vec![Vec::new(); prompts.len()];
         if prompts.is_empty() || options.max_new_tokens == 0 {
             return Ok(outputs);
         }
-        let model = self.valid();
+        let mut model = self.valid();
+        let is_mixed = batch_rows.is_some();
         let device = model.model.embed_tokens.weight.base().device();
         let is_stop =
             |id: &u32| self.config().eos_token_ids.contains(id) || options.stop_token_ids.contains(id);
@@ -115,6 +123,9 @@ impl LlamaForCausalLm {
             if going.len() < rows.len() {
                 let kept = going.iter().map(|&i| i as i64).collect();
                 cache.keep(&ints(kept, &device));
+                if is_mixed {
+                    model = model.select_rows(&going).map_err(LlamaError::Adapters)?;
+                }
                 rows = going.iter().map(|&i| rows[i]).collect();
             }
             let next = going.iter().map(|&i| i64::from(next[i])).collect();

@@ -6,6 +6,8 @@ use burn::{
     tensor::{DType, FloatDType, Tensor},
 };
 
+use crate::sum::sum_all;
+
 /// Scales all gradients of `module` together so that their common norm is at most `max_norm`, and returns them with
 /// the norm they had, `[1]`.
 ///
@@ -19,11 +21,12 @@ pub fn clip_grad_norm<M: Module>(
     grads: GradientsParams,
     max_norm: f64,
 ) -> (GradientsParams, Option<Tensor<1>>) {
-    let mut squares = Squares { grads: &grads, sum: None };
+    let mut squares = Squares { grads: &grads, sums: Vec::new() };
     module.visit(&mut squares);
-    let Some(norm) = squares.sum.map(Tensor::sqrt) else {
+    if squares.sums.is_empty() {
         return (grads, None);
-    };
+    }
+    let norm = sum_all(Tensor::cat(squares.sums, 0)).sqrt();
     let factor = norm.clone().add_scalar(1e-6).recip().mul_scalar(max_norm).clamp_max(1.0);
     let mut scale = Scale { grads, factor };
     module.visit(&mut scale);
@@ -33,7 +36,8 @@ pub fn clip_grad_norm<M: Module>(
 /// Sums the squares of all gradients.
 struct Squares<'a> {
     grads: &'a GradientsParams,
-    sum: Option<Tensor<1>>,
+    /// Of each tensor, on the device of the first one.
+    sums: Vec<Tensor<1>>,
 }
 
 impl ModuleVisitor for Squares<'_> {
@@ -44,13 +48,10 @@ impl ModuleVisitor for Squares<'_> {
                 DType::F16 | DType::BF16 => grad.cast(FloatDType::F32),
                 _ => grad,
             };
-            let square = grad.square().sum();
-            self.sum = Some(match self.sum.take() {
-                None => square,
-                Some(sum) => {
-                    let device = sum.device();
-                    sum + square.to_device(&device)
-                }
+            let sum = sum_all(grad.square());
+            self.sums.push(match self.sums.first() {
+                None => sum,
+                Some(first) => sum.to_device(&first.device()),
             });
         }
     }
@@ -131,6 +132,22 @@ mod tests {
         let grad = clipped.get::<2>(module.weight.id).unwrap();
         assert_eq!(grad.dtype(), DType::F16);
         assert!(grad.into_data().iter::<f32>().all(|value| (value - 0.5).abs() < 1e-3));
+    }
+
+    #[test]
+    fn the_norm_of_a_large_tensor_is_that_in_f64() {
+        let device = Device::flex();
+        for (rows, columns) in [(4_000, 1_000), (3, 700_001), (9_000_001, 1)] {
+            let weight = Tensor::<2>::full([rows, columns], 0.01, &device);
+            let linear = Linear { weight: Param::from_tensor(weight.clone()), bias: None };
+            let mut grads = GradientsParams::new();
+            grads.register(linear.weight.id, weight);
+            let norm = clip_grad_norm(&linear, grads, 1.0).1.unwrap().into_scalar::<f32>();
+            let expected = f64::from(0.01_f32 * 0.01_f32) * (rows * columns) as f64;
+            // Burn's sum is 2.6e-4 off, 1.3e-4 for the norm.
+            let found = f64::from(norm) / expected.sqrt();
+            assert!((found - 1.0).abs() < 1e-6, "{rows} x {columns}: {found}");
+        }
     }
 
     #[test]

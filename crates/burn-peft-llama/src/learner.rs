@@ -6,7 +6,7 @@ use burn_train::{
     metric::{AccuracyInput, Adaptor, LossInput},
 };
 
-use crate::{Batch, LlamaForCausalLm};
+use crate::{Batch, LlamaForCausalLm, train::check::hint};
 
 /// What a training step gives to metrics: the loss.
 #[derive(Clone, Debug)]
@@ -72,8 +72,12 @@ impl TrainStep for LlamaForCausalLm {
     type Input = Batch;
     type Output = TrainingOutput;
 
+    /// # Panics
+    ///
+    /// If nothing is trained, for instance because the adapters are merged.
     fn step(&self, batch: Batch) -> TrainOutput<TrainingOutput> {
         let loss = self.loss(&batch);
+        assert!(loss.is_tracked(), "no parameter is trainable\nhint: {}", hint(self));
         let output = TrainingOutput { loss: loss.clone(), num_targets: batch.num_targets };
         TrainOutput::new(self, loss.backward(), output)
     }
@@ -84,8 +88,7 @@ impl InferenceStep for LlamaForCausalLm {
     type Output = ValidationOutput;
 
     fn step(&self, batch: Batch) -> ValidationOutput {
-        let hidden: Tensor<2> = self.hidden_states(batch.input_ids, Some(batch.attention_mask)).flatten(0, 1);
-        let logits = self.logits(hidden.select(0, batch.positions)).cast(FloatDType::F32);
+        let logits = self.logits_of(self.labelled(&batch)).cast(FloatDType::F32);
         let targets = batch.targets.unsqueeze_dim::<2>(1);
         let correct = logits.clone().argmax(1).equal(targets.clone()).int().flatten(0, 1);
         let loss = log_softmax(logits, 1).gather(1, targets).mean().neg();

@@ -53,6 +53,7 @@ mod norm;
 mod rope;
 mod sampler;
 mod schedule;
+mod sum;
 mod tokenizer;
 mod train;
 mod weights;

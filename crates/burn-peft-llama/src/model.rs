@@ -13,7 +13,7 @@ use crate::{
     Batch, LlamaAttention, LlamaBlock, LlamaConfig, LlamaMlp, RmsNorm,
     attention::{Context, causal_bias},
     cache::KvCache,
-    loss,
+    loss::{self, Picked},
     rope::Rope,
 };
 
@@ -184,9 +184,7 @@ impl LlamaForCausalLm {
     ///
     /// If the shapes differ or a token id is not below `vocab_size`.
     pub fn forward(&self, input_ids: Tensor<2, Int>, attention_mask: Option<Tensor<2, Bool>>) -> Tensor<3> {
-        let hidden = self.hidden_states(input_ids, attention_mask);
-        let [b, s, d] = hidden.dims();
-        self.logits(hidden.reshape([b * s, d])).reshape([b, s, self.config.vocab_size])
+        self.logits(self.hidden_states(input_ids, attention_mask))
     }
 
     /// What the output layer reads: the residual stream behind the last block, normalised.
@@ -214,13 +212,43 @@ impl LlamaForCausalLm {
     ///
     /// # Shapes
     ///
-    /// - hidden: `[n, hidden_size]`
-    /// - output: `[n, vocab_size]`
-    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+    /// - hidden: `[.., hidden_size]`
+    /// - output: `[.., vocab_size]`
+    ///
+    /// # Panics
+    ///
+    /// If the last axis is not `hidden_size`, and if rows of a batch name adapters of the output layer
+    /// ([`with_adapter_names`](burn_peft::PeftModel::with_adapter_names)) and the first axis is not that batch.
+    pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
             // An adapter of the embedding is its own; the output layer reads the table underneath, as in PEFT.
-            None => hidden.matmul(self.model.embed_tokens.weight.base().transpose()),
+            None => {
+                let mut shape = hidden.dims();
+                let [vocab_size, d] = self.model.embed_tokens.weight.base().dims();
+                let n: usize = shape[..D - 1].iter().product();
+                shape[D - 1] = vocab_size;
+                let table = self.model.embed_tokens.weight.base().transpose();
+                hidden.reshape([n, d]).matmul(table).reshape(shape)
+            }
+        }
+    }
+
+    /// The hidden states at the labelled positions of `batch`.
+    pub(crate) fn labelled(&self, batch: &Batch) -> Picked {
+        let hidden = self.hidden_states(batch.input_ids.clone(), Some(batch.attention_mask.clone()));
+        let [b, s, d] = hidden.dims();
+        Picked {
+            hidden: hidden.reshape([b * s, d]).select(0, batch.positions.clone()),
+            rows: batch.positions.clone().div_scalar(s as i64),
+        }
+    }
+
+    /// Applies the output layer to hidden states that were picked from a batch. `[n, vocab_size]`
+    pub(crate) fn logits_of(&self, picked: Picked) -> Tensor<2> {
+        match &self.lm_head {
+            Some(lm_head) => lm_head.forward_rows(picked.hidden, &picked.rows),
+            None => self.logits(picked.hidden),
         }
     }
 
@@ -228,6 +256,11 @@ impl LlamaForCausalLm {
     ///
     /// Logits are computed at `batch.positions` only, a bounded number of rows at a time. If nothing in the output
     /// layer is trained, which is so with LoRA, none of them outlives the call.
+    ///
+    /// `backward` of the result needs something that is trained: on a model that is frozen, or whose adapters are merged
+    /// or inactive, there is no graph and Burn panics. To read losses without training, call
+    /// [`valid`](Module::valid) first, as [`evaluate`](crate::evaluate) does: Burn keeps the graph of every loss of a
+    /// training model until some `backward` finds it out of use.
     ///
     /// # Shapes
     ///
@@ -238,10 +271,7 @@ impl LlamaForCausalLm {
     /// As [`forward`](Self::forward), if a position or target is out of range, and if the batch has no label.
     /// [`Collator::collate`](crate::Collator::collate) makes no such batch.
     pub fn loss(&self, batch: &Batch) -> Tensor<1> {
-        let hidden = self.hidden_states(batch.input_ids.clone(), Some(batch.attention_mask.clone()));
-        let [b, s, d] = hidden.dims();
-        let hidden = hidden.reshape([b * s, d]).select(0, batch.positions.clone());
-        loss::mean_cross_entropy(self, hidden, batch.targets.clone())
+        loss::mean_cross_entropy(self, self.labelled(batch), batch.targets.clone())
     }
 
     /// Gives the output layer a weight of its own, a copy of the embedding table, if it has none. Adapting or
@@ -366,9 +396,13 @@ pub(crate) mod tests {
     /// Always the same model.
     pub(crate) fn model(device: &Device, tied: bool) -> LlamaForCausalLm {
         let config = LlamaConfig::new(13, 16, 2).with_heads(4, 2).with_intermediate_size(24);
-        let config = config.with_tie_word_embeddings(tied);
+        drawn(&config.with_tie_word_embeddings(tied), device)
+    }
+
+    /// Always the same model for a configuration.
+    pub(crate) fn drawn(config: &LlamaConfig, device: &Device) -> LlamaForCausalLm {
         let Ok(model) =
-            LlamaForCausalLm::build(&config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
+            LlamaForCausalLm::build(config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
         model
     }
 

@@ -1,7 +1,7 @@
 //! A short training loop: AdamW, schedule, global clipping, token-weighted accumulation.
 
 mod accumulation;
-mod check;
+pub(crate) mod check;
 mod config;
 mod evaluation;
 mod mean_loss;
@@ -57,7 +57,8 @@ impl CausalLmLoss for LlamaForCausalLm {
 /// # Errors
 ///
 /// - [`LlamaError::TrainingOption`] for a configuration that makes no sense,
-/// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or all its parameters are frozen,
+/// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or nothing in it is trained: all its
+///   parameters are frozen, its adapters are merged or inactive, or rows of a batch name them,
 /// - [`LlamaError::TrainableF16`] if a parameter that would be trained is f16; a frozen base may be,
 /// - those of [`Collator::collate`], for any of the examples, before training begins,
 /// - [`LlamaError::NonFiniteLoss`] if a loss that is read is not a number,

@@ -7,7 +7,7 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::{DType, Device, Int, Tensor};
 
 use crate::lora::{LoraConfig, LowRank};
-use crate::tensor::{cast, like};
+use crate::tensor::{cast, like, on_kind_of};
 
 mod site;
 
@@ -60,7 +60,7 @@ impl Update {
             }
             Change::Copy { shift } => {
                 let base = base?.clone();
-                let base = if device.is_autodiff() { Tensor::from_inner(base) } else { base };
+                let base = on_kind_of(base, device);
                 let bias = shift.map(|_| Tensor::zeros(base.shape(), (device, DType::F32)));
                 Self::Copy(Copied { copy: Param::from_tensor(base), bias: bias.map(Param::from_tensor) })
             }
@@ -214,6 +214,16 @@ impl Adapters {
         self.list.iter().find(|adapter| &*adapter.info.name == name)
     }
 
+    /// The same adapters for a batch whose row `i` is row `rows[i]` of the one that named them.
+    pub(crate) fn select_rows(mut self, rows: &Tensor<1, Int>) -> Self {
+        let rows = rows.clone().inner();
+        for (_, mask) in &mut self.rows {
+            let rows = rows.clone().to_device(&mask.device());
+            *mask = mask.clone().select(0, rows);
+        }
+        self
+    }
+
     /// Whether an adapter is part of the merged value.
     pub(crate) fn is_merged(&self, name: &str) -> bool {
         self.merged.as_ref().is_some_and(|merged| merged.names.contains(name))
@@ -251,9 +261,7 @@ impl Adapters {
                 (false, _) => output + factors.forward(input.clone(), scaling, rows),
                 (true, Some(bias)) => {
                     // Merged adapters are not trained.
-                    let bias = bias.val();
-                    let bias = if bias.is_autodiff() { Tensor::from_inner(bias.inner()) } else { bias };
-                    let bias = cast(bias.mul_scalar(scaling), output.dtype());
+                    let bias = like(bias.val().inner().mul_scalar(scaling), &output);
                     output + bias.unsqueeze::<D>()
                 }
                 (true, None) => output,

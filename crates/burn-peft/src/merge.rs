@@ -10,7 +10,7 @@ use burn::tensor::{DType, Tensor};
 use crate::adapter::{Adapter, Adapters, Merged, Update};
 use crate::error::PeftError;
 use crate::seam::{Layout, States, attach, base_values};
-use crate::tensor::cast;
+use crate::tensor::{cast, like};
 
 /// What merging did to the weights.
 #[non_exhaustive]
@@ -223,13 +223,6 @@ impl ModuleMapper for Placer {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(value) = self.values.remove(&self.path.join(".")) else { return param };
-        param.map(|base| {
-            let value = value.reshape(base.shape());
-            if base.is_autodiff() {
-                Tensor::from_inner(value).set_require_grad(base.is_require_grad())
-            } else {
-                value
-            }
-        })
+        param.map(|base| like(value.reshape(base.shape()), &base).set_require_grad(base.is_require_grad()))
     }
 }

@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::adapter::{Adapter, Update};
 use crate::error::PeftError;
@@ -177,6 +177,38 @@ pub trait PeftModel: Module {
                     Some((name, Tensor::from_data(mask.as_slice(), (&device, DType::F32))))
                 })
                 .collect();
+        }
+        let mut model = self.clone();
+        attach(&mut model, layout.states, false);
+        Ok(model)
+    }
+
+    /// The number of rows that [`with_adapter_names`](Self::with_adapter_names) was given, if an adapter is named among
+    /// them; `None` for every other model, whose batches may have any number of rows.
+    fn batch_rows(&self) -> Option<usize> {
+        let layout = Layout::read_only(self);
+        layout.states.values().flat_map(|state| &state.rows).map(|(_, mask)| mask.shape()[0]).next()
+    }
+
+    /// The model for a batch that consists of these rows of the one that
+    /// [`with_adapter_names`](Self::with_adapter_names) was given: row `i` has the adapter of row `rows[i]`, which lets a
+    /// batch shrink when a sequence ends, grow or change its order. A copy that shares every tensor with this model. A
+    /// model whose rows name no adapter comes back as it is.
+    ///
+    /// # Errors
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    ///
+    /// # Panics
+    /// On a row that was given no name.
+    fn select_rows(&self, rows: &[usize]) -> Result<Self, PeftError> {
+        let mut layout = Layout::of(self)?;
+        let Some((_, mask)) = layout.states.values().flat_map(|state| &state.rows).next() else {
+            return Ok(self.clone());
+        };
+        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let rows = Tensor::<1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &mask.device());
+        for state in layout.states.values_mut() {
+            *state = std::mem::take(state).select_rows(&rows);
         }
         let mut model = self.clone();
         attach(&mut model, layout.states, false);

@@ -3,13 +3,13 @@
 use burn::module::Module;
 use burn::tensor::{Device, TensorData};
 use burn_peft::{Bias, PeftError, PeftModel};
-use burn_peft_llama::GenerateOptions;
-use burn_peft_tests::fixture::directory;
+use burn_peft_llama::{Collator, GenerateOptions, LlamaError, LlamaForCausalLm, PaddingSide};
+use burn_peft_tests::fixture::{Fixture, PAD_TOKEN_ID, directory};
 use burn_peft_tests::parameters::parameters;
-use burn_peft_tests::tolerance::assert_different;
+use burn_peft_tests::tolerance::{LOSS, REORDERED, assert_close, assert_close_number, assert_different};
 
 use super::{Net, base, ids, random, stir};
-use crate::common::load_base;
+use crate::common::{load_base, masked_logits};
 
 /// Row `i` of `[batch, ..]`.
 pub(super) fn row(data: &TensorData, i: usize) -> Vec<f32> {
@@ -171,4 +171,142 @@ fn dropout_does_not_act_on_a_mixed_batch() {
     let mixed = net.with_adapter_names(&[Some("one"), Some("one"), None]).unwrap();
     assert_eq!(mixed.output(), mixed.output());
     assert_different("dropout", &net.output(), &net.output());
+}
+
+/// Adapters of everything that reads tokens or makes them: `peft` is the one of the fixture, on the output layer and in
+/// the blocks, `wide` is on the embedding and the output layer.
+fn with_adapted_head(device: &Device) -> (Fixture, LlamaForCausalLm) {
+    let fixture = Fixture::open("mha-biased-head");
+    let mut model = load_base("mha-biased", device);
+    model.load_adapter("peft", &fixture.directory).unwrap();
+    model.add_adapter("wide", &random(2, ["embed_tokens", "lm_head", "v_proj"])).unwrap();
+    (fixture, model)
+}
+
+const MIXED: [[Option<&str>; 3]; 3] = [
+    [Some("peft"), None, Some("wide")],
+    [Some("wide"), Some("wide"), Some("peft")],
+    [None, Some("peft"), None],
+];
+
+/// The model with that adapter alone, or none.
+fn alone(model: &LlamaForCausalLm, name: Option<&str>) -> LlamaForCausalLm {
+    let mut model = model.clone();
+    model.set_adapter(&name.into_iter().collect::<Vec<_>>()).unwrap();
+    model
+}
+
+#[test]
+fn an_adapted_output_layer_sees_the_rows_of_the_batch() {
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let (fixture, model) = with_adapted_head(&device);
+        for side in [PaddingSide::Right, PaddingSide::Left] {
+            let batch = fixture.batch(side, &device);
+            let bare = masked_logits(&alone(&model, None), &batch);
+            assert_close(
+                "peft",
+                &masked_logits(&alone(&model, Some("peft")), &batch),
+                fixture.logits(side),
+                REORDERED,
+            );
+            for rows in MIXED {
+                let mixed = masked_logits(&model.with_adapter_names(&rows).unwrap(), &batch);
+                for (i, name) in rows.into_iter().enumerate() {
+                    let expected = masked_logits(&alone(&model, name), &batch);
+                    let one = |data: &TensorData| TensorData::new(row(data, i), [row(data, i).len()]);
+                    assert_close(&format!("{rows:?} {i}"), &one(&mixed), &one(&expected), REORDERED);
+                    if name.is_some() {
+                        assert_different("adapted", &one(&mixed), &one(&bare));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let (fixture, model) = with_adapted_head(&device);
+        let examples = fixture.examples();
+        for rows in MIXED {
+            let of_row = |i: usize, name: Option<&str>| {
+                let batch = Collator::new(PAD_TOKEN_ID).collate(&examples[i..=i], &device).unwrap();
+                let loss = alone(&model, name).loss(&batch).into_scalar::<f32>();
+                f64::from(loss) * batch.num_targets as f64
+            };
+            let sum: f64 = rows.into_iter().enumerate().map(|(i, name)| of_row(i, name)).sum();
+            for side in [PaddingSide::Right, PaddingSide::Left] {
+                let batch = fixture.batch(side, &device);
+                let found = model.with_adapter_names(&rows).unwrap().loss(&batch).into_scalar::<f32>();
+                let expected = sum / batch.num_targets as f64;
+                assert_close_number("loss", f64::from(found), expected, LOSS);
+                let bare = alone(&model, None).loss(&batch).into_scalar::<f32>();
+                assert!((f64::from(bare) - expected).abs() > 1e-2, "{rows:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_end_leave_the_others_their_adapters() {
+    for device in [Device::flex(), Device::flex().autodiff()] {
+        let (_, mut model) = with_adapted_head(&device);
+        model.config_mut().eos_token_ids.clear();
+        let prompts = [vec![35, 20, 13, 25], vec![55, 60, 53, 17, 4, 77, 12], vec![8], vec![90, 1, 33]];
+        let rows = [Some("peft"), None, Some("wide"), Some("peft")];
+        let mixed = model.with_adapter_names(&rows).unwrap();
+        let mut options = GenerateOptions { max_new_tokens: 10, ..Default::default() };
+        let apart = |options: &GenerateOptions| -> Vec<Vec<u32>> {
+            let answer = |(&name, prompt): (&Option<&str>, &Vec<u32>)| {
+                alone(&model, name).generate(std::slice::from_ref(prompt), options).unwrap().remove(0)
+            };
+            rows.iter().zip(&prompts).map(answer).collect()
+        };
+        let free = apart(&options);
+        assert_eq!(mixed.generate(&prompts, &options).unwrap(), free);
+        // Every row ends first once, at once or on the way; several end together.
+        for stops in
+            [vec![free[0][0]], vec![free[1][0]], vec![free[2][0], free[0][2]], vec![free[3][1], free[1][4]]]
+        {
+            options.stop_token_ids = stops;
+            let expected = apart(&options);
+            let lengths: Vec<usize> = expected.iter().map(Vec::len).collect();
+            assert!(lengths.iter().any(|length| length != &lengths[0]), "{lengths:?}");
+            assert_eq!(mixed.generate(&prompts, &options).unwrap(), expected, "{options:?}");
+        }
+    }
+}
+
+#[test]
+fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
+    let (_, model) = with_adapted_head(&Device::flex());
+    let mixed = model.with_adapter_names(&[Some("peft"), None]).unwrap();
+    let options = GenerateOptions { max_new_tokens: 2, ..Default::default() };
+    for count in [1, 3] {
+        let error = mixed.generate(&vec![vec![5]; count], &options).unwrap_err();
+        assert!(matches!(error, LlamaError::BatchRows { rows: 2, prompts } if prompts == count), "{error}");
+        let start =
+            format!("expected a prompt for each of the 2 rows that name adapters, found {count}\nhint: ");
+        assert!(error.to_string().starts_with(&start), "{error}");
+    }
+    assert_eq!(mixed.generate(&[vec![5], vec![6]], &options).unwrap().len(), 2);
+}
+
+#[test]
+fn selected_rows_have_the_adapters_of_the_rows_they_were() {
+    let net = net(&Device::flex().autodiff());
+    let mixed = net.with_adapter_names(&[Some("biased"), None, Some("wide"), None]).unwrap();
+    assert_eq!((mixed.batch_rows(), net.batch_rows()), (Some(4), None));
+    let selected = mixed.select_rows(&[2, 0, 0]).unwrap();
+    assert_eq!(selected.batch_rows(), Some(3));
+    let expected = net.with_adapter_names(&[Some("wide"), Some("biased"), Some("biased")]).unwrap().output();
+    assert_eq!(selected.output(), expected);
+    assert_different("the net itself", &expected, &net.output());
+    assert_eq!(selected.select_rows(&[1, 2, 0]).unwrap().output(), {
+        let rows = [Some("biased"), Some("biased"), Some("wide")];
+        net.with_adapter_names(&rows).unwrap().output()
+    });
+    assert_eq!(net.select_rows(&[9]).unwrap().output(), net.output(), "nothing to select from");
+    assert_eq!(base(&selected), base(&net));
 }

@@ -5,7 +5,7 @@ use burn::{
     tensor::Tensor,
 };
 
-use super::{CausalLmLoss, mean_loss::MeanLoss};
+use super::{CausalLmLoss, check::hint, mean_loss::MeanLoss};
 use crate::{Batch, LlamaError};
 
 /// The gradient of the mean loss over all labelled tokens of several batches, and that loss as sum and count.
@@ -18,14 +18,18 @@ pub(super) fn window_grads<M: CausalLmLoss>(
     let mut losses = MeanLoss::default();
     for batch in window {
         let loss = model.loss(batch);
+        if !loss.is_tracked() {
+            // Burn panics if there is nothing to walk.
+            return Err(LlamaError::NotTrainable { hint: hint(model) });
+        }
         losses.add((loss.clone().inner() * batch.num_targets as f64, batch.num_targets));
         // The mean of means would weigh the tokens of short batches more.
         let loss = if window.len() == 1 { loss } else { loss * (batch.num_targets as f64 / total as f64) };
         accumulator.accumulate(model, GradientsParams::from_grads(loss.backward(), model));
     }
     let grads = accumulator.grads();
-    match losses.sum {
-        Some(sum) if !grads.is_empty() => Ok((grads, (sum, losses.count))),
+    match losses.total() {
+        (Some(sum), count) if !grads.is_empty() => Ok((grads, (sum, count))),
         _ => Err(LlamaError::NotTrainable { hint: "the loss does not depend on any trainable parameter" }),
     }
 }

@@ -5,6 +5,8 @@ use burn::{
     tensor::{DType, Device, Tensor},
 };
 
+use burn_peft::PeftModel;
+
 use crate::{Collator, Example, LlamaError};
 
 pub(super) fn check_examples(
@@ -42,10 +44,36 @@ pub(super) fn check_trainable<M: Module>(model: &M, device: &Device) -> Result<(
     if let Some(parameter) = trainable.f16 {
         return Err(LlamaError::TrainableF16 { parameter });
     }
-    if !trainable.any {
-        return Err(LlamaError::NotTrainable { hint: "all parameters are frozen; add an adapter" });
+    if !trainable.any || !takes_part(model) {
+        return Err(LlamaError::NotTrainable { hint: hint(model) });
     }
     Ok(())
+}
+
+/// Whether something that is trained has a part in the forward pass: merged adapters are constants there.
+fn takes_part<M: Module>(model: &M) -> bool {
+    let adapters = model.adapters();
+    if adapters.iter().any(|adapter| adapter.active && !adapter.merged) {
+        return true;
+    }
+    let of_adapters: usize =
+        adapters.iter().filter(|adapter| adapter.active).map(|adapter| adapter.num_params).sum();
+    model.trainable_parameters().trainable > of_adapters
+}
+
+/// Why nothing is trained, and the remedy.
+pub(crate) fn hint<M: Module>(model: &M) -> &'static str {
+    let adapters = model.adapters();
+    if adapters.iter().any(|adapter| adapter.merged) {
+        "the adapters are merged; call `unmerge_adapter`"
+    } else if model.batch_rows().is_some() {
+        "the rows of the batch name their adapters, which is for inference; train the model that \
+         `with_adapter_names` was called on"
+    } else if !adapters.is_empty() && adapters.iter().all(|adapter| !adapter.active) {
+        "no adapter is active; call `set_adapter`"
+    } else {
+        "all parameters are frozen; add an adapter"
+    }
 }
 
 /// What a visit finds out about the trainable parameters.
@@ -107,6 +135,52 @@ mod tests {
         assert!(plain.contains("autodiff()"), "{plain}");
         let frozen = fit(model().no_grad(), &examples(), config()).unwrap_err().to_string();
         assert!(frozen.contains("frozen"), "{frozen}");
+    }
+
+    #[test]
+    fn adapters_that_are_not_trained_are_an_error_that_names_the_cause() {
+        use crate::{LlamaForCausalLm, evaluate, model::tests::model};
+        use burn_peft::{InitLoraWeights, LoraConfig};
+        let mut model = model(&autodiff(), false);
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(6.0)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["q_proj", "lm_head"]);
+        model.add_adapter("one", &config).unwrap();
+        let train = |model: &LlamaForCausalLm| {
+            let config = config_of_one_step();
+            fit(model.clone(), &examples(), &Collator::new(7), &config, |_, _| ControlFlow::Continue(()))
+        };
+        let message = |model: &LlamaForCausalLm| train(model).unwrap_err().to_string();
+        let loss =
+            |model: &LlamaForCausalLm| evaluate(model, &examples(), &Collator::new(7), 8).unwrap().loss;
+        assert!(train(&model).is_ok());
+        let (adapted, bare) = (loss(&model), loss(&model.disable_adapter().unwrap()));
+        assert!((adapted - bare).abs() > 1e-2);
+
+        let mut merged = model.clone();
+        merged.merge_adapter().unwrap();
+        let expected = "no parameter is trainable\nhint: the adapters are merged; call `unmerge_adapter`";
+        assert_eq!(message(&merged), expected);
+        assert!((loss(&merged) - adapted).abs() < 1e-5);
+        merged.unmerge_adapter().unwrap();
+        assert!(train(&merged).is_ok());
+
+        let inactive = model.disable_adapter().unwrap();
+        let expected = "no parameter is trainable\nhint: no adapter is active; call `set_adapter`";
+        assert_eq!(message(&inactive), expected);
+
+        let mixed = model.with_adapter_names(&[Some("one"), None]).unwrap();
+        assert!(message(&mixed).contains("`with_adapter_names`"), "{}", message(&mixed));
+
+        // Something else is trained beside the merged adapter.
+        model.merge_adapter().unwrap();
+        model.model.norm.weight = model.model.norm.weight.set_require_grad(true);
+        assert!(train(&model).is_ok());
+    }
+
+    fn config_of_one_step() -> crate::TrainingConfig {
+        config().with_max_steps(Some(1))
     }
 
     #[test]

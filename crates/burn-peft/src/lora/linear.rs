@@ -1,7 +1,7 @@
 use burn::module::ModuleVisitor;
 use burn::nn::Linear;
-use burn::tensor::Tensor;
 use burn::tensor::module::linear;
+use burn::tensor::{Int, Tensor};
 
 use crate::adapter::Adapters;
 use crate::lora::transparent::transparent_layer;
@@ -55,9 +55,36 @@ impl LoraLinear {
     /// If the input's last axis is not `d_input`, and if rows of the batch were given adapters
     /// ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) and the first axis has another length.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
-        let Some(adapters) = self.layer.weight.reparameterization::<Adapters>() else {
-            return self.layer.forward(input);
-        };
+        match self.layer.weight.reparameterization::<Adapters>() {
+            Some(adapters) => self.forward_with(adapters, input),
+            None => self.layer.forward(input),
+        }
+    }
+
+    /// Applies the layer to activations that were picked from a batch: the first axis of `input` is not the batch but, at
+    /// `i`, belongs to the batch's row `rows[i]`. Only where the rows of the batch were given adapters
+    /// ([`with_adapter_names`](crate::PeftModel::with_adapter_names)) does that make a difference to
+    /// [`forward`](Self::forward).
+    ///
+    /// A model whose output layer reads some positions of a batch needs it, as the loss of a language model does.
+    ///
+    /// # Shapes
+    /// - input: `[n, .., d_input]`
+    /// - rows: `[n]`
+    /// - output: `[n, .., d_output]`
+    ///
+    /// # Panics
+    /// If the input's last axis is not `d_input`, and on a row that was given no name.
+    pub fn forward_rows<const D: usize>(&self, input: Tensor<D>, rows: &Tensor<1, Int>) -> Tensor<D> {
+        match self.layer.weight.reparameterization::<Adapters>() {
+            Some(adapters) if !adapters.rows.is_empty() => {
+                self.forward_with(&adapters.clone().select_rows(rows), input)
+            }
+            _ => self.forward(input),
+        }
+    }
+
+    fn forward_with<const D: usize>(&self, adapters: &Adapters, input: Tensor<D>) -> Tensor<D> {
         let bias = self.layer.bias.as_ref().map(|bias| bias.val());
         let output = linear(input.clone(), adapters.weight(self.layer.weight.base()), bias);
         adapters.add_linear(input, output)

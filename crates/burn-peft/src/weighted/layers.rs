@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor};
 
 use super::{CombinationType, Source};
 use crate::adapter::{Adapter, Change, Update};
@@ -13,6 +13,7 @@ use crate::inject::{InjectionReport, Plan, Target};
 use crate::lora::{Bias, LoraConfig, LowRank};
 use crate::seam::Layout;
 use crate::target::TargetModules;
+use crate::tensor::on_kind_of;
 
 /// Adds the adapter `name` that combines `sources`, names with their weights, to the states of `layout`.
 pub(crate) fn add(
@@ -49,9 +50,18 @@ pub(crate) fn add(
         debug_assert_eq!(path, target.path);
         // A bias that no source has starts from zero, so that the adapter is whole.
         let Some(update) = update else { return target.fresh(&plan.config, None) };
-        Some(if target.device.is_autodiff() { update.train() } else { update })
+        Some(update.map(&mut OnKindOf(&target.device)))
     });
     Ok(plan.into_report())
+}
+
+/// Puts parameters without a graph on the kind of device that this one is.
+struct OnKindOf<'a>(&'a Device);
+
+impl ModuleMapper for OnKindOf<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| on_kind_of(tensor, self.0))
+    }
 }
 
 /// The plan for exactly the parameters that the sources adapt.
