@@ -379,24 +379,25 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_is_only_read_takes_no_longer_the_hundredth_time() {
+    fn a_loss_that_is_only_read_takes_no_longer_the_two_hundredth_time() {
         let device = Device::flex().autodiff();
         let mut model = model(&device, true);
         let config = LoraConfig::new(2).with_target_modules(["q_proj", "v_proj", "down_proj"]);
         model.add_adapter("default", &config).unwrap();
         let batch = batch(&device);
-        let fifty = || {
+        let ten = || {
             let start = std::time::Instant::now();
-            for _ in 0..50 {
+            for _ in 0..10 {
                 values(model.loss(&batch));
             }
             start.elapsed()
         };
-        fifty();
-        let times: Vec<_> = (0..4).map(|_| fifty()).collect();
-        // A `backward` inside the loss made the last fifty take some twenty times as long as the first.
-        let fastest = times[2].min(times[3]);
-        assert!(fastest < 4 * times[0].max(std::time::Duration::from_millis(20)), "{times:?}");
+        let times: Vec<_> = (0..20).map(|_| ten()).collect();
+        // The fastest of some, because other tests run at the same time. With a `backward` inside the loss, the last ten
+        // took more than twenty times as long as the first.
+        let fastest = |times: &[std::time::Duration]| times.iter().min().copied().unwrap();
+        let first = fastest(&times[..3]).max(std::time::Duration::from_millis(5));
+        assert!(fastest(&times[17..]) < 4 * first, "{times:?}");
         assert!(!gradients(&model, model.loss(&batch)).is_empty());
     }
 
