@@ -145,9 +145,14 @@ fn frozen_weight(model: &LlamaForCausalLm) -> Option<Tensor<2>> {
     match &model.lm_head {
         Some(lm_head) if lm_head.batch_rows().is_some() => None,
         // With whatever adapters work there, merged or not.
-        Some(lm_head) => Some(lm_head.weight.val().inner()),
-        None => Some(model.model.embed_tokens.weight.base().inner().transpose()),
+        Some(lm_head) => Some(dense(lm_head.weight.val().inner())),
+        None => Some(dense(model.model.embed_tokens.weight.base().inner()).transpose()),
     }
+}
+
+/// The numbers that a quantized weight stands for.
+fn dense(weight: Tensor<2>) -> Tensor<2> {
+    if weight.dtype().is_float() { weight } else { weight.dequantize() }
 }
 
 /// Whether a parameter of the output layer requires a gradient.
@@ -399,6 +404,30 @@ mod tests {
         let first = fastest(&times[..3]).max(std::time::Duration::from_millis(5));
         assert!(fastest(&times[17..]) < 4 * first, "{times:?}");
         assert!(!gradients(&model, model.loss(&batch)).is_empty());
+    }
+
+    #[test]
+    fn a_quantized_output_layer_has_the_gradient_of_the_numbers_it_stands_for() {
+        use burn::tensor::quantization::QuantScheme;
+        let device = Device::flex().autodiff();
+        let mut model = model(&device, false);
+        model
+            .add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]))
+            .unwrap();
+        let quantized = |model: &LlamaForCausalLm, packed: bool| {
+            let mut model = model.clone();
+            let layer = model.lm_head.take().unwrap();
+            let weight = layer.weight.val().inner().quantize_dynamic(&QuantScheme::default());
+            let weight = if packed { weight } else { weight.dequantize() };
+            let weight = Param::from_tensor(Tensor::from_inner(weight)).set_require_grad(false);
+            model.lm_head = Some(burn::nn::Linear { weight, bias: None }.into());
+            let loss = model.loss(&batch(&device));
+            (values(loss.clone()), gradients(&model, loss))
+        };
+        let ((loss, found), (expected_loss, expected)) = (quantized(&model, true), quantized(&model, false));
+        assert_close(&loss, &expected_loss, 1e-4);
+        assert_close(&found, &expected, 1e-3);
+        assert!(expected.iter().any(|gradient| gradient.abs() > 1e-2));
     }
 
     #[test]
