@@ -15,6 +15,7 @@ mod lora_formula;
 mod lora_parity;
 mod misuse;
 mod real_model;
+mod real_sizes;
 mod state;
 mod targeting;
 mod toy;

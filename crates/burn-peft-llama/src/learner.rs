@@ -105,6 +105,7 @@ mod tests {
         optim::AdamWConfig,
         tensor::Device,
     };
+    use burn_peft::{InitLoraWeights, LoraConfig, PeftModel};
     use burn_train::{
         Learner, SupervisedTraining,
         logger::InMemoryMetricLogger,
@@ -170,6 +171,39 @@ mod tests {
             "{hits} of {}",
             batch.num_targets
         );
+    }
+
+    fn adapted(device: &Device) -> LlamaForCausalLm {
+        let mut model = model(device);
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(8.0)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["lm_head", "q_proj"]);
+        model.add_adapter("default", &config).unwrap();
+        model
+    }
+
+    #[test]
+    fn a_mixed_batch_is_validated_with_the_adapter_of_each_row() {
+        let device = Device::flex();
+        let rows = [Some("default"), None, None, Some("default")];
+        let model = adapted(&device);
+        let mixed = model.with_adapter_names(&rows).unwrap();
+        let loss =
+            |model: &LlamaForCausalLm| InferenceStep::step(model, batch(&device)).loss.into_scalar::<f32>();
+        let expected = mixed.loss(&batch(&device)).into_scalar::<f32>();
+        assert!((loss(&mixed) - expected).abs() < 1e-5);
+        assert!((loss(&model) - expected).abs() > 1e-3);
+    }
+
+    #[test]
+    #[should_panic(expected = "the adapters are merged; call `unmerge_adapter`")]
+    fn a_training_step_on_merged_adapters_names_the_cause() {
+        let device = Device::flex().autodiff();
+        let mut model = adapted(&device);
+        TrainStep::step(&model, batch(&device));
+        model.merge_adapter().unwrap();
+        TrainStep::step(&model, batch(&device));
     }
 
     #[test]
