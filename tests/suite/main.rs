@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "tests")]
 
 mod adapter_files;
+mod cases_text;
 mod common;
 mod export;
 mod key_mapping;
