@@ -4,6 +4,7 @@
 
 mod adapter_files;
 mod cases;
+mod cases_text;
 mod checkpointing;
 mod common;
 mod directories;

@@ -1,23 +1,56 @@
 //! Chat templates: the model's own Jinja template, rendered the way transformers renders it.
 
-use std::{error::Error, fmt, path::Path, sync::Arc};
+mod environment;
+mod json;
+mod limits;
+mod methods;
+mod repr;
+mod source;
 
-use jiff::{Zoned, civil};
-use minijinja::{Environment, ErrorKind, Value, context, value::Kwargs};
+use std::{
+    error::Error,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::Arc,
+};
+
+use jiff::civil;
+use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
-use serde_json::ser::{Formatter, PrettyFormatter};
 
+use self::environment::environment;
 use crate::{LlamaError, Message, file};
 
 /// Name of the file that transformers 5 keeps a template in.
 pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
+
+/// What error messages call the template.
+const NAME: &str = "chat_template";
 
 /// A template that turns messages into the text a model was trained on.
 ///
 /// The environment is the one of transformers: `trim_blocks` and `lstrip_blocks`, loop controls, Python's string
 /// methods, `tojson` without HTML escapes, `raise_exception(message)`, `strftime_now(format)`, and the variables
 /// `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `tools` and `documents` (both none).
-/// `{% generation %}` blocks are rendered as their content.
+/// `{% generation %}` blocks are rendered as their content. Values print as in Python, dicts keep their order, and
+/// `\r\n` and `\r` in the source are `\n`, as Jinja reads them; in messages they stay.
+///
+/// Templates come from downloaded files. What they may do is bounded: work that grows with the conversation and no
+/// faster, ranges of 100,000 numbers, values nested 200 deep.
+///
+/// # What differs from Jinja
+///
+/// Refused with an error: the filters `attr`, `center`, `filesizeformat`, `forceescape`, `random`, `striptags`,
+/// `truncate`, `urlencode`, `urlize`, `wordcount`, `wordwrap` and `xmlattr`; `text % values`; the functions `cycler`,
+/// `joiner` and `lipsum`; a plus before a value; `varargs` and `kwargs` of macros; blocks, includes, imports; `break`
+/// in a block inside its loop; slices of what has no items.
+///
+/// Not an error as in Jinja: comparing values of different types, which gives an order; `in` a text with what is no
+/// text; a loop over none, which is empty; slices of an undefined value.
+///
+/// Other text: generators, ranges and views such as `d.items()` print as lists; a list inside `~` has floats without
+/// exponent; `\U0001f600`, `\N{..}`, `\a` and `\/` in literals; `{% autoescape %}` does nothing.
 ///
 /// ```
 /// use burn_peft_llama::{ChatTemplate, Message};
@@ -55,13 +88,13 @@ impl ChatTemplate {
     ) -> Result<Self, LlamaError> {
         let template = Self {
             source: source.as_ref().into(),
-            environment: Arc::new(environment(None)),
+            environment: Arc::new(environment(None).map_err(failed)?),
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
             date: None,
         };
-        let parsed = without_generation_blocks(&template.source);
-        template.environment.template_from_named_str("chat_template", &parsed).map_err(failed)?;
+        let prepared = source::prepare(&template.source).map_err(failed)?;
+        template.environment.template_from_named_str(NAME, &prepared).map_err(failed)?;
         Ok(template)
     }
 
@@ -104,7 +137,7 @@ impl ChatTemplate {
     pub fn with_date(mut self, date: &str) -> Result<Self, LlamaError> {
         let parsed = date.parse().map_err(|_| LlamaError::InvalidDate { date: date.to_owned() })?;
         self.date = Some(parsed);
-        self.environment = Arc::new(environment(self.date));
+        self.environment = Arc::new(environment(self.date).map_err(failed)?);
         Ok(self)
     }
 
@@ -116,10 +149,16 @@ impl ChatTemplate {
     ///
     /// - [`LlamaError::ChatTemplateRejected`] if the template raises an exception, such as for roles that do not
     ///   alternate,
+    /// - [`LlamaError::ChatTemplateEndless`] if it does not finish after far more work than any published template
+    ///   needs,
     /// - [`LlamaError::ChatTemplate`] if it fails otherwise.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, LlamaError> {
+        let bytes = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let fuel = limits::fuel(messages.len(), bytes);
         let context = context! {
-            messages,
+            messages => Value::from_iter(messages.iter().map(|Message { role, content }| {
+                Value::from_pairs([("role", role.as_str()), ("content", content.as_str())])
+            })),
             add_generation_prompt,
             // transformers leaves a token that does not exist undefined, which renders as nothing.
             bos_token => self.bos_token.as_ref().map_or(Value::UNDEFINED, Value::from),
@@ -127,8 +166,18 @@ impl ChatTemplate {
             tools => Value::from(()),
             documents => Value::from(()),
         };
-        let source = without_generation_blocks(&self.source);
-        self.environment.render_named_str("chat_template", &source, context).map_err(failed)
+        let prepared = source::prepare(&self.source).map_err(failed)?;
+        let mut environment = (*self.environment).clone();
+        environment.set_fuel(Some(fuel));
+        // The last line of defence. Known to get here with minijinja 3.1: a slice whose step is the smallest 64-bit
+        // integer, where overflow is checked.
+        let render = || environment.render_named_str(NAME, &prepared, context);
+        let rendered = catch_unwind(AssertUnwindSafe(render))
+            .map_err(|_| LlamaError::ChatTemplate { source: "the template engine panicked".into() })?;
+        rendered.map_err(|error| match error.kind() {
+            ErrorKind::OutOfFuel => LlamaError::ChatTemplateEndless { steps: fuel },
+            _ => failed(error),
+        })
     }
 }
 
@@ -176,96 +225,6 @@ fn failed(error: minijinja::Error) -> LlamaError {
         cause = source.source();
     }
     LlamaError::ChatTemplate { source: error.into() }
-}
-
-fn environment(date: Option<civil::Date>) -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-        let error = minijinja::Error::new(ErrorKind::InvalidOperation, "raised by the template");
-        Err(error.with_source(Raised(message)))
-    });
-    environment.add_function("strftime_now", move |format: String| {
-        match date {
-            Some(date) => jiff::fmt::strtime::format(&format, date.at(0, 0, 0, 0)),
-            None => jiff::fmt::strtime::format(&format, &Zoned::now()),
-        }
-        .map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))
-    });
-    environment
-}
-
-/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which is what templates expect `tojson` to be.
-fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
-    let invalid = |error: String| minijinja::Error::new(ErrorKind::BadSerialization, error);
-    let indent: Option<usize> = options.get("indent")?;
-    if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
-        return Err(invalid("`ensure_ascii` is not supported".to_owned()));
-    }
-    options.assert_all_used()?;
-    let mut json = Vec::new();
-    let written = match indent {
-        Some(width) => {
-            let indent = " ".repeat(width.min(64));
-            let formatter = PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, formatter))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Spaced)),
-    };
-    written.map_err(|error| invalid(error.to_string()))?;
-    let json = String::from_utf8(json).map_err(|error| invalid(error.to_string()))?;
-    Ok(Value::from_safe_string(json))
-}
-
-/// JSON on one line with Python's separators, `", "` and `": "`.
-struct Spaced;
-
-impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
-}
-
-/// Rewrites `{% generation %}` blocks, an extension of transformers that marks the assistant's words, as blocks
-/// that are always taken. The signs of whitespace control stay.
-fn without_generation_blocks(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        out.push_str(before);
-        let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        let (tag, after) = tag.split_at(end);
-        let word = tag.trim_start_matches("{%").trim_end_matches("%}");
-        let word = word.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        match word {
-            "generation" => out.push_str(&tag.replace("generation", "if true")),
-            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
-            _ => out.push_str(tag),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    out
 }
 
 #[cfg(test)]
@@ -341,7 +300,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_default_date_is_today() {
-        let today = || Zoned::now().strftime("%Y-%m-%d").to_string();
+        let today = || jiff::Zoned::now().strftime("%Y-%m-%d").to_string();
         let before = today();
         let rendered = render("{{ strftime_now('%Y-%m-%d') }}", &[]);
         assert!(rendered == before || rendered == today(), "{rendered}");
@@ -394,6 +353,83 @@ pub(crate) mod tests {
         let marked = "a {%- generation %} b {%- endgeneration -%} c";
         assert_eq!(render(marked, &[]), render(plain, &[]));
         assert_eq!(render("{% set generation = 'x' %}{{ generation }}", &[]), "x");
+    }
+
+    #[test]
+    fn line_breaks_of_the_source_are_read_as_by_jinja_and_those_of_messages_stay() {
+        assert_eq!(
+            render("{{ messages[0].content }}\r\nend\r", &[Message::user("a\r\nb\rc")]),
+            "a\r\nb\rc\nend"
+        );
+        assert_eq!(render("{% if true %}\r\na{{ 'b\rc' }}{% endif %}\r\n", &[]), "ab\nc");
+    }
+
+    #[test]
+    fn literals_print_and_test_as_in_python() {
+        assert_eq!(
+            render("{{ {'b': 1, 'a': 2} | tojson }}{{ ['x'] }}{{ 'x' is sequence }}", &[]),
+            r#"{"b": 1, "a": 2}['x']True"#
+        );
+        assert_eq!(
+            render("{{ {'b': (1,), 'a': [none, true, 1.0, 1e20, \"it's\"]} }}", &[]),
+            r#"{'b': (1,), 'a': [None, True, 1.0, 1e+20, "it's"]}"#
+        );
+        assert_eq!(render("{{ messages }}", &[Message::user("x")]), "[{'role': 'user', 'content': 'x'}]");
+    }
+
+    #[test]
+    fn nothing_that_a_template_does_panics() {
+        let empty = [Message::user("")];
+        for (source, expected) in [
+            ("{{ messages[0].content[::-1] }}", ""),
+            ("{{ messages[0].content[5:2:-1] }}{{ ''[-9:] }}{{ ([])[::-1] }}", "[]"),
+            ("{{ 'abcdef'[5:2:-1] }}{{ 'abcdef'[:0:-1] }}{{ [1, 2, 3][:-9:-2] }}", "fedfedcb[3, 1]"),
+            (
+                "{{ range(9223372036854775807, -9223372036854775807, -9223372036854775807) | list | length }}",
+                "2",
+            ),
+        ] {
+            assert_eq!(render(source, &empty), expected, "{source}");
+        }
+        for source in [
+            "{{ 'abc'[::0] }}",
+            "{{ 'x' * 10 ** 9 }}",
+            "{{ [1] * 10 ** 9 }}",
+            "{{ 'x'.zfill(10 ** 12) }}",
+            "{{ '{:1000000000}'.format('a') }}",
+            "{{ 'a\nb' | indent(10 ** 9) }}",
+            "{{ [1] | tojson(indent=10 ** 9) }}",
+            "{{ range(10 ** 6) }}",
+            "{{ 10 ** 100 }}",
+            "{{ 1 // 0 }}",
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            "{% set ns = namespace(x=1) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=1) %}{% for i in range(9999) %}{% set ns.x = {'a': ns.x} %}{% endfor %}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns ~ 'a' }}",
+        ] {
+            let template = ChatTemplate::new(source, None, None).unwrap();
+            assert!(template.render(&empty, false).is_err(), "{source}");
+        }
+        let breaks = "{% for i in [1] %}{% with %}{% break %}{% endwith %}{% endfor %}";
+        assert!(matches!(ChatTemplate::new(breaks, None, None), Err(LlamaError::ChatTemplate { .. })));
+    }
+
+    #[test]
+    fn an_endless_template_is_an_error_and_a_long_conversation_is_none() {
+        let loops = "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}x{% endfor %}{% endfor %}";
+        let error = ChatTemplate::new(loops, None, None).unwrap().render(&[], false).unwrap_err();
+        assert!(matches!(error, LlamaError::ChatTemplateEndless { .. }), "{error}");
+        assert!(error.to_string().contains("did not finish within 2000000 steps\nhint: "), "{error}");
+
+        let turn = |i: usize| match i % 2 {
+            0 => Message::user("a question of some length ".repeat(40)),
+            _ => Message::assistant("<think>\nHm\n</think>\n\nan answer ".repeat(40)),
+        };
+        let messages: Vec<Message> = (0..2000).map(turn).collect();
+        let qwen3 = include_str!("../../../tests/fixtures/chat-templates/templates/qwen3.jinja");
+        let rendered = ChatTemplate::new(qwen3, None, None).unwrap().render(&messages, true).unwrap();
+        assert!(rendered.matches("<|im_start|>").count() == 2001);
     }
 
     #[test]

@@ -189,6 +189,16 @@ pub enum LlamaError {
         /// The template's words.
         message: String,
     },
+    /// The chat template does not finish.
+    #[error(
+        "the chat template did not finish within {steps} steps\n\
+         hint: it loops without end, or far longer than the conversation asks for; take another `chat_template.jinja`, or \
+         set one with `with_chat_template`"
+    )]
+    ChatTemplateEndless {
+        /// The steps that it had: instructions, and pieces of 64 bytes of text.
+        steps: u64,
+    },
     /// A date is not written as `year-month-day`.
     #[error("invalid date `{date}`, expected one like `2024-07-26`")]
     InvalidDate {
