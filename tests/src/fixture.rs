@@ -49,8 +49,8 @@ pub const ADAPTERS: [&str; 22] = [
 pub const TOYS: [&str; 2] = ["toy", "toy-biases"];
 
 /// The cases that are something else, each read by a test of its own.
-pub const OTHERS: [&str; 6] =
-    ["fan-in-fan-out", "old", "targeting", "two-adapters", "vocabulary", "weighted"];
+pub const OTHERS: [&str; 7] =
+    ["chat-templates", "fan-in-fan-out", "old", "targeting", "two-adapters", "vocabulary", "weighted"];
 
 /// One case: a directory of a model or an adapter, and what is expected of it.
 pub struct Fixture {

@@ -1,11 +1,15 @@
 //! Between a conversation and its tokens, and between files and a model: against what jinja2 and transformers gave.
 
-use std::fs;
-use std::path::PathBuf;
-
-use burn_peft_llama::{ChatTemplate, Message};
-use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor};
+use burn_peft_llama::{ChatTemplate, LlamaConfig, LlamaError, LlamaForCausalLm, Message, Tokenizer};
+use serde::Deserialize;
+use tempfile::TempDir;
 
 fn fixture(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
@@ -42,7 +46,7 @@ impl Templates {
         templates
     }
 
-    fn template(&self, source: &str) -> Result<ChatTemplate, burn_peft_llama::LlamaError> {
+    fn template(&self, source: &str) -> Result<ChatTemplate, LlamaError> {
         ChatTemplate::new(source, Some(&self.tokens["bos_token"]), Some(&self.tokens["eos_token"]))
     }
 }
@@ -129,4 +133,123 @@ fn pieces_of_templates_render_as_in_jinja_but_for_the_known_differences() {
     }
     assert!(templates.snippets.len() >= 240);
     assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[derive(Deserialize)]
+struct Logits {
+    input_ids: Vec<i32>,
+    logits: Vec<f32>,
+}
+
+/// A model directory: the weights of the case, with another `config.json`.
+fn tied_with_other_head(config: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let case = fixture("cases/tied-with-other-head");
+    fs::copy(case.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    fs::write(dir.path().join("config.json"), config).unwrap();
+    dir
+}
+
+#[test]
+fn a_head_that_differs_from_tied_embeddings_is_kept_as_in_transformers() {
+    let case = fixture("cases/tied-with-other-head");
+    let text = fs::read_to_string(case.join("config.json")).unwrap();
+    let expected: Logits = serde_json::from_slice(&fs::read(case.join("expected.json")).unwrap()).unwrap();
+    // As transformers 4 wrote the configuration, and as transformers 5 does.
+    let rope = r#""rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}"#;
+    let newer = text.replace(r#""rope_theta": 10000.0"#, rope).replace("torch_dtype", "dtype");
+    assert_ne!(newer, text);
+    for config in [text, newer] {
+        let dir = tied_with_other_head(&config);
+        assert!(LlamaConfig::load(dir.path()).unwrap().tie_word_embeddings);
+        let device = Device::flex();
+        let model = LlamaForCausalLm::from_pretrained(dir.path(), &device).unwrap();
+        assert!(!model.config().tie_word_embeddings);
+        let ids = Tensor::<1, Int>::from_data(expected.input_ids.as_slice(), &device).unsqueeze::<2>();
+        let found: Vec<f32> = model.forward(ids, None).into_data().iter::<f32>().collect();
+        assert_eq!(found.len(), expected.logits.len());
+        for (found, expected) in found.iter().zip(&expected.logits) {
+            assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+        }
+    }
+}
+
+/// The message with its causes, temporary directories by a name that stays.
+fn note(messages: &mut String, title: &str, error: &LlamaError, dir: &Path) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        write!(text, "\ncaused by: {error}").unwrap();
+        cause = error.source();
+    }
+    writeln!(messages, "# {title}\n{}\n", text.replace(&dir.display().to_string(), "<directory>")).unwrap();
+}
+
+#[test]
+fn files_of_a_model_that_are_not_what_their_names_say() {
+    let mut messages = String::new();
+    let config = r#"{"model_type": "llama"}"#;
+    let lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n";
+    let index = "model.safetensors.index.json";
+    let cases: &[(&str, &[(&str, &str)])] = &[
+        ("an empty directory", &[]),
+        ("a pointer instead of the configuration", &[("config.json", lfs)]),
+        ("a web page instead of the configuration", &[("config.json", "<!DOCTYPE html>")]),
+        (
+            "a pointer instead of the generation configuration",
+            &[("config.json", config), ("generation_config.json", lfs)],
+        ),
+        (
+            "fields of other types",
+            &[("config.json", r#"{"model_type": "llama", "vocab_size": "96", "pad_token_id": 2.5}"#)],
+        ),
+        ("a pointer instead of the weights", &[("config.json", config), ("model.safetensors", lfs)]),
+        (
+            "PyTorch's format by the name of the other",
+            &[("config.json", config), ("model.safetensors", "PK\u{3}\u{4}........")],
+        ),
+        ("an answer instead of the index", &[("config.json", config), (index, "Entry not found")]),
+        (
+            "a pointer instead of a shard",
+            &[
+                ("config.json", config),
+                (index, r#"{"weight_map": {"a": "a.safetensors"}}"#),
+                ("a.safetensors", lfs),
+            ],
+        ),
+        ("PyTorch's weights only", &[("config.json", config), ("pytorch_model.bin", "x")]),
+        ("llama.cpp's weights only", &[("model.gguf", "GGUF")]),
+        ("the files of the original release", &[("consolidated.00.pth", "x"), ("params.json", "{}")]),
+        ("an adapter's directory", &[("adapter_config.json", "{}")]),
+    ];
+    for (title, files) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in *files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        note(&mut messages, title, &error, dir.path());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (title, path) in [("no such directory", "none"), ("a file instead of its directory", "config.json")] {
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        let error = LlamaForCausalLm::from_pretrained(dir.path().join(path), &Device::flex()).unwrap_err();
+        note(&mut messages, title, &error, dir.path());
+    }
+    for (title, files) in [
+        ("no tokenizer", &[][..]),
+        ("SentencePiece's tokenizer only", &[("tokenizer.model", "x")]),
+        ("a pointer instead of the tokenizer", &[("tokenizer.json", lfs)]),
+        (
+            "a tokenizer that is cut off",
+            &[("tokenizer.json", "{\"version\": \"1.0\",\n \"decoder\": {\"type\": ")],
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        note(&mut messages, title, &Tokenizer::load(dir.path()).unwrap_err(), dir.path());
+    }
+    insta::assert_snapshot!(messages);
 }

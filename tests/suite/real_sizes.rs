@@ -122,7 +122,7 @@ fn losses_of_real_vocabularies_are_those_of_float64() {
             .with_target_modules(["lm_head", "embed_tokens"]);
         model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
         let adapted = f64::from(model.loss(&batch).into_scalar::<f32>());
-        assert!((adapted - size.loss).abs() > 1e-2, "the adapter matters");
+        assert!((adapted - size.loss).abs() > 1e-4, "the adapter matters");
         model.merge_adapter().unwrap();
         let merged = f64::from(model.loss(&batch).into_scalar::<f32>());
         assert!((merged / adapted - 1.0).abs() < 1e-5, "{merged} {adapted}");

@@ -84,6 +84,25 @@ impl DirectoryWriter {
     }
 }
 
+/// A time without writers: what is opened while this value lives belongs together.
+///
+/// For files that are too large for [`read_together`]. A file that is open stays what it was, whatever a
+/// [`DirectoryWriter`] puts in its place later, so it is enough to open them all. Programs that write in another way are
+/// not noticed.
+pub struct DirectoryReader {
+    _lock: DirectoryLock,
+}
+
+impl DirectoryReader {
+    /// Waits for the directory's writers. There need not be a directory.
+    ///
+    /// # Errors
+    /// A writer has kept the directory locked for a minute.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self { _lock: DirectoryLock::shared(directory.as_ref())? })
+    }
+}
+
 /// A file on its way to its place in a directory.
 pub struct StagedFile {
     file: NamedTempFile,
@@ -292,6 +311,26 @@ mod tests {
         });
         assert!(seen[1] > 0 && seen[2] > 0, "{seen:?}");
         assert_eq!(names(directory.path()), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_reader_keeps_writers_out_and_other_readers_not() {
+        let directory = tempfile::tempdir().unwrap();
+        write(directory.path(), 1);
+        let reader = DirectoryReader::open(directory.path()).unwrap();
+        let _other = DirectoryReader::open(directory.path()).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| write(directory.path(), 2));
+            sleep(Duration::from_millis(100));
+            assert!(!writer.is_finished());
+            let mut open = File::open(directory.path().join("a")).unwrap();
+            drop((reader, _other));
+            writer.join().unwrap();
+            let mut bytes = Vec::new();
+            open.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes, [1; 5000]);
+        });
+        DirectoryReader::open(directory.path().join("none")).unwrap();
     }
 
     #[test]

@@ -113,7 +113,9 @@ impl Collator {
 
     /// Pads `examples` to their longest and finds the labelled positions.
     ///
-    /// The first token of an example has no position that predicts it: its label is dropped, as transformers does.
+    /// The first token of an example has no position that predicts it: its label is dropped, on either side of padding.
+    /// transformers drops it where nothing stands before the example; with padding on the left, it counts it, as if the
+    /// padding predicted it.
     ///
     /// # Errors
     ///

@@ -15,6 +15,7 @@ use std::{
     sync::Arc,
 };
 
+use burn_peft_files::WrongFile;
 use jiff::civil;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
@@ -108,7 +109,15 @@ impl ChatTemplate {
         eos_token: Option<&str>,
     ) -> Result<Option<Self>, LlamaError> {
         let hint = "it holds the model's chat template";
-        let source = match (file::read_optional(&dir.join(TEMPLATE_FILE), hint)?, in_config) {
+        let path = dir.join(TEMPLATE_FILE);
+        let file = file::read_optional(&path, hint)?;
+        // Any text is a template, so nothing else would notice.
+        if let Some(found) = file.as_ref().and_then(|text| WrongFile::detect(text.as_bytes()))
+            && matches!(found, WrongFile::LfsPointer | WrongFile::Html | WrongFile::ServerMessage)
+        {
+            return Err(LlamaError::WrongFile { path, found });
+        }
+        let source = match (file, in_config) {
             (Some(source), _) | (None, Some(TemplateField::One(source))) => source,
             (None, None) => return Ok(None),
             (None, Some(TemplateField::Many(templates))) => {
@@ -443,7 +452,7 @@ pub(crate) mod tests {
         assert_eq!(load(list).unwrap().unwrap().source(), "d");
         let error = load(r#"[{"name": "rag", "template": "t"}]"#).unwrap_err().to_string();
         assert!(error.contains("`rag`"), "{error}");
-        file::write(&dir.path().join(TEMPLATE_FILE), "file").unwrap();
+        std::fs::write(dir.path().join(TEMPLATE_FILE), "file").unwrap();
         assert_eq!(load(list).unwrap().unwrap().source(), "file");
     }
 }

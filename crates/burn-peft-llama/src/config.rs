@@ -1,12 +1,15 @@
 //! The model's hyperparameters, read from and written as `config.json`.
 
+mod fields;
 mod json;
 mod problem;
 mod rope;
 
 use std::path::Path;
 
-use self::json::{GenerationJson, Json, TokenIds};
+use serde_json::{Map, Value};
+
+use self::json::GenerationJson;
 use crate::{LlamaError, RopeConfig, file};
 
 pub use problem::ConfigProblem;
@@ -128,29 +131,34 @@ impl LlamaConfig {
 
     /// Reads `config.json` of a model directory, as transformers 5 and its predecessors write it, and adds the end
     /// tokens of `generation_config.json` if there is one. Where a file has `rope_scaling` beside `rope_parameters`,
-    /// the former counts, as in transformers.
+    /// the former counts, as in transformers. A negative token id, which old files have where there is no token, is
+    /// none.
     ///
     /// # Errors
     ///
     /// - [`LlamaError::ReadText`] if `config.json` cannot be read,
+    /// - [`LlamaError::WrongFile`] if one of the files is something else, such as a git-LFS pointer,
     /// - [`LlamaError::ConfigJson`] if one of the files is malformed,
-    /// - [`LlamaError::Config`] with every field that is not supported or makes no sense: another architecture, an
-    ///   activation other than `silu`, positions other than `default` and `llama3`, quantized weights, dropout.
+    /// - [`LlamaError::Config`] with every field that has another type, is not supported or makes no sense: another
+    ///   architecture, an activation other than `silu`, positions other than `default` and `llama3`, quantized weights, dropout.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self, LlamaError> {
         let dir = dir.as_ref();
         let path = dir.join(CONFIG_FILE);
-        let text = file::read(&path, "expected a model directory in the Hugging Face layout")?;
-        let json: Json = parse(&path, &text)?;
-        let (mut config, mut problems) = json.into_config();
-        problems.extend(config.problems());
+        let text = file::read_in_model(dir, CONFIG_FILE)?;
+        let (mut config, mut problems) = json::read(&parse(&path, &text)?);
+        let unread: Vec<_> = problems.iter().map(|problem| problem.field).collect();
+        problems.extend(config.problems().into_iter().filter(|problem| !unread.contains(&problem.field)));
         if !problems.is_empty() {
             return Err(LlamaError::Config { path, problems });
         }
 
         let path = dir.join(GENERATION_CONFIG_FILE);
         if let Some(text) = file::read_optional(&path, "it holds the end tokens")? {
-            let generation: GenerationJson = parse(&path, &text)?;
-            for id in generation.eos_token_id.map(TokenIds::into_vec).unwrap_or_default() {
+            let (generation, problems) = GenerationJson::read(&parse(&path, &text)?);
+            if !problems.is_empty() {
+                return Err(LlamaError::Config { path, problems });
+            }
+            for id in generation.eos_token_ids {
                 if !config.eos_token_ids.contains(&id) {
                     config.eos_token_ids.push(id);
                 }
@@ -199,6 +207,10 @@ impl LlamaConfig {
                 found: kv_heads.to_string(),
             });
         }
+        if let Some(id) = self.pad_token_id.filter(|&id| id as usize >= self.vocab_size) {
+            let expected = format!("below `vocab_size` ({})", self.vocab_size);
+            problems.push(ConfigProblem { field: "pad_token_id", expected, found: id.to_string() });
+        }
         if !self.head_dim.is_multiple_of(2) {
             let (expected, found) = ("an even number".to_owned(), self.head_dim.to_string());
             problems.push(ConfigProblem { field: "head_dim", expected, found });
@@ -207,8 +219,8 @@ impl LlamaConfig {
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T, LlamaError> {
-    serde_json::from_str(text).map_err(|source| LlamaError::ConfigJson { path: path.to_owned(), source })
+fn parse(path: &Path, text: &str) -> Result<Map<String, Value>, LlamaError> {
+    file::parse(path, text, |path, source| LlamaError::ConfigJson { path, source })
 }
 
 #[cfg(test)]
@@ -217,9 +229,9 @@ mod tests {
 
     pub(super) fn read(config: &str, generation: Option<&str>) -> Result<LlamaConfig, LlamaError> {
         let dir = tempfile::tempdir().unwrap();
-        file::write(&dir.path().join(CONFIG_FILE), config).unwrap();
+        std::fs::write(dir.path().join(CONFIG_FILE), config).unwrap();
         if let Some(generation) = generation {
-            file::write(&dir.path().join(GENERATION_CONFIG_FILE), generation).unwrap();
+            std::fs::write(dir.path().join(GENERATION_CONFIG_FILE), generation).unwrap();
         }
         LlamaConfig::load(dir.path())
     }
@@ -247,7 +259,8 @@ mod tests {
         let text = zero.unwrap_err().to_string();
         assert!(text.contains("`num_attention_heads`: expected a positive number, found 0"), "{text}");
         assert!(text.contains("`rms_norm_eps`"), "{text}");
-        assert!(matches!(read(r#"{"vocab_size": -1}"#, None), Err(LlamaError::ConfigJson { .. })));
+        assert!(matches!(read(r#"{"vocab_size": -1}"#, None), Err(LlamaError::Config { .. })));
+        assert!(matches!(read("[]", None), Err(LlamaError::ConfigJson { .. })));
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(LlamaConfig::load(dir.path()), Err(LlamaError::ReadText { .. })));
     }

@@ -12,6 +12,14 @@ use crate::{ConfigProblem, WeightProblem};
 #[non_exhaustive]
 pub enum LlamaError {
     // === Model files ===
+    /// A file is not what its name says, such as the pointer that Git LFS leaves.
+    #[error("`{}` is {found}\nhint: {}", path.display(), found.hint())]
+    WrongFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: burn_peft_files::WrongFile,
+    },
     /// `config.json`, `generation_config.json` or the index of the weights is malformed.
     #[error("cannot parse `{}`", path.display())]
     ConfigJson {
@@ -20,7 +28,8 @@ pub enum LlamaError {
         /// Where and why parsing failed.
         source: serde_json::Error,
     },
-    /// `config.json` asks for something unsupported or impossible.
+    /// `config.json` or `generation_config.json` has a field of another type or asks for something unsupported or
+    /// impossible.
     #[error("`{}` does not describe a supported model:{}", path.display(), lines(problems))]
     Config {
         /// The file.
@@ -152,13 +161,30 @@ pub enum LlamaError {
         /// What the tokenizer said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A special token is named in the configuration but is not in the vocabulary.
-    #[error("`{field}` is `{token}`, which is not in the vocabulary")]
+    /// A special token is named but is not in the vocabulary.
+    #[error(
+        "`{field}` is `{token}`, which is not in the vocabulary\nhint: add it to the `tokenizers` tokenizer first"
+    )]
     UnknownSpecialToken {
-        /// The field of `tokenizer_config.json`.
+        /// The field of [`SpecialTokens`](crate::SpecialTokens).
         field: &'static str,
         /// The token's text.
         token: String,
+    },
+    /// A file gives a token an id that it cannot have: the next free one is another.
+    #[error(
+        "`{token}`: expected id {expected} by the tokenizer's files, found {}\n\
+         hint: do `tokenizer.json` and `tokenizer_config.json` belong together? Write them anew in Python: \
+         `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`",
+        found.map_or("none".into(), |id| id.to_string())
+    )]
+    AddedTokenId {
+        /// The token's text.
+        token: String,
+        /// The id in `added_tokens_decoder` of `tokenizer_config.json`, or in `added_tokens.json`.
+        expected: u32,
+        /// The id that it has, or would be given.
+        found: Option<u32>,
     },
     /// A special token is needed but the tokenizer names none.
     #[error("the tokenizer has no `{field}`\nhint: name it in `tokenizer_config.json`")]

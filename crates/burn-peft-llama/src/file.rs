@@ -1,23 +1,98 @@
 //! Reading and writing the small text files of a model directory.
 
-use std::{fs, io::Write, path::Path};
+use std::{
+    fs,
+    io::{Error, ErrorKind, Write},
+    path::{Path, PathBuf},
+};
 
+use burn_peft_files::{DirectoryReader, DirectoryWriter, StagedFile, WrongFile};
 use serde::de::DeserializeOwned;
-use tempfile::NamedTempFile;
 
 use crate::LlamaError;
 
 /// Reads a text file; `hint` says what it is for.
-pub(crate) fn read(path: &Path, hint: &'static str) -> Result<String, LlamaError> {
-    fs::read_to_string(path).map_err(|source| LlamaError::ReadText { path: path.to_owned(), source, hint })
+fn read(path: &Path, hint: &'static str) -> Result<String, LlamaError> {
+    let failed = |source| LlamaError::ReadText { path: path.to_owned(), source, hint };
+    String::from_utf8(fs::read(path).map_err(failed)?).map_err(|error| {
+        match WrongFile::detect(error.as_bytes()) {
+            Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
+            None => failed(Error::new(ErrorKind::InvalidData, error.utf8_error())),
+        }
+    })
+}
+
+/// Reads a text file without which `dir` is no model directory. If it is missing, the hint says why that may be.
+pub(crate) fn read_in_model(dir: &Path, name: &str) -> Result<String, LlamaError> {
+    read(&dir.join(name), hint_for(dir, name))
 }
 
 /// Reads a text file, or `None` if there is no such file.
 pub(crate) fn read_optional(path: &Path, hint: &'static str) -> Result<Option<String>, LlamaError> {
-    match fs::read_to_string(path) {
+    match read(path, hint) {
         Ok(text) => Ok(Some(text)),
-        Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(LlamaError::ReadText { path: path.to_owned(), source, hint }),
+        Err(LlamaError::ReadText { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Parses JSON. If it is none, the error says what it is instead, or else what `malformed` makes of the cause.
+pub(crate) fn parse<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    malformed: impl FnOnce(PathBuf, serde_json::Error) -> LlamaError,
+) -> Result<T, LlamaError> {
+    serde_json::from_str(text).map_err(|source| match WrongFile::detect(text.as_bytes()) {
+        Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
+        None => malformed(path.to_owned(), source),
+    })
+}
+
+/// What to do about a file that a model directory lacks, by what is there instead.
+pub(crate) fn hint_for(dir: &Path, name: &str) -> &'static str {
+    if dir.is_file() {
+        return "expected the model's directory, this is a file: give the directory that it is in";
+    }
+    if !dir.is_dir() {
+        return "there is no such directory";
+    }
+    let names: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    let ends_with = |end: &str| names.iter().any(|name| name.ends_with(end));
+    let is = |wanted: &str| names.iter().any(|name| name == wanted);
+    if name == "tokenizer.json" {
+        return match () {
+            () if is("tokenizer.model") || ends_with(".spm") => {
+                "there is a `tokenizer.model` only; write the `tokenizer.json` in Python: \
+                 `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
+            }
+            () if is("vocab.json") || is("merges.txt") => {
+                "there is a vocabulary in other files only; write the `tokenizer.json` in Python: \
+                 `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
+            }
+            () => "expected a model directory with a `tokenizer.json`",
+        };
+    }
+    match () {
+        () if ends_with(".gguf") => {
+            "there is a GGUF file of llama.cpp only; take the safetensors files of the same model"
+        }
+        () if is("adapter_config.json") => {
+            "this is the directory of an adapter: load the model that it was trained on, then the adapter"
+        }
+        () if ends_with(".pth") && !is("config.json") => {
+            "these are the files of the original release; take those in the Hugging Face layout"
+        }
+        () if is("pytorch_model.bin") || is("pytorch_model.bin.index.json") || ends_with(".pth") => {
+            "there are PyTorch's weights only; save them as safetensors in Python: \
+             `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir)`"
+        }
+        () if name == "config.json" => "expected a model directory in the Hugging Face layout",
+        () => "expected weights as `model.safetensors` or as shards with `model.safetensors.index.json`",
     }
 }
 
@@ -28,50 +103,47 @@ pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(
 ) -> Result<T, LlamaError> {
     match read_optional(path, hint)? {
         None => Ok(T::default()),
-        Some(text) => serde_json::from_str(&text)
-            .map_err(|source| LlamaError::TokenizerJson { path: path.to_owned(), source }),
+        Some(text) => parse(path, &text, |path, source| LlamaError::TokenizerJson { path, source }),
     }
 }
 
-/// Writes a text file by way of a temporary one beside it, so that no reader ever sees half of it.
-pub(crate) fn write(path: &Path, text: &str) -> Result<(), LlamaError> {
-    let mut file = temporary(path)?;
-    file.write_all(text.as_bytes())
-        .map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })?;
-    persist(file, path)
+/// Waits until nobody writes to a model directory, and keeps writers out while the value lives.
+pub(crate) fn lock(dir: &Path) -> Result<DirectoryReader, LlamaError> {
+    let hint = "is another program saving a model there?";
+    DirectoryReader::open(dir).map_err(|source| LlamaError::ReadText { path: dir.to_owned(), source, hint })
 }
 
-/// Opens a temporary file that [`persist`] turns into `path`.
-pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile, LlamaError> {
-    let mut builder = tempfile::Builder::new();
-    // A temporary file is private to its owner; the file it becomes should follow the umask like any other.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    builder.tempfile_in(directory).map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+/// Waits until nobody reads from or writes to a model directory, which is made if there is none.
+pub(crate) fn writer(dir: &Path) -> Result<DirectoryWriter, LlamaError> {
+    DirectoryWriter::open(dir).map_err(|source| LlamaError::WriteText { path: dir.to_owned(), source })
 }
 
-/// Puts a complete temporary file in the place of `path`.
-pub(crate) fn persist(file: NamedTempFile, path: &Path) -> Result<(), LlamaError> {
+/// Writes a text file that [`put`] moves to its place.
+pub(crate) fn stage(writer: &DirectoryWriter, path: &Path, text: &str) -> Result<StagedFile, LlamaError> {
     let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
-    Ok(())
+    let mut file = writer.stage(&name(path)).map_err(failed)?;
+    file.write_all(text.as_bytes()).map_err(failed)?;
+    Ok(file)
+}
+
+/// Moves a file to its place.
+pub(crate) fn put(file: StagedFile, path: &Path) -> Result<(), LlamaError> {
+    file.put().map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+}
+
+/// Removes a file, if there is one.
+pub(crate) fn remove(writer: &DirectoryWriter, path: &Path) -> Result<(), LlamaError> {
+    writer.remove(&name(path)).map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+}
+
+/// The last part of a path.
+pub(crate) fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_written_file_reads_back_and_replaces_the_one_before() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.txt");
-        write(&path, "one").unwrap();
-        write(&path, "two é").unwrap();
-        assert_eq!(read(&path, "").unwrap(), "two é");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
-    }
 
     #[test]
     fn a_missing_file_is_an_error_with_path_and_hint_unless_optional() {
@@ -81,8 +153,42 @@ mod tests {
         assert!(text.contains("none.json") && text.contains("hint: it is made by x"), "{text}");
         assert_eq!(read_optional(&path, "").unwrap(), None);
         assert_eq!(read_json_or_default::<Vec<u8>>(&path, "").unwrap(), Vec::<u8>::new());
-        write(&path, "[1,").unwrap();
+        fs::write(&path, "[1,").unwrap();
         assert!(matches!(read_json_or_default::<Vec<u8>>(&path, ""), Err(LlamaError::TokenizerJson { .. })));
-        assert!(matches!(write(&path.join("x"), ""), Err(LlamaError::WriteText { .. })));
+    }
+
+    #[test]
+    fn a_file_that_is_something_else_says_what_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        for (bytes, words) in [
+            (&b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"[..], "a git-LFS pointer"),
+            (b"<!DOCTYPE html><html>", "a web page"),
+            (b"\x1f\x8b\x08\xff", "compressed by gzip"),
+            (b"", "empty"),
+            (b"\xff\xfe{\0", "text with a byte-order mark"),
+        ] {
+            fs::write(&path, bytes).unwrap();
+            let error = read_json_or_default::<Vec<u8>>(&path, "").unwrap_err().to_string();
+            assert!(error.contains(&format!("a.json` is {words}")) && error.contains("\nhint: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_a_directory_has_instead_decides_about_the_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let hint = |name: &str| hint_for(dir.path(), name);
+        assert!(hint("model.safetensors").contains("model.safetensors.index.json"));
+        fs::write(dir.path().join("tokenizer.model"), "").unwrap();
+        assert!(hint("tokenizer.json").contains("save_pretrained"));
+        fs::write(dir.path().join("consolidated.00.pth"), "").unwrap();
+        assert!(hint("config.json").contains("original release"));
+        fs::write(dir.path().join("config.json"), "").unwrap();
+        fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(hint("model.safetensors").contains("PyTorch"));
+        fs::write(dir.path().join("model.gguf"), "").unwrap();
+        assert!(hint("model.safetensors").contains("GGUF"));
+        assert!(hint_for(&dir.path().join("config.json"), "config.json").contains("this is a file"));
+        assert!(hint_for(&dir.path().join("none"), "config.json").contains("no such directory"));
     }
 }

@@ -59,6 +59,8 @@ mod train;
 mod weights;
 
 pub use attention::LlamaAttention;
+pub use burn_peft_files::WrongFile;
+
 pub use batch::{Batch, Collator, PaddingSide};
 pub use block::LlamaBlock;
 pub use chat_template::ChatTemplate;

@@ -14,7 +14,8 @@ use crate::LlamaError;
 /// `p = (i - w) / (t - w)`, the factor is the one given with each variant. As in transformers, the first step of a
 /// warm-up has rate 0.
 ///
-/// Burn's own schedulers cannot express this: theirs start above 0 and do not hold at the end.
+/// Burn's own schedulers cannot express this: they start above 0. Past the end, the linear one holds its value and the
+/// cosine one rises again.
 ///
 /// ```
 /// use burn_peft_llama::Schedule;

@@ -1,10 +1,14 @@
 //! The tokenizer of a model directory: text to token ids and back.
 
+mod added_tokens;
 mod bpe;
 mod files;
+mod json;
 mod special_tokens;
 
 use std::{collections::HashSet, sync::Arc};
+
+use tokenizers::AddedToken;
 
 use crate::{ChatTemplate, LlamaError};
 
@@ -39,7 +43,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Puts a tokenizer together from a `tokenizers` one, its special tokens and a chat template.
+    /// Puts a tokenizer together from a `tokenizers` one, its special tokens and a chat template. All special tokens
+    /// must be in the vocabulary; they become special, if they are not yet.
     ///
     /// # Errors
     ///
@@ -65,6 +70,11 @@ impl Tokenizer {
         let bos_id = id("bos_token", &special.bos_token)?;
         let eos_id = id("eos_token", &special.eos_token)?;
         let pad_id = id("pad_token", &special.pad_token)?;
+        for token in &special.additional {
+            id("additional", &Some(token.clone()))?;
+        }
+        let tokens: Vec<_> = special.all().into_iter().map(|token| AddedToken::from(token, true)).collect();
+        inner.add_special_tokens(&tokens);
         let added = inner.get_added_tokens_decoder();
         let special_ids = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id);
         let special_ids = special_ids.chain(eos_id).collect();
@@ -131,7 +141,8 @@ impl Tokenizer {
         self.chat_template.as_ref()
     }
 
-    /// The special tokens by their text; `additional` is empty for a loaded tokenizer.
+    /// The special tokens by their text. For a loaded tokenizer, `additional` has all that are no `bos_token`,
+    /// `eos_token` or `pad_token`, in the order of their ids.
     pub fn special_tokens(&self) -> &SpecialTokens {
         &self.special
     }

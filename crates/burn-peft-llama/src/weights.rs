@@ -8,7 +8,7 @@ mod problem;
 mod transpose;
 mod writer;
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use burn::tensor::{DType, Device, FloatDType};
 
@@ -32,13 +32,21 @@ impl LlamaForCausalLm {
     /// that `model.safetensors.index.json` lists, in f32, f16 or bf16.
     ///
     /// Weights are read one tensor at a time and converted to `dtype`. Loading is strict: the files must hold the
-    /// model's tensors, no fewer and no more, save for `rotary_emb.inv_freq` of old files and an `lm_head.weight`
-    /// beside tied embeddings, which are ignored.
+    /// model's tensors, no fewer and no more, save for `rotary_emb.inv_freq` of old files, which is ignored.
+    ///
+    /// Where `config.json` ties the output layer to the embedding, an `lm_head.weight` in the files decides as in
+    /// transformers: with the values of the embedding it is ignored, without an embedding it is the embedding, and with
+    /// other values it stays the output layer. In this last case the model is not tied:
+    /// [`config()`](Self::config)`.tie_word_embeddings` is false, which differs from what [`LlamaConfig::load`] reads,
+    /// and [`save_pretrained`](Self::save_pretrained) writes both.
+    ///
+    /// Waits while another process saves to the directory with this crate: all files are of one model.
     ///
     /// # Errors
     ///
     /// - as [`LlamaConfig::load`],
     /// - [`LlamaError::ReadText`] if a file cannot be read,
+    /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
     /// - [`LlamaError::ConfigJson`] if the index is malformed,
     /// - [`LlamaError::ShardName`] if the index leads out of the directory,
     /// - [`LlamaError::WeightsFile`] and [`LlamaError::WeightsLength`] if a file of weights is malformed,
@@ -49,15 +57,25 @@ impl LlamaForCausalLm {
         dtype: FloatDType,
     ) -> Result<Self, LlamaError> {
         let dir = dir.as_ref();
-        let config = LlamaConfig::load(dir)?;
+        let lock = file::lock(dir)?;
+        let mut config = LlamaConfig::load(dir)?;
         let mut checkpoint = Checkpoint::open(dir)?;
+        // Files that are open stay what they are.
+        drop(lock);
+        if config.tie_word_embeddings {
+            config.tie_word_embeddings = checkpoint.resolve_tied_head()?;
+        }
         // Parameters are made when they are first used, so this model costs nothing.
-        checkpoint.check(&parameters(&config.init(device)), config.tie_word_embeddings)?;
+        checkpoint.check(&parameters(&config.init(device)))?;
         Self::build(&config, &mut Loader { checkpoint, device, dtype: dtype.into() })
     }
 
     /// Writes `config.json` and `model.safetensors` as transformers 5 reads them, in the type of the parameters. The
-    /// directory is made if it does not exist. Each file appears complete or not at all.
+    /// directory is made if it does not exist.
+    ///
+    /// Each file appears complete or not at all, and if writing fails, what was there before stays. Readers and writers
+    /// of this crate wait for each other. Others, and whoever comes after a crash, never find weights beside the
+    /// `config.json` of other ones: it is removed before and written last.
     ///
     /// # Errors
     ///
@@ -71,7 +89,6 @@ impl LlamaForCausalLm {
         if let Some(adapter) = parameters.iter().find(|parameter| parameter.adapter) {
             return Err(LlamaError::AdaptersAttached { path: adapter.name.clone() });
         }
-        fs::create_dir_all(dir).map_err(|source| LlamaError::WriteText { path: dir.to_owned(), source })?;
         // Wider types first keeps every tensor aligned.
         parameters.sort_by_key(|parameter| std::cmp::Reverse(parameter.dtype.size()));
         let dtype = match self.model.embed_tokens.weight.base().dtype() {
@@ -80,14 +97,23 @@ impl LlamaForCausalLm {
             DType::F64 => "float64",
             _ => "float32",
         };
-        writer::write(&dir.join(WEIGHTS_FILE), &parameters)?;
-        let config = self.config().to_json(dtype);
-        file::write(&dir.join(CONFIG_FILE), &format!("{config:#}\n"))
+        let config = format!("{:#}\n", self.config().to_json(dtype));
+        let (weights_path, config_path) = (dir.join(WEIGHTS_FILE), dir.join(CONFIG_FILE));
+        let directory = file::writer(dir)?;
+        let weights = writer::write(&directory, &weights_path, &parameters)?;
+        let staged = file::stage(&directory, &config_path, &config)?;
+        if file::read_optional(&config_path, "").ok().flatten().is_some_and(|old| old != config) {
+            file::remove(&directory, &config_path)?;
+        }
+        file::put(weights, &weights_path)?;
+        file::put(staged, &config_path)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use burn::tensor::{Int, Tensor};
     use safetensors::Dtype;
 
@@ -154,6 +180,58 @@ mod tests {
             let name = if dtype == Dtype::F16 { "\"float16\"" } else { "\"bfloat16\"" };
             assert!(text.contains(name), "{text}");
         }
+    }
+
+    #[test]
+    fn a_save_that_fails_changes_nothing_and_leftovers_go() {
+        let (dir, model) = saved(&config());
+        let names = || {
+            let mut names: Vec<_> =
+                fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = names();
+        fs::write(dir.path().join(".staged-x1-model.safetensors"), "half").unwrap();
+        model.save_pretrained(dir.path()).unwrap();
+        assert_eq!(names(), before);
+        // A directory in the place of the weights cannot be replaced.
+        fs::remove_file(dir.path().join(WEIGHTS_FILE)).unwrap();
+        fs::create_dir_all(dir.path().join(WEIGHTS_FILE).join("x")).unwrap();
+        let other = config().with_tie_word_embeddings(true).init(&Device::flex());
+        assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteText { .. })));
+        assert!(!names().iter().any(|name| name.to_string_lossy().starts_with(".staged-")));
+        assert!(!names().contains(&CONFIG_FILE.into()), "no configuration stands beside other weights");
+    }
+
+    #[test]
+    fn readers_and_writers_of_two_models_never_mix_them() {
+        let small = config();
+        let wide = LlamaConfig { mlp_bias: true, ..config() };
+        let (dir, one) = saved(&small);
+        let two = wide.init(&Device::flex());
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let mut seen = [0; 2];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    two.save_pretrained(dir.path()).unwrap();
+                    one.save_pretrained(dir.path()).unwrap();
+                }
+            });
+            for _ in 0..100 {
+                let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex());
+                match loaded {
+                    Ok(model) => seen[usize::from(model.config().mlp_bias)] += 1,
+                    Err(error) => {
+                        done.store(true, std::sync::atomic::Ordering::Relaxed);
+                        panic!("{error}");
+                    }
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
     }
 
     #[test]

@@ -119,6 +119,7 @@ fn float(value: &Value, fallback: Option<f64>) -> f64 {
     let fallback = fallback.unwrap_or(0.0);
     match value.as_str() {
         Some(text) => text.trim().parse().unwrap_or(fallback),
+        None if value.kind() == ValueKind::Bool => f64::from(u8::from(value.is_true())),
         None => f64::try_from(value.clone()).unwrap_or(fallback),
     }
 }
@@ -133,9 +134,10 @@ fn int(value: &Value, fallback: Option<i64>, base: Option<u32>) -> Value {
     };
     let base = base.unwrap_or(10);
     let Some(text) = value.as_str() else {
-        return match value.is_integer() {
-            true => value.clone(),
-            false => f64::try_from(value.clone()).map_or(fallback.clone(), truncated),
+        return match value.kind() {
+            ValueKind::Bool => Value::from(i64::from(value.is_true())),
+            _ if value.is_integer() => value.clone(),
+            _ => f64::try_from(value.clone()).map_or(fallback.clone(), truncated),
         };
     };
     let text = methods::strip(text, None, true, true).to_ascii_lowercase();

@@ -1,154 +1,116 @@
 //! The configuration files of a model directory as they are written.
 
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
     ConfigProblem, LlamaConfig,
+    fields::Fields,
     rope::{self, RopeJson},
 };
 use crate::RopeConfig;
 
-/// A token id or a list of them.
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(super) enum TokenIds {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-impl TokenIds {
-    pub(super) fn into_vec(self) -> Vec<u32> {
-        match self {
-            Self::One(id) => vec![id],
-            Self::Many(ids) => ids,
-        }
-    }
-}
-
-/// `config.json`; the fields of both generations.
-#[derive(Deserialize)]
-pub(super) struct Json {
-    model_type: Option<String>,
-    architectures: Option<Vec<String>>,
-    vocab_size: Option<usize>,
-    hidden_size: Option<usize>,
-    intermediate_size: Option<usize>,
-    num_hidden_layers: Option<usize>,
-    num_attention_heads: Option<usize>,
-    num_key_value_heads: Option<usize>,
-    rope_interleaved: Option<bool>,
-    partial_rotary_factor: Option<f64>,
-    head_dim: Option<usize>,
-    max_position_embeddings: Option<usize>,
-    rms_norm_eps: Option<f64>,
-    rope_parameters: Option<RopeJson>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RopeJson>,
-    tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    // The tokens have defaults of their own, so an absent field differs from `null`.
-    #[serde(default = "default_bos")]
-    bos_token_id: Option<u32>,
-    #[serde(default = "default_eos")]
-    eos_token_id: Option<TokenIds>,
-    pad_token_id: Option<u32>,
-    initializer_range: Option<f64>,
-    hidden_act: Option<String>,
-    pretraining_tp: Option<f64>,
-    attention_dropout: Option<f64>,
-    quantization_config: Option<Value>,
-}
-
-fn default_bos() -> Option<u32> {
-    Some(1)
-}
-
-fn default_eos() -> Option<TokenIds> {
-    Some(TokenIds::One(2))
-}
-
-/// The fields of `generation_config.json` that matter here.
-#[derive(Deserialize, Default)]
+/// What of `generation_config.json` matters here.
 pub(super) struct GenerationJson {
     pub(super) bos_token_id: Option<u32>,
-    pub(super) eos_token_id: Option<TokenIds>,
+    pub(super) eos_token_ids: Vec<u32>,
     pub(super) pad_token_id: Option<u32>,
 }
 
-impl Json {
-    pub(super) fn into_config(self) -> (LlamaConfig, Vec<ConfigProblem>) {
-        let mut problems = self.unsupported();
-        let default = LlamaConfig::default();
-        let hidden_size = self.hidden_size.unwrap_or(default.hidden_size);
-        let num_attention_heads = self.num_attention_heads.unwrap_or(default.num_attention_heads);
-        let per_head = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
-        let rope_json = RopeJson::of(self.rope_scaling, self.rope_parameters);
-        let config = LlamaConfig {
-            vocab_size: self.vocab_size.unwrap_or(default.vocab_size),
-            hidden_size,
-            intermediate_size: self.intermediate_size.unwrap_or(default.intermediate_size),
-            num_hidden_layers: self.num_hidden_layers.unwrap_or(default.num_hidden_layers),
-            num_attention_heads,
-            num_key_value_heads: self.num_key_value_heads.unwrap_or(num_attention_heads),
-            head_dim: self.head_dim.unwrap_or(per_head),
-            max_position_embeddings: self.max_position_embeddings.unwrap_or(default.max_position_embeddings),
-            rms_norm_eps: self.rms_norm_eps.unwrap_or(default.rms_norm_eps),
-            rope: RopeConfig {
-                rope_theta: rope_json.rope_theta.or(self.rope_theta).unwrap_or(default.rope.rope_theta),
-                scaling: rope_json.scaling(&mut problems),
-            },
-            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(default.tie_word_embeddings),
-            attention_bias: self.attention_bias.unwrap_or(default.attention_bias),
-            mlp_bias: self.mlp_bias.unwrap_or(default.mlp_bias),
-            bos_token_id: self.bos_token_id,
-            eos_token_ids: self.eos_token_id.map(TokenIds::into_vec).unwrap_or_default(),
-            pad_token_id: self.pad_token_id,
-            initializer_range: self.initializer_range.unwrap_or(default.initializer_range),
+impl GenerationJson {
+    pub(super) fn read(json: &Map<String, Value>) -> (Self, Vec<ConfigProblem>) {
+        let mut fields = Fields::new(json);
+        let generation = Self {
+            bos_token_id: fields.token("bos_token_id", None),
+            eos_token_ids: fields.tokens("eos_token_id", &[]),
+            pad_token_id: fields.token("pad_token_id", None),
         };
-        (config, problems)
+        (generation, fields.problems)
     }
+}
 
-    /// The fields that ask for something this crate does not do.
-    fn unsupported(&self) -> Vec<ConfigProblem> {
-        let mut problems = Vec::new();
-        let mut refuse = |field, expected: &str, found: String| {
-            problems.push(ConfigProblem { field, expected: expected.to_owned(), found });
-        };
-        match &self.model_type {
-            Some(model_type) if model_type != "llama" => {
-                refuse("model_type", "`llama`", format!("`{model_type}`"));
-            }
-            None if self.architectures.is_none() => refuse("model_type", "`llama`", "none".to_owned()),
-            _ => {}
+/// Reads `config.json`, the fields of both generations.
+pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem>) {
+    let mut fields = Fields::new(json);
+    let mut unsupported = unsupported(&mut fields);
+    let default = LlamaConfig::default();
+    let hidden_size = fields.size_or("hidden_size", default.hidden_size);
+    let num_attention_heads = fields.size_or("num_attention_heads", default.num_attention_heads);
+    let per_head = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
+    let scaling = fields.object("rope_scaling").map(|json| RopeJson::read(json, &mut fields.problems));
+    let parameters = fields.object("rope_parameters").map(|json| RopeJson::read(json, &mut fields.problems));
+    let rope_json = RopeJson::of(scaling, parameters);
+    let vocab_size = fields.size_or("vocab_size", default.vocab_size);
+    let config = LlamaConfig {
+        vocab_size,
+        hidden_size,
+        intermediate_size: fields.size_or("intermediate_size", default.intermediate_size),
+        num_hidden_layers: fields.size_or("num_hidden_layers", default.num_hidden_layers),
+        num_attention_heads,
+        num_key_value_heads: fields.size("num_key_value_heads").unwrap_or(num_attention_heads),
+        head_dim: fields.size("head_dim").unwrap_or(per_head),
+        max_position_embeddings: fields.size_or("max_position_embeddings", default.max_position_embeddings),
+        rms_norm_eps: fields.number_or("rms_norm_eps", default.rms_norm_eps),
+        rope: RopeConfig {
+            rope_theta: rope_json
+                .rope_theta
+                .or(fields.number("rope_theta"))
+                .unwrap_or(default.rope.rope_theta),
+            scaling: rope_json.scaling(&mut fields.problems),
+        },
+        tie_word_embeddings: fields.flag_or("tie_word_embeddings", default.tie_word_embeddings),
+        attention_bias: fields.flag_or("attention_bias", default.attention_bias),
+        mlp_bias: fields.flag_or("mlp_bias", default.mlp_bias),
+        // An absent field differs from `null`.
+        bos_token_id: fields.token("bos_token_id", default.bos_token_id),
+        eos_token_ids: fields.tokens("eos_token_id", &default.eos_token_ids),
+        pad_token_id: fields.token("pad_token_id", default.pad_token_id),
+        initializer_range: fields.number_or("initializer_range", default.initializer_range),
+    };
+    unsupported.append(&mut fields.problems);
+    (config, unsupported)
+}
+
+/// The fields that ask for something this crate does not do.
+fn unsupported(fields: &mut Fields<'_>) -> Vec<ConfigProblem> {
+    let mut problems = Vec::new();
+    let mut refuse = |field, expected: &str, found: String| {
+        problems.push(ConfigProblem { field, expected: expected.to_owned(), found });
+    };
+    let architectures = fields.texts("architectures");
+    match fields.text("model_type") {
+        Some(model_type) if model_type != "llama" => {
+            refuse("model_type", "`llama`", format!("`{model_type}`"));
         }
-        if let Some(architectures) = &self.architectures
-            && !architectures.iter().any(|name| name == "LlamaForCausalLM")
-        {
-            refuse("architectures", "`LlamaForCausalLM`", format!("`{}`", architectures.join("`, `")));
+        None if fields.any("architectures").is_none() && fields.any("model_type").is_none() => {
+            refuse("model_type", "`llama`", "none".to_owned());
         }
-        if let Some(act) = self.hidden_act.as_ref().filter(|act| !["silu", "swish"].contains(&act.as_str())) {
-            refuse("hidden_act", "`silu`", format!("`{act}`"));
-        }
-        if let Some(tp) = self.pretraining_tp.filter(|&tp| tp != 1.0) {
-            refuse("pretraining_tp", "1", tp.to_string());
-        }
-        if let Some(dropout) = self.attention_dropout.filter(|&dropout| dropout != 0.0) {
-            refuse("attention_dropout", "0", dropout.to_string());
-        }
-        if self.rope_interleaved == Some(true) {
-            refuse("rope_interleaved", "false: halves of a head are rotated", "true".to_owned());
-        }
-        if let Some(share) = self.partial_rotary_factor.filter(|&share| share != 1.0) {
-            refuse("partial_rotary_factor", "1", share.to_string());
-        }
-        if let Some(quantization) = self.quantization_config.as_ref().filter(|value| !value.is_null()) {
-            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed one");
-            refuse("quantization_config", "weights in f32, f16 or bf16", format!("method `{method}`"));
-        }
-        problems
+        _ => {}
     }
+    if let Some(architectures) = architectures
+        && !architectures.contains(&"LlamaForCausalLM")
+    {
+        refuse("architectures", "`LlamaForCausalLM`", format!("`{}`", architectures.join("`, `")));
+    }
+    if let Some(act) = fields.text("hidden_act").filter(|act| !["silu", "swish"].contains(act)) {
+        refuse("hidden_act", "`silu`", format!("`{act}`"));
+    }
+    if let Some(tp) = fields.number("pretraining_tp").filter(|&tp| tp != 1.0) {
+        refuse("pretraining_tp", "1", tp.to_string());
+    }
+    if let Some(dropout) = fields.number("attention_dropout").filter(|&dropout| dropout != 0.0) {
+        refuse("attention_dropout", "0", dropout.to_string());
+    }
+    if fields.flag("rope_interleaved") == Some(true) {
+        refuse("rope_interleaved", "false: halves of a head are rotated", "true".to_owned());
+    }
+    if let Some(share) = fields.number("partial_rotary_factor").filter(|&share| share != 1.0) {
+        refuse("partial_rotary_factor", "1", share.to_string());
+    }
+    if let Some(quantization) = fields.any("quantization_config") {
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed one");
+        refuse("quantization_config", "weights in f32, f16 or bf16", format!("method `{method}`"));
+    }
+    problems
 }
 
 impl LlamaConfig {
@@ -201,6 +163,53 @@ mod tests {
         let config = read(text, None).unwrap();
         assert_eq!((config.head_dim, config.num_key_value_heads), (16, 6));
         assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (None, [].as_slice()));
+    }
+
+    #[test]
+    fn every_field_of_a_wrong_type_is_named_with_what_was_found() {
+        let text = r#"{"model_type": "llama", "vocab_size": "96", "hidden_size": null, "num_hidden_layers": 2.0,
+            "rms_norm_eps": "1e-6", "tie_word_embeddings": 1, "eos_token_id": [2, null], "bos_token_id": 2.0,
+            "pad_token_id": "0", "architectures": "LlamaForCausalLM", "rope_scaling": {"factor": "x"}}"#;
+        let text = read(text, None).unwrap_err().to_string();
+        for part in [
+            "`vocab_size`: expected a whole number, found `\"96\"`",
+            "`hidden_size`: expected a value, or no such field, found `null`",
+            "`num_hidden_layers`: expected a whole number, found `2.0`",
+            "`rms_norm_eps`: expected a number, found `\"1e-6\"`",
+            "`tie_word_embeddings`: expected true or false, found `1`",
+            "`eos_token_id`: expected a token id, a list of them, or null, found `[2,null]`",
+            "`bos_token_id`: expected a token id or null, found `2.0`",
+            "`pad_token_id`: expected a token id or null, found `\"0\"`",
+            "`architectures`: expected a list of texts",
+            "`factor`: expected a number, found `\"x\"`",
+        ] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
+        let text =
+            read(r#"{"model_type": "llama"}"#, Some(r#"{"eos_token_id": "2"}"#)).unwrap_err().to_string();
+        assert!(text.contains("generation_config.json") && text.contains("`eos_token_id`"), "{text}");
+    }
+
+    #[test]
+    fn negative_tokens_are_none_as_in_old_files() {
+        let text = r#"{"model_type": "llama", "pad_token_id": -1}"#;
+        let config = read(text, Some(r#"{"pad_token_id": -1, "bos_token_id": -1}"#)).unwrap();
+        assert_eq!((config.pad_token_id, config.bos_token_id), (None, Some(1)));
+        let text =
+            r#"{"model_type": "llama", "bos_token_id": -1, "eos_token_id": [2, -1], "pad_token_id": null}"#;
+        let config = read(text, Some(r#"{"eos_token_id": -1, "pad_token_id": 3}"#)).unwrap();
+        assert_eq!(
+            (config.bos_token_id, config.eos_token_ids, config.pad_token_id),
+            (None, vec![2], Some(3))
+        );
+        let config = read(r#"{"model_type": "llama", "eos_token_id": []}"#, None).unwrap();
+        assert!(config.eos_token_ids.is_empty());
+        // No row of the embedding belongs to it; transformers refuses to make such a model as well.
+        let error = read(r#"{"model_type": "llama", "vocab_size": 9, "pad_token_id": 9}"#, None).unwrap_err();
+        assert!(
+            error.to_string().contains("`pad_token_id`: expected below `vocab_size` (9), found 9"),
+            "{error}"
+        );
     }
 
     #[test]

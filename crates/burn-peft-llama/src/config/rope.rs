@@ -1,18 +1,16 @@
 //! Rotary embedding in `config.json`, the fields of both generations.
 
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::ConfigProblem;
+use super::{ConfigProblem, fields::Fields};
 use crate::{RopeConfig, RopeScaling};
 
 /// `rope_parameters`, or `rope_scaling` of files before transformers 5.
-#[derive(Deserialize, Default, PartialEq)]
+#[derive(Default, PartialEq)]
 pub(super) struct RopeJson {
     pub(super) rope_theta: Option<f64>,
     rope_type: Option<String>,
     /// The name of `rope_type` in the oldest files.
-    #[serde(rename = "type")]
     old_type: Option<String>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -21,6 +19,21 @@ pub(super) struct RopeJson {
 }
 
 impl RopeJson {
+    pub(super) fn read(json: &Map<String, Value>, problems: &mut Vec<ConfigProblem>) -> Self {
+        let mut fields = Fields::new(json);
+        let rope = Self {
+            rope_theta: fields.number("rope_theta"),
+            rope_type: fields.text("rope_type").map(str::to_owned),
+            old_type: fields.text("type").map(str::to_owned),
+            factor: fields.number("factor"),
+            low_freq_factor: fields.number("low_freq_factor"),
+            high_freq_factor: fields.number("high_freq_factor"),
+            original_max_position_embeddings: fields.size("original_max_position_embeddings"),
+        };
+        problems.append(&mut fields.problems);
+        rope
+    }
+
     /// What counts where a file has both. As in transformers, that is `rope_scaling` unless it is empty, and then
     /// nothing of the other is used, not even its `rope_theta`.
     pub(super) fn of(rope_scaling: Option<Self>, rope_parameters: Option<Self>) -> Self {

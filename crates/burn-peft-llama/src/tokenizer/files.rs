@@ -2,69 +2,54 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::json;
 
-use super::{SpecialTokens, Tokenizer, special_tokens::TokenField};
-use crate::{
-    ChatTemplate, LlamaError,
-    chat_template::{TEMPLATE_FILE, TemplateField},
-    file,
+use super::{
+    Tokenizer,
+    added_tokens::{ADDED_TOKENS_FILE, Beside, CONFIG_FILE, SPECIAL_TOKENS_FILE},
+    json,
 };
+use crate::{LlamaError, chat_template::TEMPLATE_FILE, file};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
-const CONFIG_FILE: &str = "tokenizer_config.json";
-const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
-
-/// The part of `tokenizer_config.json` and `special_tokens_map.json` that is read.
-#[derive(Default, Deserialize)]
-struct ConfigFile {
-    bos_token: Option<TokenField>,
-    eos_token: Option<TokenField>,
-    pad_token: Option<TokenField>,
-    chat_template: Option<TemplateField>,
-}
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of a model directory and, where they exist, `tokenizer_config.json`,
-    /// `special_tokens_map.json` (for special tokens the former does not name) and the chat template.
+    /// `special_tokens_map.json`, `added_tokens.json` and the chat template.
     ///
-    /// Truncation and padding that were saved inside `tokenizer.json` are switched off.
+    /// Special tokens that only the other files name are added as transformers 5 adds them: those of
+    /// `added_tokens_decoder` or `added_tokens.json`, then `bos_token` and its like, then `extra_special_tokens` or
+    /// `additional_special_tokens`. Their ids follow the vocabulary's, and may be beyond the model's.
+    ///
+    /// Truncation and padding that were saved inside `tokenizer.json` are switched off. What `tokenizer.json` says about
+    /// spaces is followed: of SentencePiece tokenizers with `legacy: false` in `tokenizer_config.json`, transformers 5
+    /// changes that, and puts no `▁` behind a special token such as `</s>` where `tokenizer.json` puts one.
     ///
     /// # Errors
     ///
     /// - [`LlamaError::ReadText`] if `tokenizer.json` is missing or a file cannot be read,
-    /// - [`LlamaError::Tokenizer`] if `tokenizer.json` is refused, [`LlamaError::TokenizerJson`] for the others,
-    /// - [`LlamaError::UnknownSpecialToken`] if a special token is not in the vocabulary,
+    /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
+    /// - [`LlamaError::TokenizerJson`] if a file is no JSON or has a field of another type,
+    ///   [`LlamaError::Tokenizer`] if `tokenizer.json` is refused otherwise,
+    /// - [`LlamaError::AddedTokenId`] if a file gives a token an id that it cannot have,
     /// - [`LlamaError::ChatTemplate`] if the chat template is malformed.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self, LlamaError> {
         let dir = dir.as_ref();
-        let path = dir.join(TOKENIZER_FILE);
-        let hint = "expected a model directory with a `tokenizer.json`; for models that only have a \
-                    `tokenizer.model`, save the fast tokenizer with transformers first";
-        let text = file::read(&path, hint)?;
-        let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|source| {
-            LlamaError::Tokenizer { action: format!("load `{}`", path.display()), source }
-        })?;
-
-        let config: ConfigFile =
-            file::read_json_or_default(&dir.join(CONFIG_FILE), "it names the special tokens")?;
-        let map: ConfigFile =
-            file::read_json_or_default(&dir.join(SPECIAL_TOKENS_FILE), "it names the special tokens")?;
-        let text = |a: Option<TokenField>, b: Option<TokenField>| a.or(b).map(TokenField::into_text);
-        let special = SpecialTokens {
-            bos_token: text(config.bos_token, map.bos_token),
-            eos_token: text(config.eos_token, map.eos_token),
-            pad_token: text(config.pad_token, map.pad_token),
-            additional: Vec::new(),
-        };
-        let (bos, eos) = (special.bos_token.as_deref(), special.eos_token.as_deref());
-        let chat_template = ChatTemplate::load(dir, config.chat_template, bos, eos)?;
-        Self::from_parts(inner, special, chat_template)
+        let _lock = file::lock(dir)?;
+        let text = file::read_in_model(dir, TOKENIZER_FILE)?;
+        let mut inner = json::read(&dir.join(TOKENIZER_FILE), &text)?;
+        let mut beside = Beside::read(dir)?;
+        beside.add_to(&mut inner)?;
+        Self::from_parts(inner, beside.special, beside.chat_template)
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is a chat template, `chat_template.jinja`
-    /// into an existing directory, as transformers 5 reads them.
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is a chat template, `chat_template.jinja` into a
+    /// directory, as transformers 5 reads them. The directory is made if there is none.
+    ///
+    /// All special tokens are in `tokenizer.json` then. Files of an earlier tokenizer that would add to it are removed:
+    /// `special_tokens_map.json`, `added_tokens.json`, and a chat template if there is none now.
+    ///
+    /// Each file appears complete or not at all, and readers and writers of this crate wait for each other.
     ///
     /// # Errors
     ///
@@ -88,17 +73,27 @@ impl Tokenizer {
         }
         config["tokenizer_class"] = json!("PreTrainedTokenizerFast");
 
-        file::write(&dir.join(TOKENIZER_FILE), &tokenizer)?;
-        file::write(&dir.join(CONFIG_FILE), &format!("{config:#}\n"))?;
-        if let Some(template) = &self.chat_template {
-            file::write(&dir.join(TEMPLATE_FILE), template.source())?;
+        let writer = file::writer(dir)?;
+        let mut texts = vec![(TOKENIZER_FILE, tokenizer), (CONFIG_FILE, format!("{config:#}\n"))];
+        let mut stale = vec![SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE];
+        match &self.chat_template {
+            Some(template) => texts.push((TEMPLATE_FILE, template.source().to_owned())),
+            None => stale.push(TEMPLATE_FILE),
         }
-        Ok(())
+        let mut staged = Vec::new();
+        for (name, text) in texts {
+            let path = dir.join(name);
+            staged.push((file::stage(&writer, &path, &text)?, path));
+        }
+        stale.into_iter().try_for_each(|name| file::remove(&writer, &dir.join(name)))?;
+        staged.into_iter().try_for_each(|(file, path)| file::put(file, &path))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::tokenizer::tests::{TEXTS, chatml, llama3};
 
@@ -123,7 +118,7 @@ mod tests {
     #[test]
     fn tokens_are_read_as_text_or_object_and_the_map_fills_in() {
         let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| file::write(&dir.path().join(name), text).unwrap();
+        let write = |name: &str, text: &str| fs::write(&dir.path().join(name), text).unwrap();
         llama3().save(dir.path()).unwrap();
         write(
             CONFIG_FILE,
@@ -131,9 +126,28 @@ mod tests {
         );
         write(SPECIAL_TOKENS_FILE, r#"{"eos_token": {"content": "<|eot_id|>"}, "bos_token": "<|pad|>"}"#);
         let loaded = Tokenizer::load(dir.path()).unwrap();
-        assert_eq!(loaded.special.bos_token.as_deref(), Some("<|begin_of_text|>"));
+        // As in transformers, the map goes before the configuration.
+        assert_eq!(loaded.special.bos_token.as_deref(), Some("<|pad|>"));
         assert_eq!(loaded.special.eos_token.as_deref(), Some("<|eot_id|>"));
         assert_eq!((loaded.pad_id, loaded.pad_token_id()), (None, loaded.eos_id));
+    }
+
+    #[test]
+    fn files_of_an_earlier_tokenizer_do_not_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        llama3().save(dir.path()).unwrap();
+        fs::write(dir.path().join(SPECIAL_TOKENS_FILE), r#"{"bos_token": "<other>"}"#).unwrap();
+        fs::write(dir.path().join(ADDED_TOKENS_FILE), r#"{"<other>": 300}"#).unwrap();
+        let special = crate::SpecialTokens::new("<s>", "</s>");
+        let plain = Tokenizer::train_bpe(TEXTS, 300, special, None).unwrap();
+        plain.save(dir.path().join("deeper")).unwrap();
+        plain.save(dir.path()).unwrap();
+        let loaded = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!(
+            (loaded.special_tokens(), loaded.vocab_size()),
+            (plain.special_tokens(), plain.vocab_size())
+        );
+        assert!(loaded.chat_template().is_none());
     }
 
     #[test]
@@ -147,7 +161,7 @@ mod tests {
         let strategy = tokenizers::PaddingStrategy::Fixed(64);
         inner.with_padding(Some(tokenizers::PaddingParams { strategy, ..Default::default() }));
         assert_eq!(inner.encode(TEXTS[0], false).unwrap().len(), 64);
-        file::write(&dir.path().join(TOKENIZER_FILE), &inner.to_string(false).unwrap()).unwrap();
+        fs::write(&dir.path().join(TOKENIZER_FILE), &inner.to_string(false).unwrap()).unwrap();
         let loaded = Tokenizer::load(dir.path()).unwrap();
         assert_eq!(loaded.encode(TEXTS[0]).unwrap(), tokenizer.encode(TEXTS[0]).unwrap());
     }
@@ -157,15 +171,26 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = Tokenizer::load(dir.path()).unwrap_err();
         assert!(matches!(error, LlamaError::ReadText { .. }) && error.to_string().contains("tokenizer.json"));
-        file::write(&dir.path().join(TOKENIZER_FILE), "{}").unwrap();
+        fs::write(&dir.path().join(TOKENIZER_FILE), "{}").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Tokenizer { .. })));
         chatml().save(dir.path()).unwrap();
-        file::write(&dir.path().join(CONFIG_FILE), r#"{"eos_token": "<nope>"}"#).unwrap();
-        assert!(matches!(
-            Tokenizer::load(dir.path()),
-            Err(LlamaError::UnknownSpecialToken { field: "eos_token", token }) if token == "<nope>"
-        ));
-        file::write(&dir.path().join(CONFIG_FILE), "[").unwrap();
+        fs::write(&dir.path().join(CONFIG_FILE), r#"{"eos_token": "<nope>"}"#).unwrap();
+        assert_eq!(
+            Tokenizer::load(dir.path()).unwrap().eos_token_id(),
+            Some(300),
+            "added, as transformers does"
+        );
+        fs::write(&dir.path().join(CONFIG_FILE), "[").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::TokenizerJson { .. })));
+        chatml().save(dir.path()).unwrap();
+        for name in [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE] {
+            let path = dir.path().join(name);
+            let before = fs::read(&path).unwrap();
+            fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n").unwrap();
+            let error = Tokenizer::load(dir.path()).unwrap_err();
+            assert!(matches!(&error, LlamaError::WrongFile { path: it, .. } if *it == path), "{error}");
+            fs::write(&path, before).unwrap();
+        }
+        Tokenizer::load(dir.path()).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! The tokens that are never split, by their text.
 
 use serde::Deserialize;
+use tokenizers::AddedToken;
 
 /// The special tokens of a tokenizer, by their text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,17 +48,42 @@ impl SpecialTokens {
 }
 
 /// A special token in a configuration file: its text, or an object that holds it.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(untagged)]
 pub(super) enum TokenField {
     Text(String),
-    Object { content: String },
+    Object {
+        content: String,
+        #[serde(default)]
+        single_word: bool,
+        #[serde(default)]
+        lstrip: bool,
+        #[serde(default)]
+        rstrip: bool,
+        normalized: Option<bool>,
+        special: Option<bool>,
+    },
 }
 
 impl TokenField {
-    pub(super) fn into_text(self) -> String {
+    pub(super) fn text(&self) -> &str {
         match self {
-            Self::Text(text) | Self::Object { content: text } => text,
+            Self::Text(text) | Self::Object { content: text, .. } => text,
+        }
+    }
+
+    /// The token to add; `special` counts where the file does not say.
+    pub(super) fn added(&self, default: bool) -> AddedToken {
+        match self {
+            Self::Text(text) => AddedToken::from(text.clone(), default),
+            Self::Object { content, single_word, lstrip, rstrip, normalized, special } => {
+                let special = special.unwrap_or(default);
+                AddedToken::from(content.clone(), special)
+                    .single_word(*single_word)
+                    .lstrip(*lstrip)
+                    .rstrip(*rstrip)
+                    .normalized(normalized.unwrap_or(!special))
+            }
         }
     }
 }

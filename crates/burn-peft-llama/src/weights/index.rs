@@ -38,8 +38,7 @@ impl WeightFiles {
         let Some(text) = text else {
             return Ok(Self { path: single.clone(), files: vec![single] });
         };
-        let json: Index = serde_json::from_str(&text)
-            .map_err(|source| LlamaError::ConfigJson { path: index.clone(), source })?;
+        let json: Index = file::parse(&index, &text, |path, source| LlamaError::ConfigJson { path, source })?;
         let mut names: Vec<String> = json.weight_map.into_values().collect();
         names.sort();
         names.dedup();

@@ -7,6 +7,7 @@ use std::{
 };
 
 use burn::tensor::DType;
+use burn_peft_files::{DirectoryWriter, StagedFile};
 use safetensors::{
     Dtype, SafeTensorError,
     tensor::{Metadata, TensorInfo},
@@ -15,8 +16,12 @@ use safetensors::{
 use super::{parameter::Parameter, transpose::transpose_bytes};
 use crate::{LlamaError, file};
 
-/// Writes tensors one after the other, by way of a temporary file.
-pub(super) fn write(path: &Path, parameters: &[Parameter]) -> Result<(), LlamaError> {
+/// Writes tensors one after the other into a file that has yet to be moved to `path`.
+pub(super) fn write(
+    directory: &DirectoryWriter,
+    path: &Path,
+    parameters: &[Parameter],
+) -> Result<StagedFile, LlamaError> {
     let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
     let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
     let mut offset = 0;
@@ -38,8 +43,8 @@ pub(super) fn write(path: &Path, parameters: &[Parameter]) -> Result<(), LlamaEr
     let mut header = serde_json::to_vec(&metadata).map_err(|error| failed(io::Error::from(error)))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let mut file = file::temporary(path)?;
-    let mut writer = io::BufWriter::with_capacity(1 << 20, file.as_file_mut());
+    let mut file = directory.stage(&file::name(path)).map_err(failed)?;
+    let mut writer = io::BufWriter::with_capacity(1 << 20, &mut file);
     writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
     writer.write_all(&header).map_err(failed)?;
     for parameter in parameters {
@@ -53,7 +58,7 @@ pub(super) fn write(path: &Path, parameters: &[Parameter]) -> Result<(), LlamaEr
     }
     writer.flush().map_err(failed)?;
     drop(writer);
-    file::persist(file, path)
+    Ok(file)
 }
 
 #[cfg(test)]
