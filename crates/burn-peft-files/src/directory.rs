@@ -212,7 +212,7 @@ fn remove_leftovers(directory: &Path) {
     for entry in entries.flatten() {
         let is_staged = entry.file_name().to_str().is_some_and(|name| name.starts_with(STAGED));
         // Directories are staged otherwise.
-        if is_staged && entry.path().is_file() && !entry.path().extension().is_some_and(|end| end == LOCK) {
+        if is_staged && entry.path().is_file() && entry.path().extension().is_none_or(|end| end != LOCK) {
             let _ = fs::remove_file(entry.path());
         }
     }

@@ -32,7 +32,7 @@ pub(super) fn prepare(source: &str) -> Result<String, Error> {
     while let Some(start) = rest.find('{') {
         let (before, from) = rest.split_at(start);
         out.push_str(before);
-        let word = if from.starts_with("{%") { first_word(&from[2..]) } else { "" };
+        let word = from.strip_prefix("{%").map_or("", first_word);
         let length = match from.as_bytes().get(1) {
             Some(b'%') if raw && word != "endraw" => 2,
             Some(b'#') if !raw => from.find("#}").map_or(from.len(), |end| end + 2),

@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn tokens_are_read_as_text_or_object_and_the_map_fills_in() {
         let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(&dir.path().join(name), text).unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
         llama3().save(dir.path()).unwrap();
         write(
             CONFIG_FILE,
@@ -161,7 +161,7 @@ mod tests {
         let strategy = tokenizers::PaddingStrategy::Fixed(64);
         inner.with_padding(Some(tokenizers::PaddingParams { strategy, ..Default::default() }));
         assert_eq!(inner.encode(TEXTS[0], false).unwrap().len(), 64);
-        fs::write(&dir.path().join(TOKENIZER_FILE), &inner.to_string(false).unwrap()).unwrap();
+        fs::write(dir.path().join(TOKENIZER_FILE), inner.to_string(false).unwrap()).unwrap();
         let loaded = Tokenizer::load(dir.path()).unwrap();
         assert_eq!(loaded.encode(TEXTS[0]).unwrap(), tokenizer.encode(TEXTS[0]).unwrap());
     }
@@ -171,16 +171,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = Tokenizer::load(dir.path()).unwrap_err();
         assert!(matches!(error, LlamaError::ReadText { .. }) && error.to_string().contains("tokenizer.json"));
-        fs::write(&dir.path().join(TOKENIZER_FILE), "{}").unwrap();
+        fs::write(dir.path().join(TOKENIZER_FILE), "{}").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Tokenizer { .. })));
         chatml().save(dir.path()).unwrap();
-        fs::write(&dir.path().join(CONFIG_FILE), r#"{"eos_token": "<nope>"}"#).unwrap();
+        fs::write(dir.path().join(CONFIG_FILE), r#"{"eos_token": "<nope>"}"#).unwrap();
         assert_eq!(
             Tokenizer::load(dir.path()).unwrap().eos_token_id(),
             Some(300),
             "added, as transformers does"
         );
-        fs::write(&dir.path().join(CONFIG_FILE), "[").unwrap();
+        fs::write(dir.path().join(CONFIG_FILE), "[").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::TokenizerJson { .. })));
         chatml().save(dir.path()).unwrap();
         for name in [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE] {
