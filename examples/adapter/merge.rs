@@ -49,6 +49,8 @@ pub struct Plan {
 pub struct Merged {
     pub report: MergeReport,
     values: usize,
+    /// Whether the base has an output layer of its own although its configuration says tied.
+    has_other_head: bool,
     dtype: FloatDType,
     out: PathBuf,
     files: Vec<(String, u64)>,
@@ -103,6 +105,7 @@ impl Plan {
         // Where the type changes, too, the sum is formed in f32 and rounded to the new type, not to the old one before.
         let wide = if self.dtype == self.base.dtype { self.dtype } else { FloatDType::F32 };
         let mut model = LlamaForCausalLm::from_pretrained_as(&self.model, &Device::flex(), wide)?;
+        let has_other_head = self.base.config.tie_word_embeddings && !model.config().tie_word_embeddings;
         if self.untie {
             model.untie_lm_head();
         }
@@ -128,7 +131,7 @@ impl Plan {
         let files = self.output.write(&model, names_of(self.dtype).1, &self.model)?;
         let shapes = report.parameters.iter().filter_map(|name| self.base.shape(name));
         let values = shapes.map(|shape| shape.iter().product::<usize>()).sum();
-        Ok(Merged { values, report, dtype: self.dtype, out: self.out.clone(), files })
+        Ok(Merged { values, report, has_other_head, dtype: self.dtype, out: self.out.clone(), files })
     }
 }
 
@@ -188,6 +191,12 @@ impl fmt::Display for Plan {
 impl fmt::Display for Merged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let MergeReport { parameters, largest_error, worst_parameter, .. } = &self.report;
+        if self.has_other_head {
+            writeln!(
+                f,
+                "note     config.json says tied, and the weights have another `lm_head`; it is used"
+            )?;
+        }
         let (tensors, values) = (count(parameters.len(), "tensor"), thousands(self.values));
         write!(f, "merged   {tensors} of {values} parameters, largest rounding error ")?;
         match worst_parameter {

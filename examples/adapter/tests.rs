@@ -512,6 +512,22 @@ mod merging {
     }
 
     #[test]
+    fn an_output_layer_that_the_configuration_denies_is_kept_and_told() {
+        let parent = tempfile::tempdir().unwrap();
+        let case = |name: &str| fixture("cases").join(name);
+        let base = parent.path().join("base");
+        fs::create_dir(&base).unwrap();
+        fs::copy(case("base-untied").join("model.safetensors"), base.join("model.safetensors")).unwrap();
+        fs::copy(case("c17-tied-with-other-head").join("config.json"), base.join("config.json")).unwrap();
+        let out = parent.path().join("out");
+        let merged = merge(&args(&base, &[&case("a09-eva")], &out)).unwrap();
+        assert!(merged.to_string().starts_with("note     config.json says tied"), "{merged}");
+        assert_eq!(tensors(&out)["lm_head.weight"], tensors(&base)["lm_head.weight"]);
+        let config = fs::read_to_string(out.join("config.json")).unwrap();
+        assert!(config.contains("\"tie_word_embeddings\": false"), "{config}");
+    }
+
+    #[test]
     fn a_merge_cleans_up_after_one_that_was_killed() {
         let parent = tempfile::tempdir().unwrap();
         // As a killed one leaves it: a directory, and beside it the file that its writer had locked.

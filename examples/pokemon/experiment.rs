@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use burn::tensor::{DType, Device};
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
-use burn_peft_llama::{LlamaForCausalLm, Tokenizer};
+use burn_peft_llama::{LlamaConfig, LlamaForCausalLm, Tokenizer};
 
 use crate::arms::{Arm, ArmResult, Setting, adapting, lora_config};
 use crate::base::{Base, Kind};
@@ -61,6 +61,9 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
 
     let training_device = device.autodiff();
     let model = load(&base, args.dtype, &training_device)?;
+    if LlamaConfig::load(base.path())?.tie_word_embeddings && !model.config().tie_word_embeddings {
+        println!("note: config.json says tied, and the weights have another `lm_head`; it is used");
+    }
     // On copies, which share the weights: the arms begin with the base as it is.
     if let Some(dir) = &args.adapter {
         let load = |model: &mut LlamaForCausalLm| model.load_adapter(DEFAULT_ADAPTER, dir);
