@@ -335,7 +335,18 @@ mod refusals {
         tell("torch.compile", compiled.path());
         let inside = changed("b02-no-prefix", &[], |key| format!("base_model.model.language_model.{key}"));
         tell("inside another model", inside.path());
+        // Weights of the base beside the factors begin like them.
+        let front = "base_model.model.";
+        let compiled = changed("b06-embedding-layers", &[], |key| format!("_orig_mod.{key}"));
+        tell("beside the base's weights", compiled.path());
         insta::assert_snapshot!(told);
+        // Where only some keys lack the prefix, that is not how all begin: renaming would damage the others.
+        let half = |key: &str| match key.contains("layers.0") {
+            true => format!("{front}{key}"),
+            false => key.to_string(),
+        };
+        let error = refused("base-untied", changed("b02-no-prefix", &[], half).path());
+        assert!(matches!(error, PeftError::IncompatibleAdapter { .. }), "{error}");
     }
 
     #[test]
@@ -387,6 +398,8 @@ mod refusals {
         tell("an empty file", with(TENSORS, b"").path());
         tell("neither", with(TENSORS, &[0xff; 64]).path());
         tell("AdapterHub", with(CONFIG, br#"{"config": {}, "hidden_size": 8, "model_class": "X"}"#).path());
+        tell("an answer", with(CONFIG, br#"{"error": "Repository not found"}"#).path());
+        tell("a model's configuration", with(CONFIG, br#"{"model_type": "llama", "hidden_size": 8}"#).path());
         tell("a whole model", &case("base-tied"));
         let parent = tempfile::tempdir().unwrap();
         std::fs::create_dir(parent.path().join("mine")).unwrap();

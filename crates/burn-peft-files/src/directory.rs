@@ -47,7 +47,7 @@ impl DirectoryWriter {
     /// # Errors
     /// The directory cannot be made or opened; another program has kept it locked for a minute.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
-        let directory = directory.as_ref();
+        let directory = here_if_empty(directory.as_ref());
         fs::create_dir_all(directory)?;
         let lock = DirectoryLock::exclusive(directory)?;
         // Files are staged under the lock alone, so who holds it knows that their writers are dead.
@@ -84,6 +84,11 @@ impl DirectoryWriter {
     }
 }
 
+/// The directory; of a path such as `Path::new("file").parent()` gives, the current one.
+fn here_if_empty(directory: &Path) -> &Path {
+    if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
+}
+
 /// A time without writers: what is opened while this value lives belongs together.
 ///
 /// For files that are too large for [`read_together`]. A file that is open stays what it was, whatever a
@@ -99,7 +104,7 @@ impl DirectoryReader {
     /// # Errors
     /// A writer has kept the directory locked for a minute.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self { _lock: DirectoryLock::shared(directory.as_ref())? })
+        Ok(Self { _lock: DirectoryLock::shared(here_if_empty(directory.as_ref()))? })
     }
 }
 
@@ -160,7 +165,7 @@ pub fn read_together<const N: usize>(
     names: [&str; N],
 ) -> Result<[Result<Vec<u8>>; N]> {
     const TRIES: usize = 200;
-    let directory = directory.as_ref();
+    let directory = here_if_empty(directory.as_ref());
     for _ in 0..TRIES {
         let lock = DirectoryLock::shared(directory)?;
         let before = names.map(|name| Stamp::of(&directory.join(name)));
@@ -240,6 +245,16 @@ mod tests {
             file.write_all(&[value; 5000]).unwrap();
             file.put().unwrap();
         }
+    }
+
+    #[test]
+    fn no_directory_means_the_current_one() {
+        let writer = DirectoryWriter::open("").unwrap();
+        drop(writer.stage("no-such-file-stays").unwrap());
+        // This process would wait for itself.
+        drop(writer);
+        let [manifest] = read_together("", ["Cargo.toml"]).unwrap();
+        assert!(!manifest.unwrap().is_empty());
     }
 
     #[test]

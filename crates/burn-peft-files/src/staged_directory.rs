@@ -42,7 +42,9 @@ impl StagedDirectory {
     /// # Errors
     /// No directory can be made beside `place`.
     pub fn beside(place: impl AsRef<Path>) -> Result<Self> {
+        // A link to a directory, or `.`, stands for the directory itself, which can be replaced.
         let place = place.as_ref();
+        let place = place.canonicalize().unwrap_or_else(|_| place.into());
         let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent)?;
         let name = place.file_name().unwrap_or_default().to_string_lossy();
@@ -53,7 +55,7 @@ impl StagedDirectory {
         let _ = lock.as_file().try_lock();
         let path = lock.path().with_extension("");
         fs::create_dir(&path)?;
-        Ok(Self { path, place: place.into(), _lock: lock })
+        Ok(Self { path, place, _lock: lock })
     }
 
     /// Where the directory is until it is put.
@@ -133,6 +135,20 @@ mod tests {
         assert!(staged.put().is_err());
         assert_eq!(fs::read_to_string(place.join("file")).unwrap(), "2");
         assert_eq!(names(place.parent().unwrap()), ["place"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_an_empty_directory_is_a_place() {
+        let parent = tempfile::tempdir().unwrap();
+        let (real, link) = (parent.path().join("real"), parent.path().join("link"));
+        fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        let staged = StagedDirectory::beside(&link).unwrap();
+        fs::write(staged.path().join("file"), "1").unwrap();
+        staged.put().unwrap();
+        assert_eq!((names(&real), names(&link)), (vec!["file".to_string()], vec!["file".to_string()]));
+        assert_eq!(names(parent.path()), ["link", "real"]);
     }
 
     #[test]

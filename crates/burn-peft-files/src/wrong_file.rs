@@ -31,6 +31,10 @@ pub enum WrongFile {
     Pickle,
     /// Compressed by gzip.
     Gzip,
+    /// Compressed by xz, zstd or bzip2.
+    Compressed,
+    /// Keras and others save weights so.
+    Hdf5,
     /// llama.cpp's format.
     Gguf,
     /// NumPy's archive or array.
@@ -49,6 +53,10 @@ impl WrongFile {
             (b"PK\x03\x04", WrongFile::Zip),
             (b"GGUF", WrongFile::Gguf),
             (b"\x1f\x8b", WrongFile::Gzip),
+            (b"\xfd7zXZ", WrongFile::Compressed),
+            (b"\x28\xb5\x2f\xfd", WrongFile::Compressed),
+            (b"BZh", WrongFile::Compressed),
+            (b"\x89HDF", WrongFile::Hdf5),
             (b"\x93NUMPY", WrongFile::Numpy),
             (b"\x80\x02", WrongFile::Pickle),
             (b"\x80\x03", WrongFile::Pickle),
@@ -71,8 +79,15 @@ impl WrongFile {
         if [&b"<!doctype html"[..], b"<html", b"<?xml", b"<head"].iter().any(|tag| start.starts_with(tag)) {
             return Some(Self::Html);
         }
-        let said =
-            [&b"entry not found"[..], b"invalid username or password", b"access to model", b"not found"];
+        let said = [
+            &b"entry not found"[..],
+            b"repository not found",
+            b"not found",
+            b"invalid username or password",
+            b"invalid credentials",
+            b"access to model",
+            b"{\"error\"",
+        ];
         said.iter().any(|words| start.starts_with(words)).then_some(Self::ServerMessage)
     }
 
@@ -88,6 +103,8 @@ impl WrongFile {
                 "it can run code when it is read; load it in Python and save it with `safe_serialization=True`"
             }
             Self::Gzip => "unpack it with `gunzip`",
+            Self::Compressed => "unpack it with `xz -d`, `zstd -d` or `bunzip2`",
+            Self::Hdf5 => "load it in Python and save it as safetensors",
             Self::Gguf => "take the safetensors files of the same model",
             Self::Numpy => "save it in Python with `safetensors.numpy.save_file`",
             Self::ByteOrderMark => "save it as UTF-8 without a byte-order mark",
@@ -105,6 +122,8 @@ impl fmt::Display for WrongFile {
             Self::Zip => "a zip archive, as PyTorch saves checkpoints",
             Self::Pickle => "a Python pickle, as PyTorch saved checkpoints",
             Self::Gzip => "compressed by gzip",
+            Self::Compressed => "compressed by xz, zstd or bzip2",
+            Self::Hdf5 => "an HDF5 file",
             Self::Gguf => "a GGUF file of llama.cpp",
             Self::Numpy => "a NumPy array",
             Self::ByteOrderMark => "text with a byte-order mark",
@@ -118,7 +137,7 @@ mod tests {
 
     #[test]
     fn files_are_recognised_by_how_they_begin() {
-        let cases: [(&[u8], Option<WrongFile>); 14] = [
+        let cases: [(&[u8], Option<WrongFile>); 18] = [
             (b"", Some(WrongFile::Empty)),
             (
                 b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
@@ -126,6 +145,10 @@ mod tests {
             ),
             (b"\n <!DOCTYPE html><html>", Some(WrongFile::Html)),
             (b"Entry not found", Some(WrongFile::ServerMessage)),
+            (b"{\"error\":\"Repository not found\"}", Some(WrongFile::ServerMessage)),
+            (b"\xfd7zXZ\x00", Some(WrongFile::Compressed)),
+            (b"\x28\xb5\x2f\xfd\x04", Some(WrongFile::Compressed)),
+            (b"\x89HDF\r\n", Some(WrongFile::Hdf5)),
             (b"PK\x03\x04\x00\x00", Some(WrongFile::Zip)),
             (b"\x80\x02}q\x00", Some(WrongFile::Pickle)),
             (b"GGUF\x03\x00\x00\x00", Some(WrongFile::Gguf)),

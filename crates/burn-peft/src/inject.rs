@@ -251,13 +251,7 @@ impl Plan {
         if !self.config.ensures_weight_tying() {
             return Ok(());
         }
-        let has_output_layer = layout.parameters.iter().any(|parameter| {
-            let module = parameter.path.rsplit_once('.').map_or("", |(module, _)| module);
-            matches_name(module, OUTPUT_LAYER)
-        });
-        let is_tied = |site: &Site| {
-            layout.tied_tables.contains(&site.module) || (site.kind.is_embedding() && !has_output_layer)
-        };
+        let is_tied = |site: &Site| layout.tied_tables.contains(&site.module);
         match self.targets.iter().find(|target| is_tied(&target.site)) {
             None => Ok(()),
             Some(target) => Err(PeftError::InvalidConfig {

@@ -109,6 +109,8 @@ fn translated(python: &str) -> String {
                 out.push(']');
             }
             '[' | '&' | '~' if in_set => out.extend(['\\', c]),
+            // Behind another one it is the end of a range or stands for itself.
+            '-' if in_set && out.ends_with('-') => out.push_str(r"\-"),
             '{' if !in_set && python[at..].starts_with("{,") => out.push_str("{0"),
             c => out.push(c),
         }
@@ -141,6 +143,8 @@ mod tests {
             (r"a{,2}b", "aaab", false),
             (r"\Aq\Z", "q", true),
             (r"[&&~~]x", "&x", true),
+            (r"[+--a-z_.0-9]+q_proj", "model.layers.0.q_proj", true),
+            (r"[+--]x", ",x", true),
             (r"[]a]b", "]b", true),
             (r"[^]]x", "ax", true),
             (r"[^]]x", "]x", false),

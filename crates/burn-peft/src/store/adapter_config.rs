@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use burn_peft_files::WrongFile;
 use serde_json::{Map, Value, json};
 
 use super::files::{MLX_HINT, unreadable};
@@ -172,6 +173,10 @@ fn other_format(map: &Map<String, Value>, path: &Path) -> Option<PeftError> {
     let has = |keys: &[&str]| keys.iter().any(|key| map.contains_key(*key));
     let (reason, hint) = if has(&["lora_parameters", "fine_tune_type"]) {
         ("it is an adapter of mlx-lm, which has a format of its own", MLX_HINT)
+    } else if has(&["error"]) {
+        return Some(PeftError::NotTheFile { path: path.into(), found: WrongFile::ServerMessage });
+    } else if has(&["model_type", "architectures"]) {
+        ("its configuration is a whole model's", "give the directory that PEFT's `save_pretrained` wrote")
     } else if has(&["model_class", "adapter_class"]) {
         (
             "it is an adapter of AdapterHub, which has a format of its own",

@@ -47,7 +47,7 @@ pub(crate) fn load(
     problems.extend(compare_base(layout, &plan, &mut stored, &base_values)?);
     problems.extend(unexpected(&plan, &stored));
     if !problems.is_empty() && !options.lenient {
-        return Err(refused(&path, problems));
+        return Err(refused(&path, problems, found.is_empty()));
     }
 
     let tensors = found.len();
@@ -130,10 +130,11 @@ fn unexpected(plan: &Plan, stored: &tensors::Reader) -> Vec<TensorProblem> {
     leftover.map(|key| TensorProblem::Unexpected { key, closest: None }).collect()
 }
 
-/// The error about tensors that do not fit: the common cause, if there is one.
-fn refused(path: &Path, problems: Vec<TensorProblem>) -> PeftError {
+/// The error about tensors that do not fit: the common cause, if there is one. Where some keys are right, how all of them
+/// begin is not the cause.
+fn refused(path: &Path, problems: Vec<TensorProblem>, is_nothing_found: bool) -> PeftError {
     let (missing, unexpected) = named(&problems);
-    match OtherPrefix::between(&unexpected, &missing) {
+    match OtherPrefix::between(&unexpected, &missing).filter(|_| is_nothing_found) {
         Some(other) => other.refused(path),
         None => PeftError::IncompatibleAdapter { path: path.into(), problems: with_closest(problems) },
     }

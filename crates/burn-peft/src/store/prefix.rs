@@ -17,10 +17,12 @@ pub(super) struct OtherPrefix {
 
 impl OtherPrefix {
     /// Compares the keys that nobody asked for with those that are missing. `None` if no single change of their beginnings
-    /// makes every one of the former a missing one.
+    /// makes every one of the former a missing one. Weights of the base, which may stand beside the factors, are asked for
+    /// by nobody: they need only begin like the others.
     pub(super) fn between(unexpected: &[String], missing: &[String]) -> Option<Self> {
         let wanted: BTreeSet<&str> = missing.iter().map(String::as_str).collect();
-        let first = unexpected.first()?;
+        let is_own = |key: &&String| key.contains(".lora_");
+        let first = unexpected.iter().find(is_own).or(unexpected.first())?;
         // Another layer or another tensor of the adapter is another matter.
         let is_outside = |(found, expected): &(&str, &str)| {
             let inside = |part: &&str| part.starts_with("lora_") || part.parse::<usize>().is_ok();
@@ -30,7 +32,8 @@ impl OtherPrefix {
         let rules: BTreeSet<(&str, &str)> = rules.collect();
         let makes_all = |(found, expected): &(&str, &str)| {
             unexpected.iter().all(|key| {
-                key.strip_prefix(found).is_some_and(|rest| wanted.contains(&*format!("{expected}{rest}")))
+                key.strip_prefix(found)
+                    .is_some_and(|rest| !is_own(&key) || wanted.contains(&*format!("{expected}{rest}")))
             })
         };
         let (found, expected) = rules.into_iter().find(makes_all)?;
