@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn special_tokens_of_every_file_are_one_token_each() {
-        // Ids and order as transformers 5.23 gives them.
+        // Ids and order as transformers 5.23 gives them. It refuses the object, which files of older releases have.
         for files in [
             config(r#""added_tokens_decoder": {"300": {"content": "<tool_call>", "special": true}}"#),
             config(r#""additional_special_tokens": ["<tool_call>", "<x>"]"#),
