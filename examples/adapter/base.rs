@@ -1,12 +1,12 @@
 //! What the files of a base model say before any weight is read.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::FloatDType;
-use burn_peft::{AdapterDirectory, StoredModule, TensorRole};
+use burn_peft::{AdapterDirectory, StoredModule, TensorRole, WrongFile};
 use burn_peft_llama::LlamaConfig;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
@@ -136,16 +136,20 @@ impl BaseFiles {
     }
 }
 
-/// Name, shape and type of each tensor of a file, of which no more than the header is read.
+/// Name, shape and type of each tensor of a file. Only the header is read.
 fn header(path: &Path) -> Result<Vec<(String, Vec<usize>, Dtype)>> {
-    let mut file = File::open(path)?;
-    let mut prefix = [0; 8];
-    file.read_exact(&mut prefix)?;
-    let length = u64::from_le_bytes(prefix);
-    if length > file.metadata()?.len() {
-        bail!("expected a safetensors file, found a header of {length} bytes");
-    }
+    let mut start = vec![];
+    File::open(path)?.take(256).read_to_end(&mut start)?;
+    let length = start.first_chunk().map(|prefix| u64::from_le_bytes(*prefix));
+    let Some(length) = length.filter(|length| *length <= path.metadata().map_or(0, |file| file.len())) else {
+        match WrongFile::detect(&start) {
+            Some(found) => bail!("the file is {found}\nhint: {}", found.hint()),
+            None => bail!("expected a safetensors file, found something else"),
+        }
+    };
     let mut bytes = vec![];
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(8))?;
     file.take(length).read_to_end(&mut bytes)?;
     let metadata: Metadata = serde_json::from_slice(&bytes)?;
     let tensors = metadata.tensors().into_iter();

@@ -454,6 +454,15 @@ mod merging {
         assert!(text.contains("is not empty"), "{text}");
         let text = refused(MergeArgs { model: adapter.clone(), ..good.clone() });
         assert!(text.contains("config.json"), "{text}");
+        let pointer = copied("gqa-tied");
+        let pointed = fixture("cases/b10-lfs-pointer").join("adapter_model.safetensors");
+        fs::copy(pointed, pointer.path().join("model.safetensors")).unwrap();
+        let text = refused(MergeArgs { model: pointer.path().into(), ..good.clone() });
+        assert!(text.contains("model.safetensors`\n  because: the file is a git-LFS pointer"), "{text}");
+        assert!(
+            text.ends_with("hint: fetch the file with `git lfs pull`, in the repository that it is from\n"),
+            "{text}"
+        );
         let text = refused(MergeArgs { model: fixture("mha-biased"), ..good.clone() });
         assert!(text.contains("`model.layers.0.self_attn.q_proj` is [48, 48] in the model"), "{text}");
         assert!(text.contains("hint: it was trained on `gqa-tied`"), "{text}");

@@ -152,7 +152,7 @@ pub fn adapting<T>(
     }
 }
 
-/// Questions and their answers, of which the answers are learnt.
+/// Questions and their answers. The model learns the answers.
 pub fn examples(tokenizer: &Tokenizer, prompt: &Prompt, species: &[Species]) -> Result<Vec<Example>> {
     let encode =
         |one: &Species| Ok(tokenizer.encode_conversation(&prompt.conversation(one), Labels::Answer)?);

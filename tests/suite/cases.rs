@@ -286,6 +286,11 @@ mod values {
             error,
             "invalid `init_lora_weights`: expected `true`, `false` or `gaussian` for a new adapter, found eva"
         );
+        // What the caller sets takes the place of the file's word, by either way.
+        let mut set = config.clone();
+        set.init_lora_weights = InitLoraWeights::Gaussian;
+        assert_eq!(set.init_in_file(), None);
+        base("base-untied").add_adapter("new", &set).unwrap();
         let config = config.with_init_lora_weights(InitLoraWeights::Gaussian);
         base("base-untied").add_adapter("new", &config).unwrap();
     }
@@ -420,6 +425,16 @@ mod refusals {
         let error = refused("base-untied", copy.path());
         assert!(matches!(error, PeftError::NoAdapter { .. }));
         assert!(error.to_string().contains("several adapters, `default`, `other`"), "{error}");
+
+        let copy = changed("b01-default-in-keys", &[], |key| {
+            if key.contains("layers.0.self_attn.q_proj.lora_A") {
+                "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight".into()
+            } else {
+                key.to_string()
+            }
+        });
+        let error = refused("base-untied", copy.path()).to_string();
+        assert!(error.contains("with the name of an adapter and without it"), "{error}");
     }
 
     #[test]

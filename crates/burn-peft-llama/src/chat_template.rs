@@ -70,6 +70,8 @@ const NAME: &str = "chat_template";
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     source: Arc<str>,
+    /// The source as the engine takes it.
+    prepared: Arc<str>,
     environment: Arc<Environment<'static>>,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -89,13 +91,13 @@ impl ChatTemplate {
     ) -> Result<Self, LlamaError> {
         let template = Self {
             source: source.as_ref().into(),
+            prepared: source::prepare(source.as_ref()).map_err(failed)?.into(),
             environment: Arc::new(environment(None).map_err(failed)?),
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
             date: None,
         };
-        let prepared = source::prepare(&template.source).map_err(failed)?;
-        template.environment.template_from_named_str(NAME, &prepared).map_err(failed)?;
+        template.environment.template_from_named_str(NAME, &template.prepared).map_err(failed)?;
         Ok(template)
     }
 
@@ -175,12 +177,11 @@ impl ChatTemplate {
             tools => Value::from(()),
             documents => Value::from(()),
         };
-        let prepared = source::prepare(&self.source).map_err(failed)?;
         let mut environment = (*self.environment).clone();
         environment.set_fuel(Some(fuel));
         // The last line of defence. Known to get here with minijinja 3.1: a slice whose step is the smallest 64-bit
         // integer, where overflow is checked.
-        let render = || environment.render_named_str(NAME, &prepared, context);
+        let render = || environment.render_named_str(NAME, &self.prepared, context);
         let rendered = catch_unwind(AssertUnwindSafe(render))
             .map_err(|_| LlamaError::ChatTemplate { source: "the template engine panicked".into() })?;
         rendered.map_err(|error| match error.kind() {

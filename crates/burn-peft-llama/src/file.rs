@@ -65,34 +65,29 @@ pub(crate) fn hint_for(dir: &Path, name: &str) -> &'static str {
     let ends_with = |end: &str| names.iter().any(|name| name.ends_with(end));
     let is = |wanted: &str| names.iter().any(|name| name == wanted);
     if name == "tokenizer.json" {
-        return match () {
-            () if is("tokenizer.model") || ends_with(".spm") => {
-                "there is a `tokenizer.model` only; write the `tokenizer.json` in Python: \
-                 `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
-            }
-            () if is("vocab.json") || is("merges.txt") => {
-                "there is a vocabulary in other files only; write the `tokenizer.json` in Python: \
-                 `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
-            }
-            () => "expected a model directory with a `tokenizer.json`",
+        return if is("tokenizer.model") || ends_with(".spm") {
+            "there is a `tokenizer.model` only; write the `tokenizer.json` in Python: \
+             `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
+        } else if is("vocab.json") || is("merges.txt") {
+            "there is a vocabulary in other files only; write the `tokenizer.json` in Python: \
+             `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`"
+        } else {
+            "expected a model directory with a `tokenizer.json`"
         };
     }
-    match () {
-        () if ends_with(".gguf") => {
-            "there is a GGUF file of llama.cpp only; take the safetensors files of the same model"
-        }
-        () if is("adapter_config.json") => {
-            "this is the directory of an adapter: load the model that it was trained on, then the adapter"
-        }
-        () if ends_with(".pth") && !is("config.json") => {
-            "these are the files of the original release; take those in the Hugging Face layout"
-        }
-        () if is("pytorch_model.bin") || is("pytorch_model.bin.index.json") || ends_with(".pth") => {
-            "there are PyTorch's weights only; save them as safetensors in Python: \
-             `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir)`"
-        }
-        () if name == "config.json" => "expected a model directory in the Hugging Face layout",
-        () => "expected weights as `model.safetensors` or as shards with `model.safetensors.index.json`",
+    if ends_with(".gguf") {
+        "there is a GGUF file of llama.cpp only; take the safetensors files of the same model"
+    } else if is("adapter_config.json") {
+        "this is the directory of an adapter: load the model that it was trained on, then the adapter"
+    } else if ends_with(".pth") && !is("config.json") {
+        "these are the files of the original release; take those in the Hugging Face layout"
+    } else if is("pytorch_model.bin") || is("pytorch_model.bin.index.json") || ends_with(".pth") {
+        "there are PyTorch's weights only; save them as safetensors in Python: \
+         `AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir)`"
+    } else if name == "config.json" {
+        "expected a model directory in the Hugging Face layout"
+    } else {
+        "expected weights as `model.safetensors` or as shards with `model.safetensors.index.json`"
     }
 }
 

@@ -48,7 +48,7 @@ impl Adaptor<LossInput> for ValidationOutput {
 }
 
 impl Adaptor<AccuracyInput> for ValidationOutput {
-    /// Two classes, wrong and right, of which right is expected: the logits are not kept for the metric.
+    /// The logits are not kept for the metric, so there are two classes, wrong and right, and right is always expected.
     fn adapt(&self) -> AccuracyInput {
         let right = self.correct.clone().float().unsqueeze_dim::<2>(1);
         let wrong = right.clone().neg().add_scalar(1.0);

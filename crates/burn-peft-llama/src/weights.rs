@@ -73,9 +73,9 @@ impl LlamaForCausalLm {
     /// Writes `config.json` and `model.safetensors` as transformers 5 reads them, in the type of the parameters. The
     /// directory is made if it does not exist.
     ///
-    /// Each file appears complete or not at all, and if writing fails, what was there before stays. Readers and writers
-    /// of this crate wait for each other. Others, and whoever comes after a crash, never find weights beside the
-    /// `config.json` of other ones: it is removed before and written last.
+    /// Each file appears complete or not at all, and what was there before stays until all of the new one is on disk.
+    /// Readers and writers of this crate wait for each other. Others, and whoever comes after a crash, never find weights
+    /// beside the `config.json` of other ones: if it differs, it is removed before and written last.
     ///
     /// # Errors
     ///
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_save_that_fails_changes_nothing_and_leftovers_go() {
+    fn a_save_that_fails_leaves_no_mixture_and_leftovers_go() {
         let (dir, model) = saved(&config());
         let names = || {
             let mut names: Vec<_> =

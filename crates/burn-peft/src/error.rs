@@ -264,7 +264,7 @@ pub enum PeftError {
 
     /// The configuration needs [`LoraLinear`](crate::LoraLinear), and these layers are plain ones.
     #[error(
-        "`lora_dropout` > 0 acts on a layer's input, which a plain layer never shows to its adapter: {}\nhint: change the type of these fields to `LoraLinear`, exclude them, or set `lora_dropout` to 0",
+        "`lora_dropout` > 0 needs the layer's input, which adapters on plain layers cannot see: {}\nhint: change the type of these fields to `LoraLinear`, exclude them, or set `lora_dropout` to 0",
         join(.modules)
     )]
     DropoutNeedsLoraLinear {

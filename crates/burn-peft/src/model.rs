@@ -418,7 +418,7 @@ pub trait PeftModel: Module {
     ) -> Result<LoadReport, PeftError> {
         let mut layout = Layout::of(self)?;
         let base = |paths: &BTreeSet<String>| base_values(self, paths);
-        let report = store::load(&mut layout, name, directory.as_ref(), options, base)?;
+        let report = store::load(&mut layout, name, directory.as_ref(), options, &base)?;
         attach(self, layout.states, true);
         Ok(report)
     }
@@ -450,7 +450,7 @@ pub trait PeftModel: Module {
             state.list.retain(|adapter| &*adapter.info.name != name);
         }
         let base = |paths: &BTreeSet<String>| base_values(self, paths);
-        let report = store::load(&mut layout, name, directory.as_ref(), &options, base)?;
+        let report = store::load(&mut layout, name, directory.as_ref(), &options, &base)?;
         check_copies(&layout, &active)?;
         activate(&mut layout, &active);
         attach(self, layout.states, true);

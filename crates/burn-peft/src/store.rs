@@ -100,12 +100,12 @@ fn adapted_names<'a>(changes: impl Iterator<Item = (&'a Site, Change)>) -> BTree
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use burn::module::Module;
     use burn::nn::LinearConfig;
     use burn::tensor::Device;
     use safetensors::SafeTensors;
-
-    use std::path::Path;
 
     use super::*;
     use crate::{LoraConfig, LoraLinear, PeftError, PeftModel, TargetModules};

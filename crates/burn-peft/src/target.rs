@@ -24,7 +24,7 @@ pub enum TargetModules {
     /// `….q_proj`, `proj` does not mean `q_proj`.
     Names(BTreeSet<String>),
     /// Modules whose whole name this regular expression matches (Python's `re.fullmatch`, look-around and
-    /// back-references included).
+    /// back-references included; octal escapes, `(?a)` and comments under `(?x)` are refused).
     Regex(String),
     /// Every linear layer but the output layer, `lm_head`; no embedding. PEFT's `"all-linear"`.
     AllLinear,

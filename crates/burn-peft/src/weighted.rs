@@ -216,8 +216,7 @@ impl CombinationType {
 
     /// Factors of shape `[d_in, rank]` and `[rank, d_out]`, whose scaling is 1.
     ///
-    /// `rank` is what [`rank`](Self::rank) gives for all adapters of the combination, of which a layer may have some
-    /// only.
+    /// `rank` is what [`rank`](Self::rank) gives for all adapters of the combination. A layer may have only some of them.
     pub(crate) fn combine(
         &self,
         sources: &[Source],

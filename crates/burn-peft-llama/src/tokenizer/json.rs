@@ -9,8 +9,8 @@ use crate::{LlamaError, file};
 
 /// Reads `tokenizer.json`.
 ///
-/// The `tokenizers` crate (0.22.2) panics in two places: in a decoder that is no valid JSON, of which it does not expect
-/// an error, and at a `Precompiled` normalizer whose table is broken. Both are looked at before it sees the file.
+/// The `tokenizers` crate (0.22.2) panics in two places: when the decoder is not valid JSON, and when the table of a
+/// `Precompiled` normalizer is broken. So both are checked first.
 pub(super) fn read(path: &Path, text: &str) -> Result<tokenizers::Tokenizer, LlamaError> {
     let json: Value = file::parse(path, text, |path, source| LlamaError::TokenizerJson { path, source })?;
     let refused = |source| LlamaError::Tokenizer { action: format!("load `{}`", path.display()), source };

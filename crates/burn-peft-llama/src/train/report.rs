@@ -1,4 +1,4 @@
-//! What is told of a training while it runs.
+//! Progress reports.
 
 use std::time::Duration;
 

@@ -271,9 +271,11 @@ impl LoraConfig {
 
     /// PEFT's word for how the factors started, if the configuration is from a file and the word chooses factors in a way
     /// that is not computed here: `eva`, `loftq`, `mica`, `orthogonal`. A trained adapter does not depend on it; a new one
-    /// cannot be made with it.
+    /// cannot be made with it. `None` as well once [`init_lora_weights`](Self::init_lora_weights) has another value than
+    /// its default.
     pub fn init_in_file(&self) -> Option<&str> {
-        self.kept.get(INIT_LORA_WEIGHTS).and_then(Value::as_str)
+        let word = self.kept.get(INIT_LORA_WEIGHTS).and_then(Value::as_str);
+        word.filter(|_| self.init_lora_weights == InitLoraWeights::default())
     }
 
     /// Whether a file asks for `ensure_weight_tying`.

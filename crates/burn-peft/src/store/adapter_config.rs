@@ -106,8 +106,8 @@ pub(super) fn to_json(config: &LoraConfig, path: &Path) -> Result<Vec<u8>, PeftE
     ];
     map.extend(entries.into_iter().map(|(key, value)| (key.to_string(), value)));
     map.extend(KEPT.iter().map(|key| (key.to_string(), kept_default(key))));
-    let is_as_read = config.init_lora_weights == InitLoraWeights::default();
-    map.extend(config.kept.clone().into_iter().filter(|(key, _)| key != INIT_LORA_WEIGHTS || is_as_read));
+    let counts = |key: &str| key != INIT_LORA_WEIGHTS || config.init_in_file().is_some();
+    map.extend(config.kept.clone().into_iter().filter(|(key, _)| counts(key)));
     map.sort_keys();
     serde_json::to_vec_pretty(&map).map_err(|source| PeftError::Json { path: path.into(), source })
 }

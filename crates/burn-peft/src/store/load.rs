@@ -19,9 +19,7 @@ use crate::target::OUTPUT_LAYER;
 use crate::tensor::cast;
 
 /// Gives the base model's values at paths, flattened.
-pub(crate) trait BaseValues: Fn(&BTreeSet<String>) -> BTreeMap<String, Tensor<1>> {}
-
-impl<F: Fn(&BTreeSet<String>) -> BTreeMap<String, Tensor<1>>> BaseValues for F {}
+type BaseValues<'a> = dyn Fn(&BTreeSet<String>) -> BTreeMap<String, Tensor<1>> + 'a;
 
 /// The tensors of a file by the parameter they belong to, flattened.
 type Found = BTreeMap<(String, Part), Tensor<1>>;
@@ -32,7 +30,7 @@ pub(crate) fn load(
     name: &str,
     directory: &Path,
     options: &LoadOptions,
-    base_values: impl BaseValues,
+    base_values: &BaseValues,
 ) -> Result<LoadReport, PeftError> {
     let mut files = AdapterFiles::read(directory)?;
     let (mut config, ignored_keys) = adapter_config::from_json(&files.config, &files.config_path)?;
@@ -43,8 +41,9 @@ pub(crate) fn load(
 
     let mut stored = tensors::Reader::new(&path, &bytes)?;
     let mut problems = vec![];
-    let mut found = take_targets(&plan, &mut stored, &mut problems);
-    problems.extend(compare_base(layout, &plan, &mut stored, &base_values)?);
+    let adapted = adapted_names(plan.targets.iter().map(|target| (&*target.site, target.change)));
+    let mut found = take_targets(&plan, &adapted, &mut stored, &mut problems);
+    problems.extend(compare_base(layout, &plan, &adapted, &mut stored, base_values)?);
     problems.extend(unexpected(&plan, &stored));
     if !problems.is_empty() && !options.lenient {
         return Err(refused(&path, problems, found.is_empty()));
@@ -59,8 +58,12 @@ pub(crate) fn load(
 }
 
 /// Takes the tensors that the plan asks for.
-fn take_targets(plan: &Plan, stored: &mut tensors::Reader, problems: &mut Vec<TensorProblem>) -> Found {
-    let adapted = adapted_names(plan.targets.iter().map(|target| (&*target.site, target.change)));
+fn take_targets(
+    plan: &Plan,
+    adapted: &BTreeSet<String>,
+    stored: &mut tensors::Reader,
+    problems: &mut Vec<TensorProblem>,
+) -> Found {
     let mut found = Found::new();
     for target in &plan.targets {
         let is_adapted = adapted.contains(&target.site.name);
@@ -84,25 +87,24 @@ fn take_targets(plan: &Plan, stored: &mut tensors::Reader, problems: &mut Vec<Te
 fn compare_base(
     layout: &Layout,
     plan: &Plan,
+    adapted: &BTreeSet<String>,
     stored: &mut tensors::Reader,
-    base_values: &impl BaseValues,
+    base_values: &BaseValues,
 ) -> Result<Vec<TensorProblem>, PeftError> {
-    let adapted = adapted_names(plan.targets.iter().map(|target| (&*target.site, target.change)));
     let copied = plan.copied();
     let mut repeated = vec![];
     for (parameter, site) in parameters(layout, &plan.config.key_mapping)? {
-        let mut entries = vec![keys::base(&site, adapted.contains(&site.name))];
+        let mut entries = vec![];
+        // A copy is the adapter's own; only a tied output layer still reads the base then.
+        if !copied.contains(&parameter.path) {
+            entries.push(keys::base(&site, adapted.contains(&site.name)));
+        }
         if layout.tied_tables.contains(&site.module) && site.parameter == "weight" {
             // The output layer of a tied model has no weight of its own here, and PEFT writes one.
             let key = keys::join(OUTPUT_LAYER, "weight");
             entries.push(Entry { key, shape: site.shape.clone(), part: Part::Copy });
         }
         entries.retain(|entry| stored.has(&entry.key));
-        if copied.contains(&parameter.path) {
-            // A copy is the adapter's own; only the tied output layer still reads the base.
-            let key = keys::base(&site, adapted.contains(&site.name)).key;
-            entries.retain(|entry| entry.key != key);
-        }
         repeated.extend(entries.into_iter().map(|entry| (parameter, site.clone(), entry)));
     }
     let paths = repeated.iter().map(|(parameter, _, _)| parameter.path.clone()).collect();

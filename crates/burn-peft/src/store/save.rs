@@ -108,15 +108,9 @@ fn targets_to_write(
     let parameters = parameters(layout, &config.key_mapping)?;
     let names: BTreeSet<String> = match &config.target_modules {
         Some(TargetModules::AllLinear) => {
-            let matcher = TargetModules::AllLinear.compile()?;
-            let weights = parameters.iter().map(|(_, site)| site).filter(|site| site.parameter == "weight");
-            let mut linear = BTreeSet::new();
-            for site in weights {
-                if matcher.matches(&site.name, site.kind.is_linear())? {
-                    linear.insert(site.name.clone());
-                }
-            }
-            linear
+            // The file keeps its exclusions, so what they leave out may be meant by a short end.
+            let all = LoraConfig { exclude_modules: None, modules_to_save: vec![], ..config.clone() };
+            Plan::modules(&parameters, &all)?
         }
         Some(TargetModules::Names(names)) if names.len() >= MANY_TARGETS => names.clone(),
         other => return Ok(other.clone()),

@@ -116,9 +116,13 @@ pub(super) fn without_names<'k>(
         return Ok(found);
     }
     let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+    let reason = match names.len() {
+        0 | 1 => "its keys are there with the name of an adapter and without it".into(),
+        _ => format!("its keys belong to several adapters, {}", names.join(", ")),
+    };
     Err(PeftError::NoAdapter {
         path: path.into(),
-        reason: format!("its keys belong to several adapters, {}", names.join(", ")),
+        reason,
         hint: "save each of them alone, with PEFT's `save_pretrained`".into(),
     })
 }
