@@ -70,7 +70,8 @@ impl BaseFiles {
     /// a table for each can a merged model compute what the adapted one does.
     pub fn needs_untying(&self, adapter: &AdapterDirectory) -> bool {
         let changes_table = adapter.tensors().iter().any(|tensor| {
-            tensor.role != TensorRole::BaseLayer
+            // Trained tokens change both ends alike.
+            !matches!(tensor.role, TensorRole::BaseLayer | TensorRole::Adapter("rows of tokens"))
                 && ["embed_tokens", "lm_head"].iter().any(|table| tensor.module.ends_with(table))
         });
         self.config.tie_word_embeddings && changes_table
@@ -97,7 +98,7 @@ impl BaseFiles {
                     }
                     Some(_) => {}
                 },
-                TensorRole::LoraBias if self.shape(&name).is_none() => {
+                TensorRole::Adapter(_) if parameter == "bias" && self.shape(&name).is_none() => {
                     problems.push(format!(
                         "`{}` has no bias to merge the adapter's `lora_bias` into",
                         tensor.module
@@ -112,7 +113,7 @@ impl BaseFiles {
         let told: String = problems.iter().take(8).map(|problem| format!("\n  {problem}")).collect();
         let more =
             if problems.len() > 8 { format!("\n  and {} more", problems.len() - 8) } else { String::new() };
-        let hint = match &adapter.config().base_model_name_or_path {
+        let hint = match &adapter.config().file().base_model_name_or_path {
             Some(name) => format!("\nhint: it was trained on `{name}`"),
             None => String::new(),
         };

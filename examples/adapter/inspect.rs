@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use burn::tensor::{Device, Tensor};
 use burn_peft::{
-    AdapterDirectory, Bias, InitLoraWeights, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole,
+    AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole,
 };
 
 use crate::cli::InspectArgs;
@@ -101,7 +101,8 @@ fn describe(adapter: &AdapterDirectory) -> Result<Report> {
 
 /// The configuration by PEFT's names: what matters always, and what differs from PEFT's defaults.
 fn settings(adapter: &AdapterDirectory) -> String {
-    let config = adapter.config();
+    let (targeting, file) = (adapter.config().targeting(), adapter.config().file());
+    let Some(config) = adapter.config().as_lora() else { return String::new() };
     let LoraConfig { r, lora_alpha, lora_dropout, .. } = config;
     let list = |names: &[String]| names.join(", ");
     let targets = |targets: &TargetModules| match targets {
@@ -121,40 +122,32 @@ fn settings(adapter: &AdapterDirectory) -> String {
     };
     let ranks = config.rank_pattern.iter().map(|(pattern, r)| (pattern.clone(), r.to_string()));
     let alphas = config.alpha_pattern.iter().map(|(pattern, alpha)| (pattern.clone(), alpha.to_string()));
-    let layers = config.layers_to_transform.as_deref().map(|layers| {
+    let layers = targeting.layers_to_transform.as_deref().map(|layers| {
         let mut layers = layers.to_vec();
         layers.sort_unstable();
         ranges(&layers)
     });
-    let bias = match config.bias {
-        Bias::All => "all",
-        Bias::LoraOnly => "lora_only",
-        _ => "none",
-    };
-    let init = match config.init_lora_weights {
-        InitLoraWeights::Gaussian => "gaussian",
-        InitLoraWeights::Random => "false",
-        _ => config.init_in_file().unwrap_or("true"),
-    };
+    let init = config.init_lora_weights.to_string();
     let differs = |differs: bool, text: String| differs.then_some(text);
     let rows = [
         ("peft_version", Some(adapter.peft_version().unwrap_or("not told").to_string())),
-        ("base_model_name_or_path", Some(told(&config.base_model_name_or_path))),
-        ("task_type", config.task_type.clone()),
+        ("base_model_name_or_path", Some(told(&file.base_model_name_or_path))),
+        ("task_type", file.task_type.clone()),
         ("r", Some(r.to_string())),
         ("lora_alpha", Some(format!("{lora_alpha} (scaling {})", scaling(config.scaling())))),
         ("use_rslora", differs(config.use_rslora, "true".into())),
+        ("use_dora", differs(config.use_dora, "true".into())),
         ("lora_dropout", Some(lora_dropout.to_string())),
-        ("target_modules", Some(config.target_modules.as_ref().map_or("none".into(), targets))),
-        ("exclude_modules", config.exclude_modules.as_ref().map(targets)),
+        ("target_modules", Some(targeting.target_modules.as_ref().map_or("none".into(), targets))),
+        ("exclude_modules", targeting.exclude_modules.as_ref().map(targets)),
         ("rank_pattern", differs(!config.rank_pattern.is_empty(), patterns(ranks.collect()))),
         ("alpha_pattern", differs(!config.alpha_pattern.is_empty(), patterns(alphas.collect()))),
         ("layers_to_transform", layers),
-        ("layers_pattern", differs(!config.layers_pattern.is_empty(), list(&config.layers_pattern))),
-        ("bias", Some(bias.into())),
+        ("layers_pattern", differs(!targeting.layers_pattern.is_empty(), list(&targeting.layers_pattern))),
+        ("bias", Some(config.bias.as_str().into())),
         ("lora_bias", differs(config.lora_bias, "true".into())),
-        ("modules_to_save", differs(!config.modules_to_save.is_empty(), list(&config.modules_to_save))),
-        ("init_lora_weights", differs(init != "true", init.into())),
+        ("modules_to_save", differs(!targeting.modules_to_save.is_empty(), list(&targeting.modules_to_save))),
+        ("init_lora_weights", differs(init != "true", init)),
         ("fan_in_fan_out", differs(config.fan_in_fan_out, "true".into())),
     ];
     let rows: Vec<(&str, String)> = rows.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
@@ -222,7 +215,8 @@ impl Contents {
             if !value.clone().is_finite().all().into_scalar::<bool>() {
                 broken.push(tensor.key.clone());
             }
-            if matches!(tensor.role, TensorRole::LoraBias | TensorRole::BaseLayer | TensorRole::Copy) {
+            let is_factor = adapter.modules().iter().any(|module| [&module.a, &module.b].contains(&&tensor.key));
+            if !is_factor && !matches!(tensor.role, TensorRole::Unknown | TensorRole::Repeated) {
                 let parameter = tensor.key.rsplit('.').next().unwrap_or_default();
                 let name = match tensor.role {
                     TensorRole::Copy => format!("{}.{parameter}", split_layer(&tensor.module).1),
@@ -300,7 +294,7 @@ impl Contents {
             let mut rows = vec![cells(&["other tensors", "what", "count", "shape", "norm"])];
             for ((role, name, shape), norms) in &self.others {
                 let what = match role {
-                    TensorRole::LoraBias => "bias of B",
+                    TensorRole::Adapter(tensor) => tensor,
                     TensorRole::BaseLayer => "the base's own weight, repeated",
                     _ => "trained copy",
                 };

@@ -169,9 +169,10 @@ impl fmt::Display for Plan {
         let (model, dtype) = (self.model.display(), names_of(self.base.dtype).0);
         writeln!(f, "base     {model}: {}, {dtype}", count(self.base.num_params(), "parameter"))?;
         for (adapter, weight) in &self.adapters {
-            let config = adapter.config();
             write!(f, "adapter  {}: {}", adapter.path().display(), count(adapter.modules().len(), "module"))?;
-            write!(f, ", r {}, lora_alpha {}", config.r, config.lora_alpha)?;
+            if let Some(config) = adapter.config().as_lora() {
+                write!(f, ", r {}, lora_alpha {}", config.r, config.lora_alpha)?;
+            }
             match self.is_weighted() {
                 true => writeln!(f, ", weight {weight}")?,
                 false => writeln!(f)?,

@@ -20,7 +20,7 @@ pub const PAD_TOKEN_ID: u32 = 0;
 pub const BASES: [&str; 3] = ["gqa-tied", "mha-biased", "rope-scaled"];
 
 /// The cases that are adapters of one of the bases.
-pub const ADAPTERS: [&str; 22] = [
+pub const ADAPTERS: [&str; 35] = [
     "gqa-tied-qv",
     "gqa-tied-rslora",
     "gqa-tied-embedding",
@@ -43,14 +43,40 @@ pub const ADAPTERS: [&str; 22] = [
     "gqa-tied-save-layernorm",
     "rope-scaled-save-embedding",
     "mha-biased-save-linear",
+    "gqa-tied-dora",
+    "mha-biased-dora-rslora",
+    "gqa-tied-dora-embedding",
+    "mha-biased-dora-embedding",
+    "mha-biased-dora-head",
+    "gqa-tied-tokens",
+    "gqa-tied-tokens-tied",
+    "mha-biased-tokens",
+    "mha-biased-tokens-both",
+    "mha-biased-tokens-head",
+    "gqa-tied-pissa",
+    "gqa-tied-pissa-rslora",
+    "gqa-tied-olora",
 ];
 
+/// The cases that are adapters of one of the bases, trained with LoRA+.
+pub const LORA_PLUS: [&str; 2] = ["gqa-tied-loraplus", "gqa-tied-loraplus-embedding"];
+
 /// The cases that are adapters of a model of plain layers.
-pub const TOYS: [&str; 2] = ["toy", "toy-biases"];
+pub const TOYS: [&str; 3] = ["toy", "toy-biases", "toy-dora"];
 
 /// The cases that are something else, each read by a test of its own.
-pub const OTHERS: [&str; 7] =
-    ["chat-templates", "fan-in-fan-out", "old", "targeting", "two-adapters", "vocabulary", "weighted"];
+pub const OTHERS: [&str; 10] = [
+    "chat-templates",
+    "converted",
+    "fan-in-fan-out",
+    "old",
+    "starts",
+    "targeting",
+    "two-adapters",
+    "two-dora",
+    "vocabulary",
+    "weighted",
+];
 
 /// One case: a directory of a model or an adapter, and what is expected of it.
 pub struct Fixture {
@@ -129,6 +155,18 @@ impl Fixture {
     /// The `adapter_config.json` of an adapter.
     pub fn config(&self) -> serde_json::Value {
         read_json(&self.directory.join("adapter_config.json"))
+    }
+
+    /// The tokens that an adapter trains in a module.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn tokens(&self, module: &str) -> Vec<usize> {
+        let tokens = self.config()["trainable_token_indices"].clone();
+        let of_module = tokens.as_object().map(|modules| {
+            modules.iter().find(|(name, _)| module.ends_with(&***name)).map(|(_, tokens)| tokens.clone()).unwrap()
+        });
+        serde_json::from_value(of_module.unwrap_or(tokens)).unwrap()
     }
 
     /// The `adapter_model.safetensors` of an adapter.
@@ -298,10 +336,10 @@ mod tests {
         let entries = std::fs::read_dir(directory("")).unwrap().map(Result::unwrap);
         let folders = entries.filter(|entry| entry.path().join("expected.json").is_file());
         let found: BTreeSet<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
-        let known = BASES.iter().chain(&ADAPTERS).chain(&TOYS).chain(&OTHERS);
+        let known = BASES.iter().chain(&ADAPTERS).chain(&LORA_PLUS).chain(&TOYS).chain(&OTHERS);
         assert_eq!(found, known.map(ToString::to_string).collect());
         let is_adapter = |case: &&String| directory(case).join("adapter_config.json").is_file();
         let adapters: BTreeSet<String> = found.iter().filter(is_adapter).cloned().collect();
-        assert_eq!(adapters, ADAPTERS.iter().chain(&TOYS).map(ToString::to_string).collect());
+        assert_eq!(adapters, ADAPTERS.iter().chain(&LORA_PLUS).chain(&TOYS).map(ToString::to_string).collect());
     }
 }

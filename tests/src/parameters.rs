@@ -60,7 +60,7 @@ struct Place<'a> {
     module: &'a str,
     /// The base parameter that it belongs to, `weight` or `bias`.
     parameter: &'a str,
-    /// `a`, `b`, `bias` or `copy`.
+    /// `a`, `b`, `bias`, `copy`, `magnitude` or `tokens`.
     part: &'a str,
 }
 
@@ -80,6 +80,8 @@ impl<'a> Place<'a> {
             ("a", true) => "lora_embedding_A",
             ("b", true) => "lora_embedding_B",
             ("bias", false) => "lora_B.bias",
+            ("magnitude", _) => "lora_magnitude_vector",
+            ("tokens", _) => "token_adapter.trainable_tokens_delta",
             ("copy", _) if is_adapted => &format!("base_layer.{parameter}"),
             ("copy", _) => parameter,
             _ => panic!("unknown part `{part}` of `{module}`"),
@@ -107,7 +109,13 @@ impl<'a> Place<'a> {
                 let is_linear = base.len() == 2 && !is_embedding(self.module);
                 if is_linear { transposed(&copy) } else { copy }
             }
-            _ => data.clone(),
+            "tokens" => data.clone(),
+            "magnitude" if is_convolution => {
+                let channels = data.shape()[1];
+                shaped(data, &[&[1, channels], &vec![1; base.len() - 2][..]].concat())
+            }
+            // Vectors are one row in memory.
+            _ => shaped(data, &[data.shape()[1]]),
         }
     }
 }

@@ -153,14 +153,13 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("monteclora_config", json!({"num_samples": 8})),
         ("r", json!("3")),
         ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
-        ("trainable_token_indices", json!([1, 2])),
+        ("trainable_token_indices", json!(["a"])),
         ("use_bdlora", json!({"nblocks": 2})),
-        ("use_dora", json!(true)),
         ("use_qalora", json!(true)),
         ("velora_config", json!({"num_groups": 4})),
         ("a_setting_of_the_future", json!(0.5)),
     ];
-    let initializations = ["pissa_niter_4", "olora", "corda", "lora_ga", "mitra"];
+    let initializations = ["pissa_niter_4", "pissa_niter_x", "corda", "lora_ga", "mitra"];
     let initializations = initializations.map(|name| ("init_lora_weights", json!(name)));
     let refused = |changes: &[(&str, Value)]| -> Vec<String> {
         let fixture = Fixture::open("gqa-tied-qv");
@@ -223,7 +222,7 @@ fn patterns_whose_order_matters_are_written_so_that_they_mean_the_same() {
     model.save_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
     let mut again = load_base("gqa-tied", &Device::flex());
     let report = again.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
-    let ranks: Vec<usize> = report.injection.modules.iter().map(|module| module.r).collect();
+    let ranks: Vec<usize> = report.injection.modules.iter().filter_map(|module| module.r).collect();
     assert_eq!(ranks, [2, 2, 5, 2]);
 }
 
@@ -332,7 +331,8 @@ fn biases_that_old_releases_misplaced_are_missed() {
         assert_eq!(&report.problems, problems);
         let loaded = parameters(&model);
         for path in &report.injection.copied_parameters {
-            assert_eq!(loaded[&format!("{path}.peft.default.copy")], base[path], "{path}");
+            let copy = &loaded[&format!("{path}.peft.default.copy")];
+            assert!(copy.iter::<f32>().eq(base[path].iter::<f32>()), "{path}");
         }
     }
 }

@@ -77,7 +77,7 @@ fn gradients_and_training_are_those_without_checkpointing() {
             if let Some(adapter) = &adapter {
                 model.load_adapter("default", adapter.path()).unwrap();
             }
-            let name = format!("{base} {:?}", config.as_ref().map(|config| &config.target_modules));
+            let name = format!("{base} {:?}", config.as_ref().map(|config| &config.targeting.target_modules));
             let found = gradients_of(&model, base);
             assert!(found.len() > 3, "{name}");
             let after = parameters(&train(model.clone(), &examples(base)));
@@ -160,7 +160,7 @@ fn several_adapters_and_mixed_batches_work_there() {
         assert_different(&name, &masked_logits(&model, &batch), &bare);
         model = train(model, &fixture.examples());
     }
-    let mixed = model.with_adapter_names(&[Some("one"), None, Some("two")]).unwrap();
+    let mixed = model.for_rows(&[Some("one"), None, Some("two")]).unwrap();
     assert_different("mixed", &masked_logits(&mixed, &batch), &bare);
     assert!(mixed.loss(&batch).into_scalar::<f32>().is_finite());
     let options = GenerateOptions { max_new_tokens: 4, ..Default::default() };

@@ -92,7 +92,7 @@ fn read(directory: &Path) -> Option<(usize, f64)> {
         Err(error) => panic!("{error}"),
         Ok(_) => {}
     }
-    let config = net.adapters().remove(0).config;
+    let config = net.adapters().remove(0).config.as_lora().unwrap().clone();
     let is_b = |path: &String| path.ends_with(".default.b");
     let factors: Vec<TensorData> =
         parameters(&net).into_iter().filter(|(path, _)| is_b(path)).map(|(_, data)| data).collect();

@@ -50,7 +50,7 @@ fn export_named(root: &Path) {
         model.set_adapter(active).unwrap();
         expected = expected.with(&model, label).with_merged(&model, true, label);
     }
-    expected = expected.with(&model.with_adapter_names(&ROWS).unwrap(), "mixed.");
+    expected = expected.with(&model.for_rows(&ROWS).unwrap(), "mixed.");
     let names = ROWS.map(|name| name.unwrap_or("__base__"));
     expected.entries.insert("adapter_names".into(), json!(names));
     expected.write(root, &model);

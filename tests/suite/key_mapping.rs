@@ -89,7 +89,7 @@ fn adapted() -> TransformerEncoder {
 fn modules_are_meant_by_their_names_in_files() {
     let adapt = |config: LoraConfig| {
         let report = encoder().add_adapter("default", &config).unwrap();
-        let modules = report.modules.into_iter().map(|module| (module.path, module.r)).collect::<Vec<_>>();
+        let modules = report.modules.into_iter().map(|module| (module.path, module.r.unwrap())).collect::<Vec<_>>();
         (modules, report.copied_parameters)
     };
     let paths = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<String>>();
@@ -140,7 +140,11 @@ fn files_have_the_names_and_the_layout_of_bert() {
     for layer in 0..2 {
         let mut put = |key: &str, path: &str, is_matrix: bool| {
             let value = &values[&format!("layers.{layer}.{path}")];
-            let value = if is_matrix { transposed(value) } else { value.clone() };
+            let value = if is_matrix {
+                transposed(value)
+            } else {
+                TensorData::new(value.iter::<f32>().collect::<Vec<_>>(), [value.num_elements()])
+            };
             expected.insert(format!("base_model.model.encoder.layer.{layer}.{key}"), value);
         };
         for (name, path) in [

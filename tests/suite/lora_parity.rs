@@ -22,7 +22,7 @@ fn the_same_modules_are_adapted_with_the_same_ranks_and_the_same_parameters_trai
         let base = parameters(&model);
         let injection = model.load_adapter(DEFAULT_ADAPTER, &fixture.directory).unwrap().injection;
         let found: BTreeMap<String, usize> =
-            injection.modules.iter().map(|module| (module.path.clone(), module.r)).collect();
+            injection.modules.iter().filter_map(|module| Some((module.path.clone(), module.r?))).collect();
         assert_eq!(found, fixture.facts.ranks, "{case}");
         assert_eq!(names(found.keys()), names(&fixture.facts.adapted_modules), "{case}");
 
@@ -119,7 +119,7 @@ fn merged_logits_are_those_of_peft_and_not_those_of_the_base() {
         let fixture = Fixture::open(case);
         if !fixture.has("merged.logits") {
             // peft itself merges the embedding's adapter into the tied head as well.
-            let is_tied = case == "gqa-tied-embedding";
+            let is_tied = ["gqa-tied-embedding", "gqa-tied-dora-embedding"].contains(&case);
             assert_ne!(fixture.facts.merge_error.is_some(), is_tied, "{case}");
             continue;
         }
@@ -206,8 +206,17 @@ fn merged_parameters_are_the_formula_in_double_precision() {
             let factors = factors.map(|[a, b]| Some((find(a)?, find(b)?))).into_iter().flatten().next();
             let bias = find("lora_B.bias");
             let saved = find(parameter).or_else(|| find("base_layer.bias").filter(|_| parameter == "bias"));
+            let tokens = find("token_adapter.trainable_tokens_delta");
+            let magnitude = find("lora_magnitude_vector");
             let expected = match (parameter, factors, bias, saved) {
                 (_, _, _, Some(saved)) => from_torch(&path, saved),
+                ("weight", None, ..) if tokens.is_some() => {
+                    with_rows(&base[&path], module == "lm_head", &fixture.tokens(module), tokens.unwrap())
+                }
+                ("weight", Some((a, b)), ..) if magnitude.is_some() => {
+                    let moved = sum(&base[&path], scaling.unwrap(), &product(a, b));
+                    with_norms(&moved, magnitude.unwrap())
+                }
                 ("weight", Some((a, b)), ..) => sum(&base[&path], scaling.unwrap(), &product(a, b)),
                 ("bias", _, Some(bias), _) => {
                     sum(&base[&path], scaling.unwrap(), &bias.iter::<f64>().collect::<Vec<_>>())
@@ -227,6 +236,29 @@ fn merged_parameters_are_the_formula_in_double_precision() {
 fn sum(base: &TensorData, scaling: f64, update: &[f64]) -> TensorData {
     let sum = base.iter::<f64>().zip(update).map(|(base, update)| base + scaling * update);
     TensorData::new(sum.collect::<Vec<_>>(), base.shape().clone())
+}
+
+/// The columns of a matrix `[d_in, d_out]` with these norms: DoRA's formula.
+fn with_norms(matrix: &TensorData, norms: &TensorData) -> TensorData {
+    let (columns, norms) = (matrix.shape()[1], norms.iter::<f64>().collect::<Vec<_>>());
+    let values: Vec<f64> = matrix.iter().collect();
+    let square = |column: usize| values.iter().skip(column).step_by(columns).map(|x| x * x).sum::<f64>();
+    let gains: Vec<f64> = (0..columns).map(|column| norms[column] / square(column).sqrt()).collect();
+    let scaled = values.iter().enumerate().map(|(at, x)| x * gains[at % columns]);
+    TensorData::new(scaled.collect::<Vec<_>>(), matrix.shape().clone())
+}
+
+/// A matrix with these rows, or columns, in the place of those of the tokens.
+fn with_rows(matrix: &TensorData, are_columns: bool, tokens: &[usize], rows: &TensorData) -> TensorData {
+    let (columns, width) = (matrix.shape()[1], rows.shape()[1]);
+    let (mut values, rows): (Vec<f64>, Vec<f64>) = (matrix.iter().collect(), rows.iter().collect());
+    for (row, &token) in tokens.iter().enumerate() {
+        for i in 0..width {
+            let at = if are_columns { i * columns + token } else { token * columns + i };
+            values[at] = rows[row * width + i];
+        }
+    }
+    TensorData::new(values, matrix.shape().clone())
 }
 
 /// `A B` row by row, from torch's `[r, d_in]` and `[d_out, r]`.

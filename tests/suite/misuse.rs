@@ -307,7 +307,7 @@ fn adapters() {
     refuse!(
         "a row that names an unknown adapter",
         two(),
-        |net| net.with_adapter_names(&[None, Some("three")]),
+        |net| net.for_rows(&[None, Some("three")]),
         UnknownAdapter { .. }
     );
     refuse!(
@@ -339,7 +339,7 @@ fn adapters() {
     refuse!(
         "rows of a merged model",
         Net::merged(),
-        |net| net.with_adapter_names(&[Some("two")]),
+        |net| net.for_rows(&[Some("two")]),
         MergedAdapter { .. }
     );
 
@@ -355,13 +355,13 @@ fn adapters() {
     refuse!(
         "a row on a plain layer",
         plain(),
-        |net| net.with_adapter_names(&[Some("one"), None]),
+        |net| net.for_rows(&[Some("one"), None]),
         MixedBatch { .. }
     );
     refuse!(
         "a row with trained biases",
         both(),
-        |net| net.with_adapter_names(&[Some("two")]),
+        |net| net.for_rows(&[Some("two")]),
         MixedBatch { .. }
     );
 
@@ -475,13 +475,13 @@ fn files() {
     refuse!("another kind of adapter", with(&[("peft_type", json!("LOHA"))]), UnsupportedConfig { .. });
     refuse!(
         "an unknown initialisation",
-        with(&[("init_lora_weights", json!("pissa"))]),
+        with(&[("init_lora_weights", json!("corda"))]),
         UnsupportedConfig { .. }
     );
     refuse!(
         "many problems at once",
         with(&[
-            ("use_dora", json!(true)),
+            ("use_qalora", json!(true)),
             ("bias", json!("some")),
             ("r", json!(-1)),
             ("lora_alpha", json!("16")),

@@ -144,7 +144,7 @@ fn the_pattern_that_decides_is_the_one_that_decides_in_peft() {
         let config = LoraConfig::new(DEFAULT).with_target_modules([&row.key]).with_rank_pattern(ranks);
         let mut tree = Tree::new(std::slice::from_ref(&row.key), &Device::flex());
         let report = tree.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
-        assert_eq!(report.modules[0].r, row.found.as_ref().map_or(DEFAULT, rank_of), "{row:?}");
+        assert_eq!(report.modules[0].r, Some(row.found.as_ref().map_or(DEFAULT, rank_of)), "{row:?}");
     }
 }
 
@@ -253,7 +253,7 @@ fn adapted(
     exclusions: Option<TargetModules>,
 ) -> Result<BTreeSet<String>, PeftError> {
     let mut config = LoraConfig::new(2).with_target_modules(targets);
-    config.exclude_modules = exclusions;
+    config.targeting.exclude_modules = exclusions;
     let mut tree = Tree::new(keys, &Device::flex());
     let report = tree.add_adapter(DEFAULT_ADAPTER, &config)?;
     Ok(paths(&report))

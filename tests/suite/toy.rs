@@ -159,7 +159,7 @@ fn check_outputs<M: ToyModel>() {
             toy.unmerge_adapter().unwrap();
             assert_eq!(parameters(&toy), before, "{name}");
             assert_eq!(case.output(&toy, &device), adapted, "{name}");
-            assert_eq!(case.output(&toy.disable_adapter().unwrap(), &device), base, "{name}");
+            assert_eq!(case.output(&toy.without_adapters().unwrap(), &device), base, "{name}");
 
             toy.merge_and_unload().unwrap();
             let merged = case.output(&toy, &device);

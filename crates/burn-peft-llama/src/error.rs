@@ -274,10 +274,10 @@ pub enum LlamaError {
     /// The rows of a batch name their adapters, and there are more or fewer prompts.
     #[error(
         "expected a prompt for each of the {rows} rows that name adapters, found {prompts}\n\
-         hint: give `with_adapter_names` one adapter, or `None`, for each prompt"
+         hint: give `for_rows` one adapter, or `None`, for each prompt"
     )]
     BatchRows {
-        /// Number of rows that were given to `with_adapter_names`.
+        /// Number of rows that were given to `for_rows`.
         rows: usize,
         /// Number of prompts.
         prompts: usize,

@@ -73,7 +73,7 @@ impl LlamaForCausalLm {
     /// - [`LlamaError::EmptyPrompt`] for a prompt without tokens,
     /// - [`LlamaError::TokenOutOfRange`] for a token id that the model does not have,
     /// - [`LlamaError::BatchRows`] if rows of a batch name their adapters
-    ///   ([`with_adapter_names`](PeftModel::with_adapter_names)) and there are not as many prompts,
+    ///   ([`for_rows`](PeftModel::for_rows)) and there are not as many prompts,
     /// - [`LlamaError::SamplingOption`] for a temperature, `top_p` or `top_k` that makes no sense,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn generate(

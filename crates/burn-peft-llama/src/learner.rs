@@ -188,7 +188,7 @@ mod tests {
         let device = Device::flex();
         let rows = [Some("default"), None, None, Some("default")];
         let model = adapted(&device);
-        let mixed = model.with_adapter_names(&rows).unwrap();
+        let mixed = model.for_rows(&rows).unwrap();
         let loss =
             |model: &LlamaForCausalLm| InferenceStep::step(model, batch(&device)).loss.into_scalar::<f32>();
         let expected = mixed.loss(&batch(&device)).into_scalar::<f32>();

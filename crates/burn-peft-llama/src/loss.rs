@@ -167,7 +167,7 @@ fn is_head_trained(model: &LlamaForCausalLm) -> bool {
     let mut trained = Trained::default();
     match &model.lm_head {
         Some(lm_head) => lm_head.visit(&mut trained),
-        None => return model.model.embed_tokens.weight.base().is_require_grad(),
+        None => return model.model.embed_tokens.trains_tied_output(),
     }
     trained.0
 }
@@ -440,7 +440,7 @@ mod tests {
             .with_target_modules(["lm_head", "q_proj"]);
         model.add_adapter("default", &config).unwrap();
         let batch = batch(&device);
-        let bare = values(model.disable_adapter().unwrap().loss(&batch));
+        let bare = values(model.without_adapters().unwrap().loss(&batch));
         let of_hidden = |model: &LlamaForCausalLm, hand: bool| {
             let picked = model.labelled(&batch);
             let hidden = picked.hidden.detach().require_grad();

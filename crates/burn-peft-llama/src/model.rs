@@ -218,18 +218,17 @@ impl LlamaForCausalLm {
     /// # Panics
     ///
     /// If the last axis is not `hidden_size`, and if rows of a batch name adapters of the output layer
-    /// ([`with_adapter_names`](burn_peft::PeftModel::with_adapter_names)) and the first axis is not that batch.
+    /// ([`for_rows`](burn_peft::PeftModel::for_rows)) and the first axis is not that batch.
     pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
         match &self.lm_head {
             Some(lm_head) => lm_head.forward(hidden),
-            // An adapter of the embedding is its own; the output layer reads the table underneath, as in PEFT.
+            // The table below the embedding's adapters, as in PEFT, with the tokens that are trained at both ends.
             None => {
                 let mut shape = hidden.dims();
                 let [vocab_size, d] = self.model.embed_tokens.weight.base().dims();
                 let n: usize = shape[..D - 1].iter().product();
                 shape[D - 1] = vocab_size;
-                let table = self.model.embed_tokens.weight.base().transpose();
-                hidden.reshape([n, d]).matmul(table).reshape(shape)
+                self.model.embed_tokens.tied_output(hidden.reshape([n, d])).reshape(shape)
             }
         }
     }

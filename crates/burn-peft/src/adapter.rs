@@ -4,153 +4,64 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::module::{Module, Param, Reparameterization};
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::tensor::module::{embedding, linear};
+use burn::tensor::{DType, Int, Tensor};
 
-use crate::lora::{LoraConfig, LowRank};
+use crate::config::PeftConfig;
+use crate::layer::Site;
+use crate::method::{Pass, Update};
+use crate::ops::Input;
 use crate::tensor::{cast, like, on_kind_of};
 
-mod site;
-
-pub(crate) use site::{LayerKind, Site};
-
-/// What an adapter is besides its tensors.
+/// What an adapter is besides its updates.
 #[derive(Debug, Clone)]
 pub(crate) struct AdapterInfo {
     pub(crate) name: Arc<str>,
-    pub(crate) config: Arc<LoraConfig>,
+    pub(crate) config: Arc<PeftConfig>,
     pub(crate) site: Arc<Site>,
     pub(crate) active: bool,
-    pub(crate) scaling: f64,
+    /// The factor of [`set_scale`](crate::PeftModel::set_scale).
+    pub(crate) scale: f64,
 }
 
 /// One adapter of one parameter.
 #[derive(Module, Debug)]
 pub(crate) struct Adapter {
-    pub(crate) update: Update,
+    /// At least one, in the order in which they act.
+    pub(crate) updates: Vec<Update>,
     #[module(skip)]
     pub(crate) info: AdapterInfo,
 }
 
-/// What an adapter does to a parameter.
-#[derive(Module, Debug)]
-pub(crate) enum Update {
-    /// Adds `scaling * A B` to a weight.
-    LowRank(LowRank),
-    /// Takes the parameter's place: `modules_to_save`, and biases that are trained.
-    Copy(Copied),
-    /// Adds `scaling * shift` to a bias, `[d_out]`: the `lora_bias` of a layer that works through its weight.
-    Shift(Param<Tensor<1>>),
-}
-
-impl Update {
-    /// A fresh update of the parameter at `site`, which lives on `device`; a copy needs the value that it starts from,
-    /// flattened and without a graph.
-    pub(crate) fn init(
-        config: &LoraConfig,
-        change: Change,
-        site: &Site,
-        device: &Device,
-        base: Option<&Tensor<1>>,
-    ) -> Option<Self> {
-        Some(match change {
-            Change::LowRank { r, .. } => Self::LowRank(LowRank::init(config, r, site, device)),
-            Change::Shift { .. } => {
-                let elements: usize = site.shape.iter().product();
-                Self::Shift(Param::from_tensor(Tensor::zeros([elements], (device, DType::F32))))
-            }
-            Change::Copy { shift } => {
-                let base = base?.clone();
-                let base = on_kind_of(base, device);
-                let bias = shift.map(|_| Tensor::zeros(base.shape(), (device, DType::F32)));
-                Self::Copy(Copied { copy: Param::from_tensor(base), bias: bias.map(Param::from_tensor) })
-            }
-        })
-    }
-}
-
-/// What an adapter will do to a parameter; [`Update`] without tensors.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Change {
-    LowRank {
-        r: usize,
-        lora_alpha: f64,
-    },
-    /// With the scaling of the shift that is added to the copy, if there is one.
-    Copy {
-        shift: Option<f64>,
-    },
-    Shift {
-        scaling: f64,
-    },
-}
-
-/// A trained copy of a parameter, flattened: `[elements]`.
-#[derive(Module, Debug)]
-pub(crate) struct Copied {
-    pub(crate) copy: Param<Tensor<1>>,
-    /// Adds `scaling * bias` to the copy: of a trained bias, the `lora_bias` of a layer that works through its weight.
-    pub(crate) bias: Option<Param<Tensor<1>>>,
-}
-
 impl Adapter {
-    /// An inactive adapter.
-    pub(crate) fn new(update: Update, info: AdapterInfo) -> Self {
-        Self { update, info }.set_active(false)
-    }
-
     /// Active adapters take part in the forward pass and are trained; the others do neither.
     pub(crate) fn set_active(mut self, active: bool) -> Self {
         self.info.active = active;
-        self.set_require_grad(active)
-    }
-
-    pub(crate) fn low_rank(&self) -> Option<&LowRank> {
-        match &self.update {
-            Update::LowRank(factors) => Some(factors),
-            _ => None,
-        }
+        let train = |update: Update| {
+            update.map_parts(|spec, tensor| tensor.set_require_grad(active && spec.is_trained))
+        };
+        self.updates = self.updates.into_iter().map(train).collect();
+        self
     }
 
     /// How many parameters it has.
-    pub(crate) fn num_elements(&self) -> usize {
-        match &self.update {
-            Update::LowRank(factors) => {
-                let bias = factors.bias.as_ref().map_or(0, |bias| bias.lazy_shape().num_elements());
-                factors.a.lazy_shape().num_elements() + factors.b.lazy_shape().num_elements() + bias
-            }
-            Update::Copy(Copied { copy, bias }) => {
-                let bias = bias.as_ref().map_or(0, |bias| bias.lazy_shape().num_elements());
-                copy.lazy_shape().num_elements() + bias
-            }
-            Update::Shift(param) => param.lazy_shape().num_elements(),
-        }
+    pub(crate) fn num_params(&self) -> usize {
+        self.updates.iter().map(Update::num_params).sum()
     }
 
-    /// `value` with this adapter's update.
-    fn apply<const D: usize>(&self, value: Tensor<D>) -> Tensor<D> {
-        let add = |value: Tensor<D>, delta: Tensor<D>| cast(value, delta.dtype()) + delta;
-        let shape = value.shape();
-        let shifted = |value: Tensor<D>, bias: &Param<Tensor<1>>| {
-            let shape = value.shape();
-            add(value, bias.val().mul_scalar(self.info.scaling).reshape(shape))
-        };
-        match &self.update {
-            Update::LowRank(factors) => {
-                // A base in f32 gets its update in f32, so that merging in 16 bits rounds once.
-                let dtype = if value.dtype() == DType::F32 { DType::F32 } else { factors.a.dtype() };
-                let delta = factors.product(self.info.scaling, dtype);
-                let delta = if self.info.site.kind == LayerKind::Conv { delta.transpose() } else { delta };
-                add(value, delta.reshape(shape))
-            }
-            Update::Copy(Copied { copy, bias }) => {
-                let copy = copy.val().reshape(shape);
-                match bias {
-                    Some(bias) => shifted(copy, bias),
-                    None => copy,
-                }
-            }
-            Update::Shift(bias) => shifted(value, bias),
-        }
+    /// Whether it takes the parameter's place.
+    pub(crate) fn replaces(&self) -> bool {
+        self.updates.iter().any(|update| update.method.replaces())
+    }
+
+    /// The rank, if one of its methods has one.
+    pub(crate) fn rank(&self) -> Option<usize> {
+        self.updates.iter().find_map(|update| update.method.rank())
+    }
+
+    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`.
+    pub(crate) fn constant(&self) -> Option<Tensor<2>> {
+        self.updates.iter().filter_map(|update| update.method.constant(update)).reduce(|sum, next| sum + next)
     }
 }
 
@@ -182,28 +93,33 @@ pub(crate) struct Merged {
     pub(crate) names: BTreeSet<Arc<str>>,
 }
 
+/// A weight as a layer that works on activations needs it.
+struct Weight {
+    /// What the layer multiplies with: the merged weight, or `base`.
+    start: Tensor<2>,
+    /// The base, or the active copy in its place.
+    base: Tensor<2>,
+}
+
 impl Adapters {
+    /// The adapters of the parameter `param`, if it has any.
+    pub(crate) fn of<const D: usize>(param: &Param<Tensor<D>>) -> Option<&Self> {
+        param.reparameterization::<Self>()
+    }
+
     pub(crate) fn insert(&mut self, adapter: Adapter) {
         let at = self.list.partition_point(|other| other.info.name < adapter.info.name);
         self.list.insert(at, adapter);
     }
 
-    /// The active adapters in the order in which they are applied: a copy, which takes the parameter's place, before the
-    /// updates that are added to it.
     pub(crate) fn active(&self) -> impl Iterator<Item = &Adapter> {
-        let active = |are_copies: bool| {
-            self.list.iter().filter(move |adapter| {
-                adapter.info.active && matches!(adapter.update, Update::Copy(_)) == are_copies
-            })
-        };
-        active(true).chain(active(false))
+        self.list.iter().filter(|adapter| adapter.info.active)
     }
 
     /// The names and ranks of the adapters, for the `Display` of their layer.
     pub(crate) fn describe(&self) -> String {
         let describe = |adapter: &Adapter| {
-            let rank =
-                adapter.low_rank().map_or("copy".to_string(), |factors| format!("r {}", factors.rank()));
+            let rank = adapter.rank().map_or("copy".to_string(), |rank| format!("r {rank}"));
             let inactive = if adapter.info.active { "" } else { ", inactive" };
             format!("{} ({rank}{inactive})", adapter.info.name)
         };
@@ -232,74 +148,161 @@ impl Adapters {
     /// The value that the active adapters of these names make of `base`, both flattened and without a graph, in f32 at
     /// least.
     pub(crate) fn effective(&self, base: Tensor<1>, names: &BTreeSet<Arc<str>>) -> Tensor<1> {
+        let [first, ..] = &self.list[..] else { return base };
+        let (site, elements) = (&first.info.site, base.dims());
         let wide = if base.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let active = self.active().filter(|adapter| names.contains(&adapter.info.name));
-        active.fold(cast(base, wide), |value, adapter| cast(adapter.valid().apply(value), wide))
+        let active: Vec<Adapter> = self
+            .active()
+            .filter(|adapter| names.contains(&adapter.info.name))
+            .map(|adapter| adapter.valid())
+            .collect();
+        let base = cast(site.to_matrix(base), wide);
+        let base = with_copies(base, active.iter());
+        site.to_parameter(with_changes(base.clone(), &base, active.iter()), elements)
     }
 
-    /// The merged value, or `base` where nothing is merged.
-    fn start<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        match &self.merged {
-            Some(merged) => like(merged.value.clone().reshape(base.shape()), &base),
-            None => base,
-        }
-    }
-
-    /// What a layer that works on activations starts from: the merged weight, the active copy, or `base`.
-    pub(crate) fn weight<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+    /// The weight that the layer multiplies with, and the one that methods compare it with.
+    fn weight(&self, base: Tensor<2>) -> Weight {
         let outer = base.dtype();
-        let copies = self.active().filter(|adapter| matches!(adapter.update, Update::Copy(_)));
-        let copies = copies.filter(|adapter| !self.is_merged(&adapter.info.name));
-        cast(copies.fold(self.start(base), |base, adapter| adapter.apply(base)), outer)
+        let base = cast(with_copies(base, self.active()), outer);
+        let start = match &self.merged {
+            Some(merged) => like(merged.value.clone().reshape(base.shape()), &base),
+            None => base.clone(),
+        };
+        Weight { start, base }
     }
 
-    /// `output` plus what the adapters make of a linear layer's `input`.
-    pub(crate) fn add_linear<const D: usize>(&self, input: Tensor<D>, output: Tensor<D>) -> Tensor<D> {
-        self.at_work().fold(output, |output, at_work| {
-            let AtWork { scaling, factors, rows, is_merged } = at_work;
-            match (is_merged, &factors.bias) {
-                (false, _) => output + factors.forward(input.clone(), scaling, rows),
-                (true, Some(bias)) => {
-                    // Merged adapters are not trained.
-                    let bias = like(bias.val().inner().mul_scalar(scaling), &output);
-                    output + bias.unsqueeze::<D>()
-                }
-                (true, None) => output,
-            }
+    /// `x W + b + Σ` what the adapters add, `[.., d_in]` to `[.., d_out]`: the forward pass of a linear layer that works on
+    /// activations.
+    pub(crate) fn linear<const D: usize>(
+        &self,
+        weight: &Param<Tensor<2>>,
+        bias: Option<Tensor<1>>,
+        x: Tensor<D>,
+    ) -> Tensor<D> {
+        let weight = self.weight(weight.base());
+        let output = linear(x.clone(), weight.start.clone(), bias.clone());
+        let d_in = x.shape()[D - 1];
+        let n = x.shape().num_elements() / d_in.max(1);
+        let input = || Input::Activations(x.clone().reshape([n, d_in]));
+        self.add_to(output, input, &weight, bias)
+    }
+
+    /// `W[ids] + Σ` what the adapters add, `[batch, sequence]` to `[batch, sequence, d_out]`: the forward pass of an
+    /// embedding that works on activations.
+    pub(crate) fn embedding(&self, weight: &Param<Tensor<2>>, ids: Tensor<2, Int>) -> Tensor<3> {
+        let weight = self.weight(weight.base());
+        let output = embedding(weight.start.clone(), ids.clone());
+        let [batch, sequence] = ids.dims();
+        self.add_to(output, || Input::Ids(ids.clone().reshape([batch * sequence])), &weight, None)
+    }
+
+    /// `x Wᵀ`, `[n, d_out]` to `[n, rows of W]`: an output layer that is tied to the embedding with the table `weight`. It
+    /// reads the table below the adapters, but for changes that PEFT ties as well.
+    pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
+        let table = weight.base();
+        let output = x.clone().matmul(table.clone().transpose());
+        let tied = self.active().flat_map(|adapter| &adapter.updates);
+        let added = tied.filter_map(|update| update.method.forward_tied(update, &x, &table));
+        added.fold(output, |output, added| {
+            let added = cast(added, output.dtype());
+            output + added
         })
     }
 
-    /// `output` plus what the adapters make of an embedding's `ids`.
-    pub(crate) fn add_embedding(&self, ids: Tensor<2, Int>, output: Tensor<3>) -> Tensor<3> {
-        let beside = self.at_work().filter(|at_work| !at_work.is_merged);
-        beside.fold(output, |output, AtWork { scaling, factors, rows, .. }| {
-            let dtype = output.dtype();
-            output + cast(factors.look_up(ids.clone(), scaling, rows), dtype)
-        })
+    /// Whether an active adapter changes what [`tied`](Self::tied) gives.
+    pub(crate) fn trains_tied_output(&self) -> bool {
+        let mut updates = self.active().flat_map(|adapter| &adapter.updates);
+        updates.any(|update| update.method.is_read_by_tied_output())
     }
 
-    /// The factors that take part in the forward pass.
-    fn at_work(&self) -> impl Iterator<Item = AtWork<'_>> {
-        self.list.iter().filter_map(|adapter| {
+    fn add_to<const D: usize>(
+        &self,
+        output: Tensor<D>,
+        input: impl Fn() -> Input,
+        weight: &Weight,
+        bias: Option<Tensor<1>>,
+    ) -> Tensor<D> {
+        let (shape, outer) = (output.shape(), output.dtype());
+        let (batch, d_out) = (shape[0], shape[D - 1]);
+        let n = shape.num_elements() / d_out.max(1);
+        let plain = output.clone();
+        // What the layer gives from its base alone, without its bias.
+        let product = || match (&self.merged, &bias) {
+            (None, None) => plain.clone().reshape([n, d_out]),
+            (None, Some(bias)) => plain.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
+            (Some(_), _) => input().times(weight.base.clone()),
+        };
+        let mut output = output;
+        for adapter in &self.list {
             let info = &adapter.info;
             let rows = self.rows.iter().find(|(name, _)| *name == info.name).map(|(_, rows)| rows);
             if rows.is_none() && !info.active {
-                return None;
+                continue;
             }
-            let (scaling, is_merged) = (info.scaling, self.is_merged(&info.name));
-            Some(AtWork { scaling, factors: adapter.low_rank()?, rows, is_merged })
-        })
+            let is_merged = self.is_merged(&info.name);
+            for update in &adapter.updates {
+                let pass = || Pass {
+                    input: input(),
+                    product: &product,
+                    base: &weight.base,
+                    drops: rows.is_none(),
+                };
+                let forward = if is_merged { None } else { update.method.forward(update, &pass()) };
+                let constant = update.method.constant(update).map(|constant| {
+                    // Merged adapters are not trained.
+                    if is_merged && constant.is_autodiff() {
+                        on_kind_of(constant.inner(), &weight.base.device())
+                    } else {
+                        constant
+                    }
+                });
+                let added = match (forward, constant) {
+                    (Some(forward), Some(constant)) => forward + constant,
+                    (Some(forward), None) => forward,
+                    (None, Some(constant)) => constant.expand([n, d_out]),
+                    (None, None) => continue,
+                };
+                let added = cast(added, outer).reshape(shape.clone());
+                let added = match rows {
+                    Some(rows) => only_in(rows, added, batch),
+                    None => added,
+                };
+                output = output + added;
+            }
+        }
+        output
     }
 }
 
-/// Factors that take part in a forward pass.
-struct AtWork<'a> {
-    scaling: f64,
-    factors: &'a LowRank,
-    /// The rows of the batch that they are for, if not all.
-    rows: Option<&'a Tensor<1>>,
-    /// Whether the weight has their update already.
-    is_merged: bool,
+/// `base`, or what takes its place.
+fn with_copies<'a>(base: Tensor<2>, adapters: impl Iterator<Item = &'a Adapter>) -> Tensor<2> {
+    let copies = adapters.flat_map(|adapter| &adapter.updates).filter(|update| update.method.replaces());
+    copies.fold(base, |value, copy| {
+        let base = value.clone();
+        copy.method.apply(copy, value, &base)
+    })
+}
+
+/// `value` with the changes that do not replace it.
+fn with_changes<'a>(
+    value: Tensor<2>,
+    base: &Tensor<2>,
+    adapters: impl Iterator<Item = &'a Adapter>,
+) -> Tensor<2> {
+    let changes = adapters.flat_map(|adapter| &adapter.updates).filter(|update| !update.method.replaces());
+    changes.fold(value, |value, update| update.method.apply(update, value, base))
+}
+
+/// `added`, 0 where `rows` does not allow it: put there and not multiplied by, so that whatever an adapter gives,
+/// infinities and NaNs included, stays in its rows.
+fn only_in<const D: usize>(rows: &Tensor<1>, added: Tensor<D>, batch: usize) -> Tensor<D> {
+    let asked = rows.shape()[0];
+    assert!(batch == asked, "the batch has {batch} rows, adapters were named for {asked}");
+    let mut shape = [1; D];
+    shape[0] = batch;
+    let is_other = like(rows.clone(), &added).equal_elem(0.0).reshape(shape).expand(added.shape());
+    added.mask_fill(is_other, 0.0)
 }
 
 impl Reparameterization for Adapters {
@@ -308,11 +311,17 @@ impl Reparameterization for Adapters {
 
     /// `base` with the updates of the active adapters, summed in the factors' type, returned in the base's.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        let [first, ..] = &self.list[..] else { return base };
         if self.attached == AttachedState::Dropped {
             return base;
         }
-        let outer = base.dtype();
+        let (site, shape, outer) = (&first.info.site, base.dims(), base.dtype());
+        let base = with_copies(site.to_matrix(base), self.active());
+        let start = match &self.merged {
+            Some(merged) => like(site.to_matrix(merged.value.clone()), &base),
+            None => base.clone(),
+        };
         let beside = self.active().filter(|adapter| !self.is_merged(&adapter.info.name));
-        cast(beside.fold(self.start(base), |value, adapter| adapter.apply(value)), outer)
+        cast(site.to_parameter(with_changes(start, &base, beside), shape), outer)
     }
 }

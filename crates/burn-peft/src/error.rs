@@ -1,11 +1,14 @@
+//! Everything that can go wrong.
+
 use std::fmt;
 use std::path::PathBuf;
 
 use burn_peft_files::WrongFile;
 use strsim::jaro_winkler;
 
-use crate::target::ALL_LINEAR;
-use crate::weighted::CombinationType;
+use crate::combination_type::CombinationType;
+use crate::pattern::PatternError;
+use crate::target::TargetModules;
 
 /// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
 ///
@@ -63,15 +66,15 @@ pub enum PeftError {
     )]
     NoModuleMatched {
         /// The targets as they were given.
-        targets: String,
+        targets: TargetModules,
         /// `layers_to_transform`, if it narrows the targets.
         layers: Option<Vec<usize>>,
         /// Names of adaptable modules that resemble them most.
         closest: Vec<String>,
     },
 
-    /// No module is named as in `modules_to_save`.
-    #[error("no module is named as in `modules_to_save`: {}{}", join(.modules), saved_hint(.closest))]
+    /// `modules_to_save` matched no module.
+    #[error("`modules_to_save` matched no module: {}{}", join(.modules), saved_hint(.closest))]
     NoModuleToSave {
         /// The entries.
         modules: Vec<String>,
@@ -221,7 +224,7 @@ pub enum PeftError {
 
     /// A copy of a model whose rows name their adapters cannot be merged.
     #[error(
-        "cannot merge a model in which rows of a batch name adapter `{name}`\nhint: merge the model that `with_adapter_names` was called on"
+        "cannot merge a model in which rows of a batch name adapter `{name}`\nhint: merge the model that `for_rows` was called on"
     )]
     RowsNameAdapters {
         /// An adapter that rows name.
@@ -419,6 +422,12 @@ pub struct ConfigProblem {
     pub hint: &'static str,
 }
 
+impl ConfigProblem {
+    pub(crate) fn new(field: &str, found: &serde_json::Value, hint: &'static str) -> Self {
+        Self { field: field.to_string(), found: found.to_string(), hint }
+    }
+}
+
 impl fmt::Display for ConfigProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}` is {}: {}", self.field, self.found, self.hint)
@@ -489,6 +498,15 @@ impl fmt::Display for TensorProblem {
     }
 }
 
+impl From<PatternError> for PeftError {
+    fn from(error: PatternError) -> Self {
+        match error {
+            PatternError::Invalid { pattern, source } => Self::InvalidPattern { pattern, source },
+            PatternError::Endless { pattern, name, source } => Self::EndlessPattern { pattern, name, source },
+        }
+    }
+}
+
 impl PeftError {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
@@ -537,12 +555,17 @@ fn join(names: &[String]) -> String {
     text
 }
 
-fn closest_hint(targets: &str, closest: &[String]) -> String {
+fn closest_hint(targets: &TargetModules, closest: &[String]) -> String {
     // A dotted target whose end is a module's name may be right under the names of a file.
-    let is_name_in_file = closest.iter().any(|name| targets.contains(&format!(".{name}\"")));
-    let is_expression = targets.starts_with('`') && !targets.contains(ALL_LINEAR);
+    let is_name_in_file = match targets {
+        TargetModules::Names(targets) => targets.iter().any(|target| {
+            let last = target.rsplit_once('.').map(|(_, last)| last);
+            closest.iter().any(|name| last == Some(name))
+        }),
+        _ => false,
+    };
     match closest {
-        names if is_expression => format!(
+        names if matches!(targets, TargetModules::Regex(_)) => format!(
             "\nhint: a regular expression must match a module's whole name; here the names end with {}",
             join(names)
         ),

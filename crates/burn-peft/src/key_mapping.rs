@@ -1,3 +1,5 @@
+//! From the paths of a Burn model to the names in files.
+
 use crate::error::PeftError;
 use crate::pattern::Pattern;
 
@@ -27,7 +29,7 @@ use crate::pattern::Pattern;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct KeyMapping {
-    rules: Vec<(String, String)>,
+    pub(crate) rules: Vec<(String, String)>,
 }
 
 impl KeyMapping {
@@ -48,8 +50,9 @@ impl KeyMapping {
     /// # Errors
     /// [`PeftError::InvalidPattern`].
     pub(crate) fn compile(&self) -> Result<CompiledMapping, PeftError> {
-        let compile =
-            |(pattern, with): &(String, String)| Ok((Pattern::new(pattern, pattern)?, with.clone()));
+        let compile = |(pattern, with): &(String, String)| {
+            Ok::<_, PeftError>((Pattern::new(pattern, pattern)?, with.clone()))
+        };
         Ok(CompiledMapping(self.rules.iter().map(compile).collect::<Result<_, _>>()?))
     }
 }
@@ -61,6 +64,7 @@ impl CompiledMapping {
     /// # Errors
     /// [`PeftError::EndlessPattern`].
     pub(crate) fn apply(&self, path: &str) -> Result<String, PeftError> {
-        self.0.iter().try_fold(path.to_string(), |name, (pattern, with)| pattern.replace_all(&name, with))
+        let mut rules = self.0.iter();
+        Ok(rules.try_fold(path.to_string(), |name, (pattern, with)| pattern.replace_all(&name, with))?)
     }
 }

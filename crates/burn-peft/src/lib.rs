@@ -29,14 +29,21 @@
 //! ```
 
 mod adapter;
+mod combination_type;
+mod config;
 mod error;
-mod inject;
+mod init;
 mod key_mapping;
-mod lora;
+mod layer;
+mod layers;
 mod merge;
+mod method;
 mod model;
+mod ops;
 mod pattern;
+mod plan;
 mod seam;
+mod states;
 mod status;
 mod store;
 mod summary;
@@ -45,14 +52,16 @@ mod tensor;
 mod weighted;
 
 pub use burn_peft_files::WrongFile;
+pub use combination_type::{CombinationType, MajoritySign};
+pub use config::{Bias, FileFields, LoraConfig, PeftConfig, Targeting, TokenIndices};
 pub use error::{ConfigProblem, PeftError, TensorProblem};
-pub use inject::{AdaptedModule, InjectionReport, TargetCoverage};
+pub use init::InitLoraWeights;
 pub use key_mapping::KeyMapping;
-pub use lora::{Bias, InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear};
+pub use layers::{LoraEmbedding, LoraLinear};
 pub use merge::MergeReport;
 pub use model::{DEFAULT_ADAPTER, PeftModel};
+pub use plan::{AdaptedModule, InjectionReport, TargetCoverage};
 pub use status::AdapterStatus;
 pub use store::{AdapterDirectory, LoadOptions, LoadReport, StoredModule, StoredTensor, TensorRole};
 pub use summary::ParameterSummary;
 pub use target::TargetModules;
-pub use weighted::{CombinationType, MajoritySign};

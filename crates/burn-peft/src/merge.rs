@@ -7,9 +7,11 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::adapter::{Adapter, Adapters, Merged, Update};
+use crate::adapter::{Adapter, Adapters, Merged};
 use crate::error::PeftError;
-use crate::seam::{Layout, States, attach, base_values};
+use crate::seam::{Layout, attach};
+use crate::states::States;
+use crate::summary::count;
 use crate::tensor::{cast, like};
 
 /// What merging did to the weights.
@@ -29,8 +31,8 @@ impl fmt::Display for MergeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} parameters merged, largest rounding error {:.1e}",
-            self.parameters.len(),
+            "{} merged, largest rounding error {:.1e}",
+            count(self.parameters.len(), "parameter"),
             self.largest_error
         )?;
         match &self.worst_parameter {
@@ -50,7 +52,7 @@ type Values = BTreeMap<String, Tensor<1>>;
 /// [`PeftModel::unmerge_adapter`](crate::PeftModel) takes them off again. What was merged before stays merged.
 pub(crate) fn merge<M: Module>(model: &mut M, names: Option<&[&str]>) -> Result<MergeReport, PeftError> {
     let mut layout = Layout::of(model)?;
-    refuse_rows(&layout.states)?;
+    layout.states.refuse_rows()?;
     let mut chosen = active_adapters(&layout.states);
     if let Some(names) = names {
         for name in names {
@@ -63,7 +65,7 @@ pub(crate) fn merge<M: Module>(model: &mut M, names: Option<&[&str]>) -> Result<
         chosen.retain(|name| names.contains(&&**name) || merged.contains(name));
         refuse_covered(&layout.states, &chosen)?;
     }
-    let sums = effective_values(model, &layout.states, &chosen);
+    let sums = effective_values(&layout, &chosen);
     let (merged, report) = round(sums, &chosen)?;
     for (path, value) in merged {
         if let Some(state) = layout.states.get_mut(&path) {
@@ -81,29 +83,23 @@ pub(crate) fn merge<M: Module>(model: &mut M, names: Option<&[&str]>) -> Result<
 /// All merged values are computed and checked before the first one is put into the model.
 pub(crate) fn merge_and_unload<M: Module>(model: &mut M) -> Result<MergeReport, PeftError> {
     let layout = Layout::of(model)?;
-    refuse_rows(&layout.states)?;
+    layout.states.refuse_rows()?;
     let active = active_adapters(&layout.states);
-    let mut sums = effective_values(model, &layout.states, &active);
+    let mut sums = effective_values(&layout, &active);
     let tied = layout.tied_tables.iter().map(|module| format!("{module}.weight"));
-    let tied: Vec<String> = tied.filter(|path| sums.contains_key(path)).collect();
+    let parts_ways = |path: &String| {
+        let updates = layout.states.get(path).into_iter().flat_map(Adapters::active);
+        updates.flat_map(|adapter| &adapter.updates).any(|update| !update.method.is_read_by_tied_output())
+    };
+    let tied: Vec<String> = tied.filter(parts_ways).collect();
     if !tied.is_empty() {
         return Err(PeftError::TiedOutput { parameters: tied });
     }
-    add_lora_biases(model, &layout, &mut sums)?;
+    add_constants(&layout, &mut sums)?;
     let (merged, report) = round(sums, &active)?;
-    attach(model, States::new(), false);
+    attach(model, States::default(), false);
     *model = model.clone().map(&mut Placer { path: vec![], values: merged });
     Ok(report)
-}
-
-/// # Errors
-/// [`PeftError::RowsNameAdapters`] if the adapters at work are not the same for all rows of a batch.
-fn refuse_rows(states: &States) -> Result<(), PeftError> {
-    let mut rows = states.values().flat_map(|state| &state.rows);
-    match rows.next() {
-        Some((name, _)) => Err(PeftError::RowsNameAdapters { name: name.to_string() }),
-        None => Ok(()),
-    }
 }
 
 /// # Errors
@@ -112,13 +108,12 @@ fn refuse_rows(states: &States) -> Result<(), PeftError> {
 fn refuse_covered(states: &States, chosen: &BTreeSet<Arc<str>>) -> Result<(), PeftError> {
     for state in states.values() {
         let is_chosen = |adapter: &&Adapter| chosen.contains(&adapter.info.name);
-        let copy =
-            state.active().find(|adapter| matches!(adapter.update, Update::Copy(_)) && !is_chosen(adapter));
+        let copy = state.active().find(|adapter| adapter.replaces() && !is_chosen(adapter));
         if let (Some(copy), Some(adapter)) = (copy, state.active().find(is_chosen)) {
             return Err(PeftError::CoveredByCopy {
                 name: adapter.info.name.to_string(),
                 copy: copy.info.name.to_string(),
-                parameter: format!("{}.{}", copy.info.site.name, copy.info.site.parameter),
+                parameter: copy.info.site.full_name(),
             });
         }
     }
@@ -130,48 +125,46 @@ fn active_adapters(states: &States) -> BTreeSet<Arc<str>> {
 }
 
 /// What these active adapters make of the base, in f32 where the base is narrower.
-fn effective_values<M: Module>(model: &M, states: &States, names: &BTreeSet<Arc<str>>) -> Sums {
-    let is_changed = |state: &Adapters| state.active().any(|adapter| names.contains(&adapter.info.name));
-    let changed =
-        states.iter().filter(|(_, state)| is_changed(state)).map(|(path, _)| path.clone()).collect();
-    let effective = |(path, base): (String, Tensor<1>)| {
-        let dtype = base.dtype();
-        let value = states.get(&path)?.effective(base, names);
-        Some((path, (value, dtype)))
-    };
-    base_values(model, &changed).into_iter().filter_map(effective).collect()
+fn effective_values(layout: &Layout, names: &BTreeSet<Arc<str>>) -> Sums {
+    let mut sums = Sums::new();
+    for parameter in &layout.parameters {
+        let Some(state) = layout.states.get(&parameter.path) else { continue };
+        if state.active().any(|adapter| names.contains(&adapter.info.name)) {
+            let base = parameter.value();
+            let dtype = base.dtype();
+            sums.insert(parameter.path.clone(), (state.effective(base, names), dtype));
+        }
+    }
+    sums
 }
 
-/// Adds the `lora_bias` of layers that work on activations to the sums of their biases.
+/// Adds what adapters of layers that work on activations add whatever the input is, their `lora_bias`, to the sums of the
+/// layers' biases.
 ///
 /// # Errors
 /// [`PeftError::NoBiasToMergeInto`].
-fn add_lora_biases<M: Module>(model: &M, layout: &Layout, sums: &mut Sums) -> Result<(), PeftError> {
-    let mut shifts: BTreeMap<String, Vec<Tensor<1>>> = BTreeMap::new();
+fn add_constants(layout: &Layout, sums: &mut Sums) -> Result<(), PeftError> {
     let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for adapter in layout.states.values().flat_map(Adapters::active) {
         let info = &adapter.info;
-        let Some(bias) = adapter.low_rank().and_then(|factors| factors.bias.as_ref()) else { continue };
+        let Some(constant) = adapter.valid().constant() else { continue };
         let path = format!("{}.bias", info.site.module);
-        if !layout.parameters.iter().any(|parameter| parameter.path == path) {
+        let Some(bias) = layout.parameters.iter().find(|parameter| parameter.path == path) else {
             homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone());
             continue;
-        }
-        let value = bias.val();
-        let value = if value.is_autodiff() { value.inner() } else { value };
-        shifts.entry(path).or_default().push(value.mul_scalar(info.scaling));
+        };
+        let (value, dtype) = sums.remove(&path).unwrap_or_else(|| {
+            let base = bias.value();
+            let dtype = base.dtype();
+            (base, dtype)
+        });
+        let constant = constant.reshape(value.shape());
+        sums.insert(path, (cast(value, constant.dtype()) + constant, dtype));
     }
-    if let Some((name, modules)) = homeless.pop_first() {
-        return Err(PeftError::NoBiasToMergeInto { name, modules });
+    match homeless.pop_first() {
+        Some((name, modules)) => Err(PeftError::NoBiasToMergeInto { name, modules }),
+        None => Ok(()),
     }
-    let base = base_values(model, &shifts.keys().cloned().collect());
-    for (path, shifts) in shifts {
-        let started = sums.remove(&path).or_else(|| base.get(&path).map(|base| (base.clone(), base.dtype())));
-        let Some((value, dtype)) = started else { continue };
-        let value = shifts.into_iter().fold(value, |value, shift| cast(value, shift.dtype()) + shift);
-        sums.insert(path, (value, dtype));
-    }
-    Ok(())
 }
 
 /// Rounds every sum once, to the type of the base.

@@ -1,19 +1,22 @@
-use std::collections::BTreeSet;
+//! The operations on a model's adapters.
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::adapter::{Adapter, Update};
+use crate::adapter::Adapter;
+use crate::combination_type::CombinationType;
+use crate::config::PeftConfig;
 use crate::error::PeftError;
-use crate::inject::{InjectionReport, Plan};
-use crate::lora::LoraConfig;
 use crate::merge::{self, MergeReport};
-use crate::seam::{Layout, attach, base_values};
+use crate::plan::{InjectionReport, Plan};
+use crate::seam::{Layout, attach};
 use crate::status::AdapterStatus;
 use crate::store::{self, LoadOptions, LoadReport};
 use crate::summary::ParameterSummary;
-use crate::weighted::{self, CombinationType};
+use crate::weighted;
 
 /// The name that PEFT gives to an adapter that was not named.
 pub const DEFAULT_ADAPTER: &str = "default";
@@ -74,18 +77,16 @@ pub trait PeftModel: Module {
     ///   [`LoraBiasUnsupported`](PeftError::LoraBiasUnsupported)
     /// - [`AmbiguousKeyMapping`](PeftError::AmbiguousKeyMapping)
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
-    fn add_adapter(&mut self, name: &str, config: &LoraConfig) -> Result<InjectionReport, PeftError> {
+    fn add_adapter(
+        &mut self,
+        name: &str,
+        config: impl Into<PeftConfig>,
+    ) -> Result<InjectionReport, PeftError> {
         let mut layout = Layout::of(self)?;
-        if let Some(start) = config.init_in_file() {
-            return Err(PeftError::InvalidConfig {
-                field: "init_lora_weights",
-                expected: "`true`, `false` or `gaussian` for a new adapter",
-                found: start.to_string(),
-            });
-        }
-        let plan = Plan::new(&layout, name, config)?;
-        let base = base_values(self, &plan.copied());
-        plan.add_to(&mut layout.states, |target| target.fresh(&plan.config, base.get(&target.path)));
+        let config = config.into();
+        config.check_new()?;
+        let plan = Plan::new(&layout, name, &config)?;
+        plan.add_to(&mut layout.states, plan.fresh()?);
         attach(self, layout.states, true);
         Ok(plan.into_report())
     }
@@ -102,10 +103,9 @@ pub trait PeftModel: Module {
     fn set_adapter(&mut self, names: &[&str]) -> Result<(), PeftError> {
         let mut layout = Layout::of(self)?;
         for name in names {
-            require(&layout, name)?;
+            layout.states.require(name)?;
         }
-        check_copies(&layout, names)?;
-        activate(&mut layout, names);
+        layout.states.activate(names)?;
         attach(self, layout.states, false);
         Ok(())
     }
@@ -128,7 +128,7 @@ pub trait PeftModel: Module {
     /// # let random = LoraConfig::new(2).with_init_lora_weights(InitLoraWeights::Random);
     /// # model.add_adapter("default", &random.with_target_modules(["proj"]))?;
     /// let x = Tensor::<2>::ones([1, 4], &device);
-    /// let base = model.disable_adapter()?.proj.forward(x.clone());
+    /// let base = model.without_adapters()?.proj.forward(x.clone());
     /// let adapted = model.proj.forward(x);
     /// # assert_ne!(base.into_data(), adapted.into_data());
     /// # Ok(())
@@ -137,7 +137,7 @@ pub trait PeftModel: Module {
     ///
     /// # Errors
     /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
-    fn disable_adapter(&self) -> Result<Self, PeftError> {
+    fn without_adapters(&self) -> Result<Self, PeftError> {
         let mut base = self.clone();
         base.set_adapter(&[])?;
         Ok(base)
@@ -158,23 +158,25 @@ pub trait PeftModel: Module {
     ///
     /// # Panics
     /// The layers of the result panic on a batch with another number of rows.
-    fn with_adapter_names(&self, rows: &[Option<&str>]) -> Result<Self, PeftError> {
+    fn for_rows(&self, rows: &[Option<&str>]) -> Result<Self, PeftError> {
         let mut layout = Layout::of(self)?;
         let names: BTreeSet<&str> = rows.iter().copied().flatten().collect();
         for name in &names {
-            require(&layout, name)?;
+            layout.states.require(name)?;
         }
-        check_mixed_batch(&layout, &names)?;
-        activate(&mut layout, &[]);
-        for state in layout.states.values_mut() {
+        layout.states.check_mixed_batch(&names)?;
+        layout.states.activate(&[])?;
+        let devices = layout.parameters.iter().map(|parameter| (&parameter.path, &parameter.device));
+        let devices: BTreeMap<_, _> = devices.collect();
+        for (path, state) in layout.states.iter_mut() {
+            let Some(device) = devices.get(path).map(|device| (*device).clone().without_autodiff()) else { continue };
             let named = state.list.iter().filter(|adapter| names.contains(&*adapter.info.name));
             state.rows = named
-                .filter_map(|adapter| {
+                .map(|adapter| {
                     let name = adapter.info.name.clone();
                     let mask = |row: &Option<&str>| if *row == Some(&*name) { 1.0 } else { 0.0 };
                     let mask: Vec<f32> = rows.iter().map(mask).collect();
-                    let device = adapter.low_rank()?.a.lazy_device().without_autodiff();
-                    Some((name, Tensor::from_data(mask.as_slice(), (&device, DType::F32))))
+                    (name.clone(), Tensor::from_data(mask.as_slice(), (&device, DType::F32)))
                 })
                 .collect();
         }
@@ -183,7 +185,7 @@ pub trait PeftModel: Module {
         Ok(model)
     }
 
-    /// The number of rows that [`with_adapter_names`](Self::with_adapter_names) was given, if an adapter is named among
+    /// The number of rows that [`for_rows`](Self::for_rows) was given, if an adapter is named among
     /// them; `None` for every other model, whose batches may have any number of rows.
     fn batch_rows(&self) -> Option<usize> {
         let layout = Layout::read_only(self);
@@ -191,7 +193,7 @@ pub trait PeftModel: Module {
     }
 
     /// The model for a batch that consists of these rows of the one that
-    /// [`with_adapter_names`](Self::with_adapter_names) was given: row `i` has the adapter of row `rows[i]`, which lets a
+    /// [`for_rows`](Self::for_rows) was given: row `i` has the adapter of row `rows[i]`, which lets a
     /// batch shrink when a sequence ends, grow or change its order. A copy that shares every tensor with this model. A
     /// model whose rows name no adapter comes back as it is.
     ///
@@ -222,14 +224,9 @@ pub trait PeftModel: Module {
     /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn delete_adapter(&mut self, name: &str) -> Result<(), PeftError> {
         let mut layout = Layout::of(self)?;
-        require(&layout, name)?;
-        if AdapterStatus::list(&layout.states).iter().any(|status| status.name == name && status.merged) {
-            return Err(PeftError::MergedAdapter { name: name.to_string() });
-        }
-        for state in layout.states.values_mut() {
-            state.list.retain(|adapter| &*adapter.info.name != name);
-            state.rows.retain(|(adapter, _)| &**adapter != name);
-        }
+        layout.states.require(name)?;
+        layout.states.refuse_merged(|merged| merged == name)?;
+        layout.states.remove_adapter(name);
         attach(self, layout.states, false);
         Ok(())
     }
@@ -257,7 +254,7 @@ pub trait PeftModel: Module {
     ) -> Result<InjectionReport, PeftError> {
         let mut layout = Layout::of(self)?;
         for (source, _) in sources {
-            require(&layout, source)?;
+            layout.states.require(source)?;
         }
         let report = weighted::add(&mut layout, name, sources, combination_type)?;
         attach(self, layout.states, true);
@@ -342,7 +339,7 @@ pub trait PeftModel: Module {
     fn trainable_parameters(&self) -> ParameterSummary {
         let layout = Layout::read_only(self);
         let adapters = || layout.states.values().flat_map(|state| &state.list);
-        let size = |adapter: &Adapter| adapter.num_elements();
+        let size = |adapter: &Adapter| adapter.num_params();
         let base = |only_trained: bool| -> usize {
             let counted = layout.parameters.iter().filter(|p| p.requires_grad || !only_trained);
             counted.map(|parameter| parameter.shape.num_elements()).sum()
@@ -368,7 +365,7 @@ pub trait PeftModel: Module {
     /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     fn save_adapter(&self, name: &str, directory: impl AsRef<Path>) -> Result<(), PeftError> {
         let layout = Layout::of(self)?;
-        require(&layout, name)?;
+        layout.states.require(name)?;
         store::save(&layout, name, directory.as_ref())
     }
 
@@ -379,15 +376,15 @@ pub trait PeftModel: Module {
     /// As [`save_adapter`](Self::save_adapter); [`UnknownAdapter`](PeftError::UnknownAdapter) if there is none.
     fn save_adapters(&self, directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, PeftError> {
         let layout = Layout::of(self)?;
-        let adapters = AdapterStatus::list(&layout.states);
-        if adapters.is_empty() {
-            require(&layout, DEFAULT_ADAPTER)?;
+        let facts = layout.states.facts();
+        if facts.is_empty() {
+            layout.states.require(DEFAULT_ADAPTER)?;
         }
         let mut directories = vec![];
-        for AdapterStatus { name, .. } in adapters {
+        for name in facts.into_keys() {
             let root = directory.as_ref();
-            let place = if name == DEFAULT_ADAPTER { root.to_path_buf() } else { root.join(&name) };
-            store::save(&layout, &name, &place)?;
+            let place = if name == DEFAULT_ADAPTER { root.to_path_buf() } else { root.join(name) };
+            store::save(&layout, name, &place)?;
             directories.push(place);
         }
         Ok(directories)
@@ -417,8 +414,7 @@ pub trait PeftModel: Module {
         options: &LoadOptions,
     ) -> Result<LoadReport, PeftError> {
         let mut layout = Layout::of(self)?;
-        let base = |paths: &BTreeSet<String>| base_values(self, paths);
-        let report = store::load(&mut layout, name, directory.as_ref(), options, &base)?;
+        let report = store::load(&mut layout, name, directory.as_ref(), options)?;
         attach(self, layout.states, true);
         Ok(report)
     }
@@ -431,99 +427,25 @@ pub trait PeftModel: Module {
     /// [`load_adapter`](Self::load_adapter). The old adapter stays if the new one cannot be loaded.
     fn hotswap_adapter(&mut self, name: &str, directory: impl AsRef<Path>) -> Result<LoadReport, PeftError> {
         let mut layout = Layout::of(self)?;
-        require(&layout, name)?;
-        let statuses = AdapterStatus::list(&layout.states);
-        let mut active: Vec<&str> = vec![];
+        layout.states.require(name)?;
+        layout.states.refuse_merged(|_| true)?;
+        let facts = layout.states.facts();
+        let active: Vec<String> =
+            facts.iter().filter(|(_, facts)| facts.is_active).map(|(name, _)| name.to_string()).collect();
         let mut options = LoadOptions::new();
-        for status in &statuses {
-            if status.merged {
-                return Err(PeftError::MergedAdapter { name: status.name.clone() });
-            }
-            if status.active {
-                active.push(&status.name);
-            }
-            if status.name == name {
-                options.key_mapping = status.config.key_mapping.clone();
-            }
+        if let Some(facts) = facts.get(name) {
+            options.key_mapping = facts.config.targeting().key_mapping.clone();
         }
-        for state in layout.states.values_mut() {
-            state.list.retain(|adapter| &*adapter.info.name != name);
-        }
-        let base = |paths: &BTreeSet<String>| base_values(self, paths);
-        let report = store::load(&mut layout, name, directory.as_ref(), &options, &base)?;
-        check_copies(&layout, &active)?;
-        activate(&mut layout, &active);
+        layout.states.remove_adapter(name);
+        let report = store::load(&mut layout, name, directory.as_ref(), &options)?;
+        let active: Vec<&str> = active.iter().map(String::as_str).collect();
+        layout.states.activate(&active)?;
         attach(self, layout.states, true);
         Ok(report)
     }
 }
 
 impl<M: Module> PeftModel for M {}
-
-fn require(layout: &Layout, name: &str) -> Result<(), PeftError> {
-    let names: BTreeSet<&str> =
-        layout.states.values().flat_map(|state| &state.list).map(|adapter| &*adapter.info.name).collect();
-    if names.contains(name) {
-        return Ok(());
-    }
-    Err(PeftError::UnknownAdapter {
-        name: name.to_string(),
-        available: names.into_iter().map(str::to_string).collect(),
-    })
-}
-
-/// Makes exactly these adapters active; what was merged or bound to rows of a batch is neither any more.
-fn activate(layout: &mut Layout, names: &[&str]) {
-    for state in layout.states.values_mut() {
-        state.merged = None;
-        state.rows.clear();
-        for adapter in &mut state.list {
-            let active = names.contains(&&*adapter.info.name);
-            *adapter = adapter.clone().set_active(active);
-        }
-    }
-}
-
-/// # Errors
-/// [`PeftError::ConflictingCopies`] if two of the adapters would each take the place of one parameter.
-fn check_copies(layout: &Layout, names: &[&str]) -> Result<(), PeftError> {
-    let mut owners = BTreeSet::new();
-    let mut parameters = vec![];
-    for (path, state) in &layout.states {
-        let copies = state.list.iter().filter(|adapter| matches!(adapter.update, Update::Copy(_)));
-        let active = copies.filter(|adapter| names.contains(&&*adapter.info.name));
-        let active: Vec<&str> = active.map(|adapter| &*adapter.info.name).collect();
-        if active.len() > 1 {
-            owners.extend(active.into_iter().map(str::to_string));
-            parameters.push(path.clone());
-        }
-    }
-    if parameters.is_empty() {
-        return Ok(());
-    }
-    Err(PeftError::ConflictingCopies { names: owners.into_iter().collect(), parameters })
-}
-
-/// # Errors
-/// [`PeftError::MergedAdapter`]; [`PeftError::MixedBatch`] if only some rows of a batch cannot be computed with these adapters.
-fn check_mixed_batch(layout: &Layout, names: &BTreeSet<&str>) -> Result<(), PeftError> {
-    let refuse = |name: &str, reason| Err(PeftError::MixedBatch { name: name.to_string(), reason });
-    if let Some(merged) = AdapterStatus::list(&layout.states).iter().find(|status| status.merged) {
-        return Err(PeftError::MergedAdapter { name: merged.name.clone() });
-    }
-    for (name, state) in names.iter().flat_map(|name| layout.states.values().map(move |state| (name, state)))
-    {
-        let Some(adapter) = state.get(name) else { continue };
-        let module = &adapter.info.site.module;
-        if adapter.low_rank().is_none() {
-            return refuse(name, format!("it replaces a parameter of `{module}` for all rows"));
-        }
-        if !adapter.info.site.kind.in_activation_space() {
-            return refuse(name, format!("`{module}` is a plain layer, whose weight all rows share"));
-        }
-    }
-    Ok(())
-}
 
 #[cfg(test)]
 mod tests {
@@ -534,7 +456,7 @@ mod tests {
     use burn::tensor::{Device, Int, Tensor, TensorData, Tolerance};
 
     use super::*;
-    use crate::{InitLoraWeights, LoraLinear, TargetModules};
+    use crate::{InitLoraWeights, LoraConfig, LoraLinear, TargetModules};
 
     #[derive(Module, Debug)]
     struct Net {
@@ -762,7 +684,7 @@ mod tests {
         );
         let report = net.add_adapter("default", &config().with_target_modules(["up", "side"])).unwrap();
         assert_eq!(report.unmatched_targets, ["side"]);
-        assert_eq!(report.to_string(), "adapter `default`: 1 modules adapted; no module is named side");
+        assert_eq!(report.to_string(), "adapter `default`: 1 module adapted; no module is named side");
         let exists = net.add_adapter("default", &config()).unwrap_err();
         assert!(matches!(exists, PeftError::AdapterExists { .. }));
         assert!(matches!(net.add_adapter("a.b", &config()), Err(PeftError::InvalidAdapterName { .. })));

@@ -2,7 +2,14 @@
 
 use fancy_regex::{Captures, Regex};
 
-use crate::error::PeftError;
+/// What is wrong with a regular expression.
+#[derive(Debug)]
+pub(crate) enum PatternError {
+    /// It is none.
+    Invalid { pattern: String, source: Box<dyn std::error::Error + Send + Sync> },
+    /// It takes too many steps on `name`.
+    Endless { pattern: String, name: String, source: Box<dyn std::error::Error + Send + Sync> },
+}
 
 /// A regular expression in Python's notation, look-around and back-references included.
 ///
@@ -18,9 +25,9 @@ impl Pattern {
     /// Compiles `expression`, which was made of `given`.
     ///
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    pub(crate) fn new(given: &str, expression: &str) -> Result<Self, PeftError> {
-        let regex = Regex::new(&translated(expression)).map_err(|source| PeftError::InvalidPattern {
+    /// [`PatternError::Invalid`].
+    pub(crate) fn new(given: &str, expression: &str) -> Result<Self, PatternError> {
+        let regex = Regex::new(&translated(expression)).map_err(|source| PatternError::Invalid {
             pattern: given.to_string(),
             // About what was written, without what was put around it.
             source: Box::new(Regex::new(given).err().unwrap_or(source)),
@@ -31,8 +38,8 @@ impl Pattern {
     /// The expression that matches whole names: Python's `re.fullmatch`.
     ///
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    pub(crate) fn whole(given: &str) -> Result<Self, PeftError> {
+    /// [`PatternError::Invalid`].
+    pub(crate) fn whole(given: &str) -> Result<Self, PatternError> {
         Self::new(given, &format!("^(?:{given})$"))
     }
 
@@ -40,8 +47,8 @@ impl Pattern {
     /// do.
     ///
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    pub(crate) fn whole_or_end(given: &str) -> Result<Self, PeftError> {
+    /// [`PatternError::Invalid`].
+    pub(crate) fn whole_or_end(given: &str) -> Result<Self, PatternError> {
         Self::new(given, &format!(r"^(?:.*\.)?(?:{given})$"))
     }
 
@@ -52,31 +59,31 @@ impl Pattern {
     /// Whether it matches somewhere in `text`.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn is_match(&self, text: &str) -> Result<bool, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn is_match(&self, text: &str) -> Result<bool, PatternError> {
         self.regex.is_match(text).map_err(|source| self.endless(text, source))
     }
 
     /// The groups of the first match in `text`.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn captures<'t>(&self, text: &'t str) -> Result<Option<Captures<'t>>, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn captures<'t>(&self, text: &'t str) -> Result<Option<Captures<'t>>, PatternError> {
         self.regex.captures(text).map_err(|source| self.endless(text, source))
     }
 
     /// `text` with every match replaced by `with`, which may name groups.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn replace_all(&self, text: &str, with: &str) -> Result<String, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn replace_all(&self, text: &str, with: &str) -> Result<String, PatternError> {
         let replaced = self.regex.try_replacen(text, 0, with);
         Ok(replaced.map_err(|source| self.endless(text, source))?.into_owned())
     }
 
-    fn endless(&self, text: &str, source: fancy_regex::Error) -> PeftError {
+    fn endless(&self, text: &str, source: fancy_regex::Error) -> PatternError {
         let (pattern, name) = (self.given.clone(), text.to_string());
-        PeftError::EndlessPattern { pattern, name, source: Box::new(source) }
+        PatternError::Endless { pattern, name, source: Box::new(source) }
     }
 }
 
@@ -121,6 +128,7 @@ fn translated(python: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::PeftError;
 
     /// What Python's `re.fullmatch` says, tried there.
     #[test]
@@ -163,6 +171,7 @@ mod tests {
     #[test]
     fn a_broken_expression_is_named_as_it_was_written() {
         let error = Pattern::whole_or_end("(q_proj").err().unwrap();
+        let error = PeftError::from(error);
         assert_eq!(error.to_string(), "invalid regular expression `(q_proj`");
     }
 
@@ -170,7 +179,8 @@ mod tests {
     fn a_match_that_would_take_for_ever_is_an_error() {
         let pattern = Pattern::whole(r"(?=x)(x+x+)+y").unwrap();
         let error = pattern.is_match(&"x".repeat(64)).unwrap_err();
-        assert!(matches!(&error, PeftError::EndlessPattern { pattern, .. } if pattern == r"(?=x)(x+x+)+y"));
+        assert!(matches!(&error, PatternError::Endless { pattern, .. } if pattern == r"(?=x)(x+x+)+y"));
+        let error = PeftError::from(error);
         assert!(error.to_string().contains("hint:"), "{error}");
     }
 }

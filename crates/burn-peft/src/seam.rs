@@ -5,15 +5,18 @@
 //! That is the way in: while [`Adapters`] is traversed, its first parameter carries a [`Note`]. A visitor finds the
 //! whole state in it; a mapper leaves one that tells the state to drop itself at the next `materialize()`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use burn::module::{
     Devices, Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
 };
 use burn::tensor::{Device, Shape, Tensor};
 
-use crate::adapter::{Adapter, Adapters, AttachedState, Merged, Update};
+use crate::adapter::{Adapter, Adapters, AttachedState, Merged};
 use crate::error::PeftError;
+use crate::method::Update;
+use crate::states::States;
 
 /// What a layer of this crate tells visitors about itself before it shows its inner layer. It adds nothing to parameter
 /// paths.
@@ -43,11 +46,8 @@ impl Mark {
 /// The container name that Burn gives to the traversal of a reparameterization.
 const REPARAMETERIZATION: &str = "Reparameterization";
 
-/// The states of a model by the path of their weight, `….q_proj.weight`.
-pub(crate) type States = BTreeMap<String, Adapters>;
-
 /// A floating-point parameter of the base model.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct BaseParameter {
     pub(crate) path: String,
     pub(crate) shape: Shape,
@@ -55,10 +55,18 @@ pub(crate) struct BaseParameter {
     /// The container that owns it, `Struct:Linear` for example.
     pub(crate) container: String,
     pub(crate) requires_grad: bool,
+    value: Arc<dyn Fn() -> Tensor<1>>,
+}
+
+impl BaseParameter {
+    /// Its value without adapters and without a graph, flattened.
+    pub(crate) fn value(&self) -> Tensor<1> {
+        (self.value)()
+    }
 }
 
 /// What a model consists of, as far as adapters are concerned.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Layout {
     pub(crate) parameters: Vec<BaseParameter>,
     pub(crate) states: States,
@@ -88,41 +96,6 @@ impl Layout {
         model.visit(&mut reader);
         reader.layout
     }
-}
-
-/// The values of these parameters without their adapters and without a graph, flattened.
-pub(crate) fn base_values<M: Module>(model: &M, paths: &BTreeSet<String>) -> BTreeMap<String, Tensor<1>> {
-    struct Finder<'a> {
-        wanted: &'a BTreeSet<String>,
-        path: Vec<String>,
-        found: BTreeMap<String, Tensor<1>>,
-    }
-
-    impl ModuleVisitor for Finder<'_> {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
-        }
-
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let path = self.path.join(".");
-            if self.wanted.contains(&path) {
-                let base = param.base();
-                let base = if base.is_autodiff() { base.inner() } else { base };
-                let elements = base.shape().num_elements();
-                self.found.insert(path, base.reshape([elements]));
-            }
-        }
-    }
-
-    let mut finder = Finder { wanted: paths, path: vec![], found: BTreeMap::new() };
-    if !paths.is_empty() {
-        model.visit(&mut finder);
-    }
-    finder.found
 }
 
 /// Replaces all states of `model` by `states`; the base keeps its bits and its parameter ids.
@@ -176,15 +149,25 @@ impl ModuleVisitor for Reader {
                 self.layout.states.insert(self.path[..depth].join("."), Adapters::clone(state));
             }
             (Some(_), _) => {}
-            (None, _) => self.layout.parameters.push(BaseParameter {
-                path: self.path.join("."),
-                shape: param.lazy_shape(),
-                device: param.lazy_device(),
-                container: self.containers.last().cloned().unwrap_or_default(),
+            (None, _) => {
                 // Reading the value initialises a lazy parameter, so that the clone that `attach` freezes
                 // no longer shares its initialisation with other clones of the model.
-                requires_grad: param.base().is_require_grad(),
-            }),
+                let base = param.base();
+                self.layout.parameters.push(BaseParameter {
+                    path: self.path.join("."),
+                    shape: base.shape(),
+                    device: param.lazy_device(),
+                    container: self.containers.last().cloned().unwrap_or_default(),
+                    requires_grad: base.is_require_grad(),
+                    // Flattening may copy, so it waits until somebody asks.
+                    value: Arc::new(move || {
+                        let base = base.clone();
+                        let base = if base.is_autodiff() { base.inner() } else { base };
+                        let elements = base.shape().num_elements();
+                        base.reshape([elements])
+                    }),
+                });
+            }
         }
     }
 }
@@ -399,10 +382,17 @@ impl Module for Adapters {
         for adapter in &self.list {
             visitor.enter_module(&adapter.info.name, ADAPTER);
             let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
-            match &adapter.update {
-                Update::LowRank(factors) => factors.visit(&mut offering),
-                Update::Copy(copied) => copied.visit(&mut offering),
-                Update::Shift(param) => visit_as(SHIFT, param, &mut offering),
+            for update in &adapter.updates {
+                for (spec, tensor) in update.parts() {
+                    offering.enter_module(spec.name, ADAPTER);
+                    Module::visit(tensor, &mut offering);
+                    offering.exit_module(spec.name, ADAPTER);
+                }
+                if let Some(dropout) = &update.dropout {
+                    offering.enter_module(DROPOUT, ADAPTER);
+                    dropout.visit(&mut offering);
+                    offering.exit_module(DROPOUT, ADAPTER);
+                }
             }
             visitor.exit_module(&adapter.info.name, ADAPTER);
         }
@@ -413,34 +403,32 @@ impl Module for Adapters {
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         let mut attached = self.attached;
         let map_one = |adapter: Adapter| {
-            let Adapter { update, info } = adapter;
+            let Adapter { updates, info } = adapter;
             mapper.enter_module(&info.name, ADAPTER);
             let mut listening = Listening { mapper: &mut *mapper, attached: &mut attached };
-            let update = match update {
-                Update::LowRank(factors) => Update::LowRank(factors.map(&mut listening)),
-                Update::Copy(copied) => Update::Copy(copied.map(&mut listening)),
-                Update::Shift(param) => Update::Shift(map_as(SHIFT, param, &mut listening)),
+            let map_update = |update: Update| {
+                let mut update = update.map_parts(|spec, tensor| {
+                    listening.enter_module(spec.name, ADAPTER);
+                    let tensor = Module::map(tensor, &mut listening);
+                    listening.exit_module(spec.name, ADAPTER);
+                    tensor
+                });
+                update.dropout = update.dropout.map(|dropout| {
+                    listening.enter_module(DROPOUT, ADAPTER);
+                    let dropout = Module::map(dropout, &mut listening);
+                    listening.exit_module(DROPOUT, ADAPTER);
+                    dropout
+                });
+                update
             };
+            let updates = updates.into_iter().map(map_update).collect();
             mapper.exit_module(&info.name, ADAPTER);
-            Adapter { update, info }
+            Adapter { updates, info }
         };
         let list = self.list.into_iter().map(map_one).collect();
         Self { list, merged: None, rows: self.rows, attached }
     }
 }
 
-/// The last component of the path of a trained shift.
-const SHIFT: &str = "bias";
-
-fn visit_as<V: ModuleVisitor>(name: &str, param: &Param<Tensor<1>>, visitor: &mut V) {
-    visitor.enter_module(name, ADAPTER);
-    Module::visit(param, visitor);
-    visitor.exit_module(name, ADAPTER);
-}
-
-fn map_as<M: ModuleMapper>(name: &str, param: Param<Tensor<1>>, mapper: &mut M) -> Param<Tensor<1>> {
-    mapper.enter_module(name, ADAPTER);
-    let param = Module::map(param, mapper);
-    mapper.exit_module(name, ADAPTER);
-    param
-}
+/// The component of a path for what decides whether dropout acts.
+const DROPOUT: &str = "dropout";

@@ -1,10 +1,12 @@
-use std::collections::BTreeMap;
+//! What each adapter of a model is doing.
+
+use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::adapter::Update;
-use crate::lora::LoraConfig;
-use crate::seam::States;
-use crate::summary::thousands;
+use crate::adapter::Adapter;
+use crate::config::PeftConfig;
+use crate::states::{Facts, States};
+use crate::summary::count;
 
 /// One adapter of a model, as [`PeftModel::adapters`](crate::PeftModel::adapters) lists them. What PEFT's
 /// `get_model_status` and `get_layer_status` tell.
@@ -18,42 +20,34 @@ pub struct AdapterStatus {
     /// Whether its update is folded into the weights for now, by
     /// [`merge_adapter`](crate::PeftModel::merge_adapter).
     pub merged: bool,
-    /// Modules with an update of low rank.
+    /// Modules that it adapts.
     pub modules: usize,
     /// Parameters that are replaced by trained copies.
     pub copied_parameters: usize,
     /// Its parameters, active or not.
     pub num_params: usize,
     /// How it was configured.
-    pub config: LoraConfig,
+    pub config: PeftConfig,
 }
 
 impl AdapterStatus {
     /// Of every adapter, sorted by name.
     pub(crate) fn list(states: &States) -> Vec<Self> {
-        let mut found: BTreeMap<&str, Self> = BTreeMap::new();
-        for state in states.values() {
-            for adapter in &state.list {
-                let info = &adapter.info;
-                let status = found.entry(&info.name).or_insert_with(|| Self {
-                    name: info.name.to_string(),
-                    active: info.active,
-                    merged: false,
-                    modules: 0,
-                    copied_parameters: 0,
-                    num_params: 0,
-                    config: LoraConfig::clone(&info.config),
-                });
-                status.merged |= state.is_merged(&info.name);
-                status.num_params += adapter.num_elements();
-                match adapter.update {
-                    Update::LowRank(_) => status.modules += 1,
-                    Update::Copy(_) => status.copied_parameters += 1,
-                    Update::Shift(_) => {}
-                }
+        let status = |(name, facts): (&str, Facts)| {
+            let parts: Vec<&Adapter> = states.of(name).map(|(_, adapter)| adapter).collect();
+            let adapting = parts.iter().filter(|adapter| !adapter.replaces());
+            let modules: BTreeSet<&str> = adapting.map(|adapter| &*adapter.info.site.module).collect();
+            Self {
+                name: name.to_string(),
+                active: facts.is_active,
+                merged: facts.is_merged,
+                modules: modules.len(),
+                copied_parameters: parts.iter().filter(|adapter| adapter.replaces()).count(),
+                num_params: parts.iter().map(|adapter| adapter.num_params()).sum(),
+                config: PeftConfig::clone(facts.config),
             }
-        }
-        found.into_values().collect()
+        };
+        states.facts().into_iter().map(status).collect()
     }
 }
 
@@ -66,12 +60,11 @@ impl fmt::Display for AdapterStatus {
         };
         write!(
             f,
-            "{}: {state}, rank {}, alpha {}, {} modules, {} parameters",
+            "{}: {state}, {}, {}, {}",
             self.name,
-            self.config.r,
-            self.config.lora_alpha,
-            self.modules,
-            thousands(self.num_params)
+            self.config.describe(),
+            count(self.modules, "module"),
+            count(self.num_params, "parameter")
         )
     }
 }

@@ -10,16 +10,14 @@ mod prefix;
 mod save;
 mod tensors;
 
-use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::adapter::{Change, Site};
 use crate::error::TensorProblem;
-use crate::inject::InjectionReport;
 use crate::key_mapping::KeyMapping;
+use crate::plan::InjectionReport;
+use crate::summary::count;
 
 pub use directory::{AdapterDirectory, StoredModule, StoredTensor, TensorRole};
-pub(crate) use files::read_config;
 pub(crate) use load::load;
 pub(crate) use save::save;
 
@@ -81,7 +79,7 @@ pub struct LoadReport {
 
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, {} tensors loaded", self.injection, self.tensors)?;
+        write!(f, "{}, {} loaded", self.injection, count(self.tensors, "tensor"))?;
         if !self.ignored_keys.is_empty() {
             write!(f, "; configuration keys without effect: {}", self.ignored_keys.join(", "))?;
         }
@@ -90,12 +88,6 @@ impl fmt::Display for LoadReport {
         }
         Ok(())
     }
-}
-
-/// The modules that get an update of low rank.
-fn adapted_names<'a>(changes: impl Iterator<Item = (&'a Site, Change)>) -> BTreeSet<String> {
-    let adapted = changes.filter(|(_, change)| matches!(change, Change::LowRank { .. }));
-    adapted.map(|(site, _)| site.name.clone()).collect()
 }
 
 #[cfg(test)]
@@ -224,10 +216,11 @@ mod tests {
     #[test]
     fn settings_that_are_not_computed_here_are_refused_by_name() {
         for (from, to, field) in [
-            ("\"use_dora\": false", "\"use_dora\": true", "use_dora"),
+            ("\"use_qalora\": false", "\"use_qalora\": true", "use_qalora"),
             ("\"bias\": \"none\"", "\"bias\": \"some\"", "bias"),
             ("\"rank_pattern\": {}", "\"rank_pattern\": {\"q\": \"4\"}", "rank_pattern"),
-            ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "init_lora_weights"),
+            ("\"init_lora_weights\": true", "\"init_lora_weights\": \"corda\"", "init_lora_weights"),
+            ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa_niter_4\"", "init_lora_weights"),
             ("\"peft_type\": \"LORA\"", "\"peft_type\": \"LOHA\"", "peft_type"),
             ("\"r\": 2", "\"r\": -2", "r"),
             ("\"revision\": null", "\"brand_new\": 1", "brand_new"),

@@ -1,3 +1,5 @@
+//! Counts, as a person reads them.
+
 use std::fmt;
 
 /// How many parameters a model has and how many of them are trained.
@@ -51,4 +53,10 @@ pub(crate) fn thousands(number: usize) -> String {
         text.push(digit);
     }
     text
+}
+
+/// `1 module`, `2 modules`.
+pub(crate) fn count(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {noun}{plural}", thousands(number))
 }

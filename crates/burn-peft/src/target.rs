@@ -1,10 +1,11 @@
+//! Which modules a configuration means, by PEFT's rules.
+
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::PeftError;
-use crate::pattern::Pattern;
+use crate::pattern::{Pattern, PatternError};
 
 /// Which modules of a model are meant, by the rules of PEFT's `target_modules` and `exclude_modules`.
 ///
@@ -74,8 +75,8 @@ impl TargetModules {
     /// Prepares the rules for matching.
     ///
     /// # Errors
-    /// [`PeftError::InvalidPattern`] for a regular expression that does not compile.
-    pub(crate) fn compile(&self) -> Result<Matcher<'_>, PeftError> {
+    /// [`PatternError::Invalid`] for a regular expression that does not compile.
+    pub(crate) fn compile(&self) -> Result<Matcher<'_>, PatternError> {
         Ok(match self {
             Self::Names(names) => Matcher::Names(names),
             Self::Regex(pattern) => Matcher::Regex(Pattern::whole(pattern)?),
@@ -89,17 +90,23 @@ pub(crate) struct Patterns<T>(Vec<(Pattern, T)>);
 
 impl<T: Copy> Patterns<T> {
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    pub(crate) fn new(patterns: &[(String, T)]) -> Result<Self, PeftError> {
+    /// [`PatternError::Invalid`].
+    pub(crate) fn new(patterns: &[(String, T)]) -> Result<Self, PatternError> {
         let compiled = patterns.iter().map(|(pattern, value)| Ok((Pattern::whole_or_end(pattern)?, *value)));
         Ok(Self(compiled.collect::<Result<_, _>>()?))
+    }
+
+    /// The same in alphabetical order.
+    pub(crate) fn sorted(mut self) -> Self {
+        self.0.sort_by(|(a, _), (b, _)| a.as_str().cmp(b.as_str()));
+        self
     }
 
     /// The value of the first pattern that matches `name`.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn first(&self, name: &str) -> Result<Option<T>, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn first(&self, name: &str) -> Result<Option<T>, PatternError> {
         for (pattern, value) in &self.0 {
             if pattern.is_match(name)? {
                 return Ok(Some(*value));
@@ -111,8 +118,8 @@ impl<T: Copy> Patterns<T> {
     /// The patterns that match none of the names.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn unmatched(&self, names: &BTreeSet<String>) -> Result<Vec<String>, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn unmatched(&self, names: &BTreeSet<String>) -> Result<Vec<String>, PatternError> {
         let mut unmatched = vec![];
         for (pattern, _) in &self.0 {
             let mut found = false;
@@ -136,8 +143,8 @@ pub(crate) struct LayerFilter<'a> {
 
 impl<'a> LayerFilter<'a> {
     /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    pub(crate) fn new(layers: Option<&'a [usize]>, patterns: &[String]) -> Result<Self, PeftError> {
+    /// [`PatternError::Invalid`].
+    pub(crate) fn new(layers: Option<&'a [usize]>, patterns: &[String]) -> Result<Self, PatternError> {
         let patterns = if patterns.is_empty() {
             vec![Pattern::new("", r"^.*?\.[^.]*\.(\d+)\.")?]
         } else {
@@ -151,8 +158,8 @@ impl<'a> LayerFilter<'a> {
     /// Whether a module that matched by the end of its name lies in one of the layers.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn allows(&self, module: &str) -> Result<bool, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn allows(&self, module: &str) -> Result<bool, PatternError> {
         if self.layers.is_empty() {
             return Ok(true);
         }
@@ -178,13 +185,13 @@ impl Matcher<'_> {
     /// As in PEFT, the filter does not concern modules whose whole name is listed.
     ///
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
+    /// [`PatternError::Endless`].
     pub(crate) fn matches_within(
         &self,
         module: &str,
         is_linear: bool,
         filter: &LayerFilter,
-    ) -> Result<bool, PeftError> {
+    ) -> Result<bool, PatternError> {
         match self {
             Self::Names(names) if names.contains(module) => Ok(true),
             _ => Ok(self.matches(module, is_linear)? && filter.allows(module)?),
@@ -192,8 +199,8 @@ impl Matcher<'_> {
     }
 
     /// # Errors
-    /// [`PeftError::EndlessPattern`].
-    pub(crate) fn matches(&self, module: &str, is_linear: bool) -> Result<bool, PeftError> {
+    /// [`PatternError::Endless`].
+    pub(crate) fn matches(&self, module: &str, is_linear: bool) -> Result<bool, PatternError> {
         match self {
             Self::Names(names) => Ok(names.iter().any(|name| matches_name(module, name))),
             Self::Regex(pattern) => pattern.is_match(module),
@@ -207,6 +214,11 @@ pub(crate) fn matches_name(module: &str, name: &str) -> bool {
     module
         .strip_suffix(name)
         .is_some_and(|parent| parent.is_empty() || (parent.ends_with('.') && !name.is_empty()))
+}
+
+/// A module and the modules that it lies in, by name.
+pub(crate) fn ancestors_and_self(module: &str) -> impl Iterator<Item = &str> {
+    module.match_indices('.').map(|(end, _)| &module[..end]).chain([module])
 }
 
 #[cfg(test)]
@@ -269,6 +281,6 @@ mod tests {
     #[test]
     fn a_broken_pattern_is_named() {
         let error = TargetModules::Regex("(q_proj".into()).compile().err().unwrap();
-        assert_eq!(error.to_string(), "invalid regular expression `(q_proj`");
+        assert!(matches!(error, PatternError::Invalid { pattern, .. } if pattern == "(q_proj"));
     }
 }

@@ -44,7 +44,7 @@ fn rank_and_targets_may_change_and_the_active_stay_active() {
             let report = net.hotswap_adapter("one", new.path()).unwrap();
             assert_eq!(report.injection.adapter, "one");
             assert_eq!(report.injection.modules.len(), 3);
-            assert!(report.injection.modules.iter().all(|module| module.r == 5));
+            assert!(report.injection.modules.iter().all(|module| module.r == Some(5)));
 
             let mut expected = loaded(&[("one", new.path()), ("two", other.path())], &device);
             expected.set_adapter(active).unwrap();

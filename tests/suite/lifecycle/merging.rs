@@ -72,14 +72,14 @@ fn unmerging_gives_every_bit_of_the_base_back() {
 fn a_merged_model_computes_what_the_adapted_one_does_and_merging_again_changes_nothing() {
     for device in [Device::flex(), Device::flex().autodiff()] {
         let mut net = adapted(&device);
-        let (before, bare) = (net.output(), net.disable_adapter().unwrap().output());
+        let (before, bare) = (net.output(), net.without_adapters().unwrap().output());
         net.merge_adapter().unwrap();
         let merged = net.output();
         assert_close("merged", &merged, &before, REORDERED);
         assert_different("merged", &merged, &bare);
         net.merge_adapter().unwrap();
         assert_eq!(net.output(), merged);
-        assert_eq!(net.disable_adapter().unwrap().output(), bare);
+        assert_eq!(net.without_adapters().unwrap().output(), bare);
 
         let mut unloaded = net.clone();
         unloaded.merge_and_unload().unwrap();

@@ -30,7 +30,7 @@ fn net(device: &Device) -> Net {
 fn every_row_is_what_its_adapter_makes_of_it_alone() {
     for device in [Device::flex(), Device::flex().autodiff()] {
         let mut net = net(&device);
-        let bare = net.disable_adapter().unwrap().output();
+        let bare = net.without_adapters().unwrap().output();
         let mut alone = |name: &str| {
             net.set_adapter(&[name]).unwrap();
             net.output()
@@ -49,7 +49,7 @@ fn every_row_is_what_its_adapter_makes_of_it_alone() {
             [None, None, Some("biased")],
             [None, None, None],
         ] {
-            let mixed = net.with_adapter_names(&rows).unwrap();
+            let mixed = net.for_rows(&rows).unwrap();
             let output = mixed.output();
             for (i, name) in rows.iter().enumerate() {
                 assert_eq!(row(&output, i), row(of(name), i), "{rows:?}, row {i}");
@@ -64,8 +64,8 @@ fn every_row_is_what_its_adapter_makes_of_it_alone() {
 fn other_models_of_the_rows_keep_them_and_switching_ends_them() {
     let net = net(&Device::flex().autodiff());
     let rows = [Some("wide"), None, Some("biased")];
-    let mut mixed = net.with_adapter_names(&rows).unwrap();
-    assert_eq!(mixed.valid().output(), net.valid().with_adapter_names(&rows).unwrap().output());
+    let mut mixed = net.for_rows(&rows).unwrap();
+    assert_eq!(mixed.valid().output(), net.valid().for_rows(&rows).unwrap().output());
     assert_eq!(mixed.clone().fork(&Device::flex().autodiff()).output(), mixed.output());
     mixed.set_adapter(&["biased"]).unwrap();
     assert_eq!(mixed.output(), net.output());
@@ -75,19 +75,19 @@ fn other_models_of_the_rows_keep_them_and_switching_ends_them() {
 #[test]
 #[should_panic(expected = "the batch has 3 rows, adapters were named for 2")]
 fn another_number_of_rows_panics() {
-    net(&Device::flex()).with_adapter_names(&[Some("biased"), None]).unwrap().output();
+    net(&Device::flex()).for_rows(&[Some("biased"), None]).unwrap().output();
 }
 
 #[test]
 #[should_panic(expected = "the batch has 3 rows, adapters were named for 4")]
 fn another_number_of_rows_panics_in_an_embedding() {
-    let mixed = net(&Device::flex()).with_adapter_names(&[Some("wide"), None, None, None]).unwrap();
+    let mixed = net(&Device::flex()).for_rows(&[Some("wide"), None, None, None]).unwrap();
     mixed.token.forward(ids(&Device::flex()));
 }
 
 #[test]
 fn what_all_rows_share_cannot_be_named() {
-    let reason = |net: &Net, rows: &[Option<&str>]| match net.with_adapter_names(rows) {
+    let reason = |net: &Net, rows: &[Option<&str>]| match net.for_rows(rows) {
         Err(PeftError::MixedBatch { name, reason }) => format!("{name}: {reason}"),
         other => panic!("{other:?}"),
     };
@@ -100,11 +100,11 @@ fn what_all_rows_share_cannot_be_named() {
 
     net.merge_adapter().unwrap();
     for rows in [[Some("biased")], [Some("wide")], [None]] {
-        let error = net.with_adapter_names(&rows).unwrap_err();
+        let error = net.for_rows(&rows).unwrap_err();
         assert!(matches!(error, PeftError::MergedAdapter { ref name } if name == "biased"), "{error}");
     }
     net.unmerge_adapter().unwrap();
-    net.with_adapter_names(&[Some("biased"), Some("wide"), None]).unwrap();
+    net.for_rows(&[Some("biased"), Some("wide"), None]).unwrap();
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn prompts_are_answered_together_as_apart() {
         })
         .collect();
     assert_ne!(apart[0], apart[2], "the adapter changes the answer");
-    let mixed = model.with_adapter_names(&rows).unwrap();
+    let mixed = model.for_rows(&rows).unwrap();
     assert_eq!(mixed.generate(&prompts, &options).unwrap(), apart);
 }
 
@@ -137,8 +137,8 @@ fn prompts_are_answered_together_as_apart() {
 fn what_a_broken_adapter_gives_stays_in_its_rows() {
     let mut net = net(&Device::flex());
     net.add_adapter("broken", &random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
-    let bare = net.disable_adapter().unwrap().output();
-    let mixed = net.with_adapter_names(&[Some("broken"), None, None]).unwrap().output();
+    let bare = net.without_adapters().unwrap().output();
+    let mixed = net.for_rows(&[Some("broken"), None, None]).unwrap().output();
     assert!(row(&mixed, 0).iter().any(|value| !value.is_finite()));
     assert_eq!(row(&mixed, 1), row(&bare, 1));
 }
@@ -146,8 +146,8 @@ fn what_a_broken_adapter_gives_stays_in_its_rows() {
 #[test]
 fn rows_forget_an_adapter_that_was_deleted() {
     let net = net(&Device::flex());
-    let bare = net.disable_adapter().unwrap().output();
-    let mut mixed = net.with_adapter_names(&[Some("wide"), None, None]).unwrap();
+    let bare = net.without_adapters().unwrap().output();
+    let mut mixed = net.for_rows(&[Some("wide"), None, None]).unwrap();
     assert_different("wide", &mixed.output(), &bare);
     mixed.delete_adapter("wide").unwrap();
     mixed.add_adapter("wide", &random(2, ["up", "token"])).unwrap();
@@ -156,7 +156,7 @@ fn rows_forget_an_adapter_that_was_deleted() {
 
 #[test]
 fn a_model_whose_rows_name_adapters_is_not_merged() {
-    let mut mixed = net(&Device::flex()).with_adapter_names(&[Some("wide"), None, None]).unwrap();
+    let mut mixed = net(&Device::flex()).for_rows(&[Some("wide"), None, None]).unwrap();
     let before = mixed.output();
     for error in [mixed.merge_adapter().unwrap_err(), mixed.merge_and_unload().unwrap_err()] {
         assert!(matches!(&error, PeftError::RowsNameAdapters { name } if name == "wide"), "{error}");
@@ -168,7 +168,7 @@ fn a_model_whose_rows_name_adapters_is_not_merged() {
 fn dropout_does_not_act_on_a_mixed_batch() {
     let mut net = Net::new(&Device::flex().autodiff());
     net.add_adapter("one", &random(3, ["up"]).with_lora_dropout(0.5)).unwrap();
-    let mixed = net.with_adapter_names(&[Some("one"), Some("one"), None]).unwrap();
+    let mixed = net.for_rows(&[Some("one"), Some("one"), None]).unwrap();
     assert_eq!(mixed.output(), mixed.output());
     assert_different("dropout", &net.output(), &net.output());
 }
@@ -210,7 +210,7 @@ fn an_adapted_output_layer_sees_the_rows_of_the_batch() {
                 REORDERED,
             );
             for rows in MIXED {
-                let mixed = masked_logits(&model.with_adapter_names(&rows).unwrap(), &batch);
+                let mixed = masked_logits(&model.for_rows(&rows).unwrap(), &batch);
                 for (i, name) in rows.into_iter().enumerate() {
                     let expected = masked_logits(&alone(&model, name), &batch);
                     let one = |data: &TensorData| TensorData::new(row(data, i), [row(data, i).len()]);
@@ -238,7 +238,7 @@ fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
             let sum: f64 = rows.into_iter().enumerate().map(|(i, name)| of_row(i, name)).sum();
             for side in [PaddingSide::Right, PaddingSide::Left] {
                 let batch = fixture.batch(side, &device);
-                let found = model.with_adapter_names(&rows).unwrap().loss(&batch).into_scalar::<f32>();
+                let found = model.for_rows(&rows).unwrap().loss(&batch).into_scalar::<f32>();
                 let expected = sum / batch.num_targets as f64;
                 assert_close_number("loss", f64::from(found), expected, LOSS);
                 let bare = alone(&model, None).loss(&batch).into_scalar::<f32>();
@@ -255,7 +255,7 @@ fn rows_that_end_leave_the_others_their_adapters() {
         model.config_mut().eos_token_ids.clear();
         let prompts = [vec![35, 20, 13, 25], vec![55, 60, 53, 17, 4, 77, 12], vec![8], vec![90, 1, 33]];
         let rows = [Some("peft"), None, Some("wide"), Some("peft")];
-        let mixed = model.with_adapter_names(&rows).unwrap();
+        let mixed = model.for_rows(&rows).unwrap();
         let mut options = GenerateOptions { max_new_tokens: 10, ..Default::default() };
         let apart = |options: &GenerateOptions| -> Vec<Vec<u32>> {
             let answer = |(&name, prompt): (&Option<&str>, &Vec<u32>)| {
@@ -281,7 +281,7 @@ fn rows_that_end_leave_the_others_their_adapters() {
 #[test]
 fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
     let (_, model) = with_adapted_head(&Device::flex());
-    let mixed = model.with_adapter_names(&[Some("peft"), None]).unwrap();
+    let mixed = model.for_rows(&[Some("peft"), None]).unwrap();
     let options = GenerateOptions { max_new_tokens: 2, ..Default::default() };
     for count in [1, 3] {
         let error = mixed.generate(&vec![vec![5]; count], &options).unwrap_err();
@@ -296,16 +296,16 @@ fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
 #[test]
 fn selected_rows_have_the_adapters_of_the_rows_they_were() {
     let net = net(&Device::flex().autodiff());
-    let mixed = net.with_adapter_names(&[Some("biased"), None, Some("wide"), None]).unwrap();
+    let mixed = net.for_rows(&[Some("biased"), None, Some("wide"), None]).unwrap();
     assert_eq!((mixed.batch_rows(), net.batch_rows()), (Some(4), None));
     let selected = mixed.select_rows(&[2, 0, 0]).unwrap();
     assert_eq!(selected.batch_rows(), Some(3));
-    let expected = net.with_adapter_names(&[Some("wide"), Some("biased"), Some("biased")]).unwrap().output();
+    let expected = net.for_rows(&[Some("wide"), Some("biased"), Some("biased")]).unwrap().output();
     assert_eq!(selected.output(), expected);
     assert_different("the net itself", &expected, &net.output());
     assert_eq!(selected.select_rows(&[1, 2, 0]).unwrap().output(), {
         let rows = [Some("biased"), Some("biased"), Some("wide")];
-        net.with_adapter_names(&rows).unwrap().output()
+        net.for_rows(&rows).unwrap().output()
     });
     assert_eq!(net.select_rows(&[9]).unwrap().output(), net.output(), "nothing to select from");
     assert_eq!(base(&selected), base(&net));

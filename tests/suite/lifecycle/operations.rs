@@ -252,7 +252,7 @@ impl Run {
                 false
             }
             Operation::Disable => {
-                assert_eq!(self.net.disable_adapter().unwrap().output(), self.bare.output());
+                assert_eq!(self.net.without_adapters().unwrap().output(), self.bare.output());
                 true
             }
             Operation::Mix(rows) => {
@@ -318,7 +318,7 @@ impl Run {
 
     /// Every row of a mixed batch is what its adapter makes of it alone.
     fn mix(&self, rows: &[Option<&'static str>]) {
-        let result = self.net.with_adapter_names(rows);
+        let result = self.net.for_rows(rows);
         let mut names = rows.iter().flatten();
         if names.clone().any(|name| !self.known.contains_key(name)) {
             assert!(matches!(result, Err(PeftError::UnknownAdapter { .. })), "{result:?}");

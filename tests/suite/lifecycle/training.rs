@@ -82,7 +82,7 @@ fn copies_are_trained_and_the_base_keeps_its_bits() {
             assert_ne!(trained[&copy], fresh[&copy], "{path}");
         }
         // Where PEFT has trained the base's own biases, the base is lost.
-        assert_eq!(net.disable_adapter().unwrap().output(), bare);
+        assert_eq!(net.without_adapters().unwrap().output(), bare);
         assert_different("trained", &net.output(), &bare);
         let mut unloaded = net;
         unloaded.unload().unwrap();

@@ -85,7 +85,7 @@ fn logits_of_each_of_both_and_of_none_are_those_of_peft() {
         let batch = fixture.batch(PaddingSide::Right, &device);
         let mut model = fixture.model(&device);
         let base = masked_logits(&load_base(&fixture.facts.base, &device), &batch);
-        let disabled = masked_logits(&model.disable_adapter().unwrap(), &batch);
+        let disabled = masked_logits(&model.without_adapters().unwrap(), &batch);
         assert_eq!(disabled, base);
         assert_close("base", &disabled, fixture.data("base.logits"), FORWARD);
         for (which, names) in SETS {
@@ -149,7 +149,7 @@ fn rows_with_adapters_of_their_own_are_those_of_peft() {
     let fixture = TwoAdapters::open();
     let model = fixture.model(&Device::flex());
     let before = parameters(&model);
-    let mixed = model.with_adapter_names(&fixture.rows()).unwrap();
+    let mixed = model.for_rows(&fixture.rows()).unwrap();
     for (side, prefix) in SIDES.into_iter().zip(["right", "left"]) {
         let batch = fixture.batch(side, &Device::flex());
         let logits = masked_logits(&mixed, &batch);

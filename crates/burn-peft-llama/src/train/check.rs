@@ -68,7 +68,7 @@ pub(crate) fn hint<M: Module>(model: &M) -> &'static str {
         "the adapters are merged; call `unmerge_adapter`"
     } else if model.batch_rows().is_some() {
         "the rows of the batch name their adapters, which is for inference; train the model that \
-         `with_adapter_names` was called on"
+         `for_rows` was called on"
     } else if !adapters.is_empty() && adapters.iter().all(|adapter| !adapter.active) {
         "no adapter is active; call `set_adapter`"
     } else {
@@ -155,7 +155,7 @@ mod tests {
         let loss =
             |model: &LlamaForCausalLm| evaluate(model, &examples(), &Collator::new(7), 8).unwrap().loss;
         assert!(train(&model).is_ok());
-        let (adapted, bare) = (loss(&model), loss(&model.disable_adapter().unwrap()));
+        let (adapted, bare) = (loss(&model), loss(&model.without_adapters().unwrap()));
         assert!((adapted - bare).abs() > 1e-2);
 
         let mut merged = model.clone();
@@ -166,12 +166,12 @@ mod tests {
         merged.unmerge_adapter().unwrap();
         assert!(train(&merged).is_ok());
 
-        let inactive = model.disable_adapter().unwrap();
+        let inactive = model.without_adapters().unwrap();
         let expected = "no parameter is trainable\nhint: no adapter is active; call `set_adapter`";
         assert_eq!(message(&inactive), expected);
 
-        let mixed = model.with_adapter_names(&[Some("one"), None]).unwrap();
-        assert!(message(&mixed).contains("`with_adapter_names`"), "{}", message(&mixed));
+        let mixed = model.for_rows(&[Some("one"), None]).unwrap();
+        assert!(message(&mixed).contains("`for_rows`"), "{}", message(&mixed));
 
         // Something else is trained beside the merged adapter.
         model.merge_adapter().unwrap();

@@ -1,20 +1,21 @@
+//! An adapter directory, read without a model.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
-use crate::error::{ConfigProblem, PeftError, TensorProblem, closest_key};
-use crate::inject::{is_part_of, lies_within};
-use crate::lora::{Bias, LoraConfig};
-use crate::target::{LayerFilter, TargetModules};
-
-use super::adapter_config::{self, Parsed};
 use super::files::{AdapterFiles, unreadable};
 use super::prefix::OtherPrefix;
-use super::{CONFIG_FILE, TENSOR_FILE, keys, tensors};
+use super::{CONFIG_FILE, TENSOR_FILE, adapter_config, keys, tensors};
+use crate::config::{Parsed, PeftConfig, Selection};
+use crate::error::{ConfigProblem, PeftError, TensorProblem, closest_key};
+use crate::layer::{Layer, Site, Space};
+use crate::method::{Chosen, METHODS, Parameters, Tells};
 
 /// An adapter directory in PEFT's format, read without a model: what it says, what it holds, and what is wrong with it.
 ///
@@ -35,7 +36,7 @@ use super::{CONFIG_FILE, TENSOR_FILE, keys, tensors};
 ///
 /// let adapter = AdapterDirectory::open(&directory)?;
 /// assert!(adapter.problems().is_empty());
-/// assert_eq!(adapter.config().r, 2);
+/// assert_eq!(adapter.config().as_lora().map(|lora| lora.r), Some(2));
 /// assert_eq!((adapter.modules()[0].d_input, adapter.modules()[0].d_output), (5, 3));
 /// # std::fs::remove_dir_all(directory).unwrap();
 /// # Ok(())
@@ -44,7 +45,7 @@ use super::{CONFIG_FILE, TENSOR_FILE, keys, tensors};
 #[derive(Debug, Clone)]
 pub struct AdapterDirectory {
     path: PathBuf,
-    config: LoraConfig,
+    config: PeftConfig,
     peft_version: Option<String>,
     ignored_keys: Vec<(String, String)>,
     config_problems: Vec<ConfigProblem>,
@@ -67,6 +68,8 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
     /// Its type, as safetensors names it.
     pub dtype: String,
+    /// What stands behind the module's name, without the name of an adapter.
+    end: String,
     /// The key without the name of an adapter.
     unnamed: String,
     stored: Dtype,
@@ -77,16 +80,8 @@ pub struct StoredTensor {
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TensorRole {
-    /// The factor `A`, `[r, d_in]` or, of a convolution, `[r, channels_in, kernel..]`.
-    A,
-    /// The factor `B`, `[d_out, r]` or, of a convolution, `[channels_out, r, 1..]`.
-    B,
-    /// The factor `A` of an embedding, `[r, vocabulary]`.
-    EmbeddingA,
-    /// The factor `B` of an embedding, `[width, r]`.
-    EmbeddingB,
-    /// The bias of `B`, PEFT's `lora_bias`.
-    LoraBias,
+    /// A tensor of the adapter's own, by what its method calls it: `A`, `B`, `magnitude`.
+    Adapter(&'static str),
     /// A parameter of the base, which PEFT adds for embeddings and output layers. It says nothing new: a model with
     /// another one refuses the adapter.
     BaseLayer,
@@ -118,6 +113,7 @@ pub struct StoredModule {
     pub a: String,
     /// The key of `B`.
     pub b: String,
+    layer: Layer,
 }
 
 impl AdapterDirectory {
@@ -132,15 +128,21 @@ impl AdapterDirectory {
         let path = directory.as_ref();
         let mut files = AdapterFiles::read(path)?;
         let Parsed { config, ignored, problems, peft_version } =
-            adapter_config::parse(&files.config, &files.config_path)?;
+            adapter_config::parse(&files.config, &files.config_path)?.with_tensors();
         let bytes = files.tensors()?;
-        let tensors = stored_tensors(&files.tensor_path, &bytes, &config)?;
+        let mut tensors = stored_tensors(&files.tensor_path, &bytes)?;
+        let told = Told::of(&tensors, &config);
+        // A pattern that does not compile tells nothing; it is a problem of its own.
+        let expected = told.expected(&config).unwrap_or_default();
+        for tensor in &mut tensors {
+            tensor.role = told.role(tensor, &config, &expected);
+        }
         Ok(Self {
             path: path.into(),
             peft_version,
             ignored_keys: ignored.into_iter().map(|(key, value)| (key, value.to_string())).collect(),
             config_problems: problems,
-            modules: stored_modules(&tensors, &config),
+            modules: stored_modules(&tensors, &told, &config),
             tensors,
             config,
             bytes,
@@ -153,7 +155,7 @@ impl AdapterDirectory {
     }
 
     /// The configuration, with defaults in the place of entries that cannot be used.
-    pub fn config(&self) -> &LoraConfig {
+    pub fn config(&self) -> &PeftConfig {
         &self.config
     }
 
@@ -214,7 +216,7 @@ impl AdapterDirectory {
     /// - [`PeftError::KeyPrefix`] if all keys lack PEFT's prefix or have something in front of it
     /// - [`PeftError::InconsistentAdapter`] with every tensor that is missing, unexpected, or of a shape or type that
     ///   does not fit the configuration
-    /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`]
+    /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`] and whatever else the layers cannot do
     /// - [`PeftError::NoAdapter`] if there are no factors at all
     pub fn problems(&self) -> Vec<PeftError> {
         // Without these nothing can be said about tensors.
@@ -229,6 +231,8 @@ impl AdapterDirectory {
             "r",
             "rank_pattern",
             "target_modules",
+            "trainable_token_indices",
+            "use_dora",
         ];
         let mut problems = vec![];
         if !self.config_problems.is_empty() {
@@ -252,29 +256,15 @@ impl AdapterDirectory {
                 hint: "give the directory of an adapter after it was trained and saved".into(),
             });
         }
-        match self.tensor_problems() {
-            Ok(found) if found.is_empty() => {}
-            Ok(found) => problems.push(self.inconsistent(found)),
-            // A pattern that does not compile is among the problems of the configuration already.
-            Err(PeftError::InvalidPattern { .. }) => {}
-            Err(error) => problems.push(error),
+        let told = Told::of(&self.tensors, &self.config);
+        // A pattern that does not compile is among the problems of the configuration already.
+        let Ok(expected) = told.expected(&self.config) else { return problems };
+        let found = self.tensor_problems(&expected);
+        if !found.is_empty() {
+            problems.push(self.inconsistent(found));
         }
-        let named = |is_meant: &dyn Fn(&StoredModule) -> bool| -> Vec<String> {
-            let modules = self.modules.iter().filter(|module| is_meant(module));
-            modules.map(|module| module.name.clone()).collect()
-        };
-        let both = named(&|module| {
-            let saved = &self.config.modules_to_save;
-            saved.iter().any(|saved| is_part_of(&module.name, saved))
-                && !saved.iter().any(|saved| lies_within(&module.name, saved))
-        });
-        if !both.is_empty() {
-            problems.push(PeftError::TargetAlsoSaved { modules: both });
-        }
-        let embeddings = named(&|module| self.config.lora_bias && module.is_embedding());
-        if !embeddings.is_empty() {
-            problems.push(PeftError::LoraBiasUnsupported { modules: embeddings });
-        }
+        let chosen = Parameters { list: &told.parameters, are_all: false };
+        problems.extend(METHODS.iter().filter_map(|method| (method.check)(&self.config, &chosen).err()));
         problems
     }
 
@@ -282,115 +272,139 @@ impl AdapterDirectory {
         PeftError::InconsistentAdapter { path: self.path.join(TENSOR_FILE), problems }
     }
 
-    /// Tensors that do not fit the configuration.
-    ///
-    /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    fn tensor_problems(&self) -> Result<Vec<TensorProblem>, PeftError> {
-        let config = &self.config;
-        let matcher = config.target_modules.as_ref().map(TargetModules::compile).transpose()?;
-        let excluding = config.exclude_modules.as_ref().map(TargetModules::compile).transpose()?;
-        let filter = LayerFilter::new(config.layers_to_transform.as_deref(), &config.layers_pattern)?;
-        let is_target = |tensor: &StoredTensor| -> Result<bool, PeftError> {
-            let module = &*tensor.module;
-            let is_linear = matches!(tensor.role, TensorRole::A | TensorRole::B);
-            let is_matched = match &matcher {
-                Some(matcher) => matcher.matches_within(module, is_linear, &filter)?,
-                None => true,
-            };
-            let is_excluded = match &excluding {
-                Some(excluding) => excluding.matches(module, true)?,
-                None => false,
-            };
-            let is_saved = config.modules_to_save.iter().any(|saved| lies_within(module, saved));
-            Ok(is_matched && !is_excluded && !is_saved)
-        };
-        let configured = config.ranks()?;
-        let ranks: BTreeMap<&str, usize> =
-            self.modules.iter().map(|module| (&*module.name, module.r)).collect();
-        let mut problems = vec![];
-        let mut unexpected = vec![];
+    /// Tensors that are not those that the configuration asks for.
+    fn tensor_problems(&self, expected: &Expected) -> Vec<TensorProblem> {
+        let (mut problems, mut unexpected) = (vec![], vec![]);
         for tensor in &self.tensors {
-            let is_factor = tensor.role.is_factor();
-            if tensor.role == TensorRole::Unknown || (is_factor && !is_target(tensor)?) {
+            if tensor.role == TensorRole::Unknown {
                 unexpected.push(tensor.key.clone());
             } else if !tensors::is_float(tensor.stored) {
                 problems.push(tensor.wrong_type());
-            } else if is_factor {
-                let r = match ranks.get(&*tensor.module) {
-                    Some(r) => *r,
-                    None => configured.of(&tensor.module)?.0,
-                };
-                problems.extend(tensor.wrong_rank(r));
-            } else if tensor.role == TensorRole::LoraBias {
-                problems.extend(self.wrong_lora_bias(tensor));
+            } else if let Some((shape, _)) = expected.get(&tensor.unnamed) {
+                problems.extend(tensor.wrong_shape(shape));
             }
         }
-        for key in self.missing() {
-            let closest = closest_key(&key, &unexpected);
-            problems.push(TensorProblem::Missing { key, closest });
+        let keys: BTreeSet<&str> = self.tensors.iter().map(|tensor| &*tensor.unnamed).collect();
+        for key in expected.keys().filter(|key| !keys.contains(&***key)) {
+            let closest = closest_key(key, &unexpected);
+            problems.push(TensorProblem::Missing { key: key.clone(), closest });
         }
         let unexpected = unexpected.into_iter();
         problems.extend(unexpected.map(|key| TensorProblem::Unexpected { key, closest: None }));
-        Ok(problems)
-    }
-
-    /// What is wrong with the shape of a `lora_bias`, which is as long as `B` is high.
-    fn wrong_lora_bias(&self, bias: &StoredTensor) -> Option<TensorProblem> {
-        let b = keys::join(&bias.module, "lora_B.weight");
-        let b = self.tensors.iter().find(|tensor| tensor.unnamed == b)?;
-        let expected = vec![*b.shape.first()?];
-        (expected != bias.shape).then(|| TensorProblem::Shape {
-            key: bias.key.clone(),
-            expected,
-            found: bias.shape.clone(),
-        })
-    }
-
-    /// Keys of the tensors that others in the file ask for.
-    fn missing(&self) -> Vec<String> {
-        let keys: BTreeSet<&str> = self.tensors.iter().map(|tensor| &*tensor.unnamed).collect();
-        let mut missing = vec![];
-        for tensor in &self.tensors {
-            let partners: &[&str] = match tensor.role {
-                TensorRole::A if self.config.lora_bias => &["lora_B.weight", "lora_B.bias"],
-                TensorRole::A => &["lora_B.weight"],
-                TensorRole::B | TensorRole::LoraBias => &["lora_A.weight"],
-                TensorRole::EmbeddingA => &["lora_embedding_B"],
-                TensorRole::EmbeddingB => &["lora_embedding_A"],
-                _ => &[],
-            };
-            let partners = partners.iter().map(|end| keys::join(&tensor.module, end));
-            missing.extend(partners.filter(|key| !keys.contains(&**key)));
-        }
-        missing.sort();
-        missing.dedup();
-        missing
+        problems
     }
 }
 
-impl TensorRole {
-    fn is_factor(self) -> bool {
-        matches!(self, Self::A | Self::B | Self::EmbeddingA | Self::EmbeddingB)
+/// The tensors that a configuration asks for: shapes by key, and whether each is a copy of a parameter.
+type Expected = BTreeMap<String, (Vec<usize>, bool)>;
+
+/// A size that no tensor of the file tells.
+const UNKNOWN: usize = usize::MAX;
+
+/// What a file tells of the model that its adapter is for.
+struct Told {
+    /// The weights that it has adapter tensors of, and the parameters of which it has values, by what the configuration says
+    /// about them.
+    parameters: Vec<Chosen>,
+    /// Modules with adapter tensors.
+    adapted: BTreeSet<String>,
+}
+
+impl Told {
+    /// A pattern that does not compile counts as none.
+    fn of(tensors: &[StoredTensor], config: &PeftConfig) -> Self {
+        let mut weights: BTreeMap<&str, Site> = BTreeMap::new();
+        for tensor in tensors {
+            let Some(end) = keys::end_of(&tensor.end) else { continue };
+            let site = weights.entry(&tensor.module).or_insert_with(|| Site {
+                module: tensor.module.clone(),
+                name: tensor.module.clone(),
+                parameter: "weight".to_string(),
+                layer: end.layer.unwrap_or(Layer::Linear),
+                // Whether the layer is a plain one is a matter of the model.
+                space: Space::Activations,
+                shape: vec![UNKNOWN, UNKNOWN],
+            });
+            let (first, rest) = (tensor.shape.first(), tensor.shape.get(1..).unwrap_or_default());
+            if tensor.shape.len() > 2 && matches!(end.tells, Tells::Input | Tells::Output) {
+                // The channels come first in a convolution's weight.
+                site.layer = Layer::Conv;
+                site.shape.resize(tensor.shape.len(), UNKNOWN);
+            }
+            let is_conv = site.layer == Layer::Conv;
+            match end.tells {
+                Tells::Input if is_conv => site.shape[1..].copy_from_slice(rest),
+                Tells::Input => site.shape[0] = rest.first().copied().unwrap_or(UNKNOWN),
+                Tells::Output => site.shape[usize::from(!is_conv)] = first.copied().unwrap_or(UNKNOWN),
+                Tells::Width => site.shape[1] = tensor.shape.last().copied().unwrap_or(UNKNOWN),
+                Tells::Nothing => {}
+            }
+        }
+        let adapted: BTreeSet<String> = weights.keys().map(|module| module.to_string()).collect();
+        let own = tensors.iter().filter(|tensor| keys::end_of(&tensor.end).is_none() && !tensor.module.is_empty());
+        let own = own.map(|tensor| Site {
+            module: tensor.module.clone(),
+            name: tensor.module.clone(),
+            parameter: tensor.end.rsplit('.').next().unwrap_or_default().to_string(),
+            layer: Layer::Other,
+            space: Space::Activations,
+            shape: tensor.shape.clone(),
+        });
+        let own: Vec<Site> = own.collect();
+        let selection = Selection::new(config.targeting()).ok();
+        let ranks = config.ranks().ok();
+        let chosen = |site: Site| {
+            let layer = weights.get(&*site.name).map_or(site.layer, |weight| weight.layer);
+            let adapts = |selection: &Selection| {
+                selection.adapts(&site.name, layer != Layer::Embedding).unwrap_or_default()
+            };
+            let (r, lora_alpha) =
+                ranks.as_ref().and_then(|ranks| ranks.of(&site.name).ok()).unwrap_or_default();
+            Chosen {
+                is_adapted: adapted.contains(&site.name) && selection.as_ref().is_some_and(adapts),
+                is_saved: selection.as_ref().is_some_and(|selection| selection.saves(&site.name)),
+                is_tied: false,
+                r,
+                lora_alpha,
+                site: Arc::new(site),
+            }
+        };
+        let parameters = weights.values().cloned().chain(own).map(chosen).collect();
+        Self { parameters, adapted }
     }
 
-    /// The role of the tensor that `end` names in `module`.
-    fn of(module: &str, end: &str, config: &LoraConfig, adapted: &BTreeSet<&str>) -> Self {
-        let is_adapted = adapted.contains(module);
-        match end {
-            "lora_A.weight" => Self::A,
-            "lora_B.weight" => Self::B,
-            "lora_embedding_A" => Self::EmbeddingA,
-            "lora_embedding_B" => Self::EmbeddingB,
-            "lora_B.bias" if config.lora_bias => Self::LoraBias,
-            _ if keys::is_written_again(&keys::join(module, end), config.bias) => Self::Repeated,
-            "base_layer.weight" if is_adapted => Self::BaseLayer,
-            "base_layer.bias" if is_adapted && config.bias != Bias::None => Self::Copy,
-            "base_layer.bias" if is_adapted => Self::BaseLayer,
-            "bias" if config.bias == Bias::All && !is_adapted => Self::Copy,
-            _ if config.modules_to_save.iter().any(|saved| is_part_of(module, saved)) => Self::Copy,
-            _ if keys::is_of_base(&keys::join(module, end)) => Self::BaseLayer,
-            _ => Self::Unknown,
+    /// The tensors that `config` asks for in these modules.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    fn expected(&self, config: &PeftConfig) -> Result<Expected, PeftError> {
+        Selection::new(config.targeting())?;
+        config.ranks()?;
+        let mut expected = Expected::new();
+        for at in &self.parameters {
+            // A target that is saved as well is refused by another name.
+            let at = Chosen { is_saved: at.is_saved && !at.is_adapted, ..at.clone() };
+            for method in at.methods(config) {
+                let tensors = method.tensors(&at.site).into_iter().filter(|spec| spec.is_trained);
+                let tensors =
+                    tensors.map(|spec| (keys::join(&at.site.name, &spec.key), (spec.shape, method.replaces())));
+                expected.extend(tensors);
+            }
+        }
+        Ok(expected)
+    }
+
+    /// What a tensor is to an adapter that asks for these.
+    fn role(&self, tensor: &StoredTensor, config: &PeftConfig, expected: &Expected) -> TensorRole {
+        let key = &tensor.unnamed;
+        let is_inside = tensor.end.starts_with("base_layer.");
+        match (expected.get(key), keys::end_of(&tensor.end)) {
+            _ if keys::is_written_again(key, config.bias()) => TensorRole::Repeated,
+            (Some((_, true)), _) => TensorRole::Copy,
+            (Some(_), Some(end)) => TensorRole::Adapter(end.tensor),
+            _ if is_inside && !self.adapted.contains(&tensor.module) => TensorRole::Unknown,
+            _ if keys::is_of_base(key) => TensorRole::BaseLayer,
+            _ => TensorRole::Unknown,
         }
     }
 }
@@ -400,19 +414,13 @@ impl StoredTensor {
         TensorProblem::DType { key: self.key.clone(), found: self.dtype.clone() }
     }
 
-    /// What is wrong with the shape of a factor that should have rank `r`.
-    fn wrong_rank(&self, r: usize) -> Option<TensorProblem> {
-        let mut expected = self.shape.clone();
-        let is_a = matches!(self.role, TensorRole::A | TensorRole::EmbeddingA);
-        // `[r, d_in, ..]` and `[d_out, r, 1, ..]`
-        expected.resize(expected.len().max(2), 1);
-        expected[usize::from(!is_a)] = r;
-        if !is_a {
-            expected[2..].fill(1);
-        }
-        (expected != self.shape).then(|| TensorProblem::Shape {
+    /// What is wrong with the shape, as far as the file tells what it should be.
+    fn wrong_shape(&self, expected: &[usize]) -> Option<TensorProblem> {
+        let fits = |(expected, found): (&usize, &usize)| *expected == UNKNOWN || expected == found;
+        let is_right = expected.len() == self.shape.len() && expected.iter().zip(&self.shape).all(fits);
+        (!is_right).then(|| TensorProblem::Shape {
             key: self.key.clone(),
-            expected,
+            expected: expected.to_vec(),
             found: self.shape.clone(),
         })
     }
@@ -421,7 +429,7 @@ impl StoredTensor {
 impl StoredModule {
     /// Whether it is an embedding.
     pub fn is_embedding(&self) -> bool {
-        self.a.contains(".lora_embedding_A")
+        self.layer == Layer::Embedding
     }
 }
 
@@ -429,7 +437,7 @@ impl StoredModule {
 ///
 /// # Errors
 /// [`PeftError::NotTheFile`], [`PeftError::Safetensors`], [`PeftError::NoAdapter`] for tensors of several adapters.
-fn stored_tensors(path: &Path, bytes: &[u8], config: &LoraConfig) -> Result<Vec<StoredTensor>, PeftError> {
+fn stored_tensors(path: &Path, bytes: &[u8]) -> Result<Vec<StoredTensor>, PeftError> {
     // Deserializing checks the lengths as well.
     let (header, metadata) = SafeTensors::deserialize(bytes)
         .and_then(|_| SafeTensors::read_metadata(bytes))
@@ -440,22 +448,17 @@ fn stored_tensors(path: &Path, bytes: &[u8], config: &LoraConfig) -> Result<Vec<
         .into_iter()
         .map(|(unnamed, key)| (key, unnamed))
         .collect();
-    let parts = unnamed.values().filter_map(|key| keys::split(key));
-    let adapted: BTreeSet<&str> =
-        parts.filter(|(_, end)| end.starts_with("lora_")).map(|(module, _)| module).collect();
     let stored = infos.iter().map(|(key, info)| {
         let unnamed = unnamed.get(key).unwrap_or(key);
-        let (module, role) = match keys::split(unnamed) {
-            Some((module, end)) => (module, TensorRole::of(module, end, config, &adapted)),
-            None => ("", TensorRole::Unknown),
-        };
+        let (module, end) = keys::split(unnamed).unwrap_or_default();
         StoredTensor {
             key: key.clone(),
-            unnamed: unnamed.clone(),
             module: module.to_string(),
-            role,
+            role: TensorRole::Unknown,
             shape: info.shape.clone(),
             dtype: format!("{:?}", info.dtype),
+            end: end.to_string(),
+            unnamed: unnamed.clone(),
             stored: info.dtype,
             place: start + info.data_offsets.0..start + info.data_offsets.1,
         }
@@ -463,36 +466,32 @@ fn stored_tensors(path: &Path, bytes: &[u8], config: &LoraConfig) -> Result<Vec<
     Ok(stored.collect())
 }
 
-/// The pairs of factors. A pattern that does not compile counts as none; it is a problem of its own.
-fn stored_modules(tensors: &[StoredTensor], config: &LoraConfig) -> Vec<StoredModule> {
-    let find = |module: &str, role| {
-        tensors.iter().find(|tensor| tensor.module == module && tensor.role == role && tensor.shape.len() > 1)
+/// The modules of which both factors are there.
+fn stored_modules(tensors: &[StoredTensor], told: &Told, config: &PeftConfig) -> Vec<StoredModule> {
+    let key = |module: &str, tells| {
+        let of_module = tensors.iter().filter(|tensor| tensor.module == module && tensor.shape.len() > 1);
+        let mut factors =
+            of_module.filter(|tensor| keys::end_of(&tensor.end).is_some_and(|end| end.tells == tells));
+        factors.next().map(|tensor| tensor.key.clone())
     };
-    let ranks = config.ranks().ok();
-    let pairs = tensors.iter().filter_map(|a| {
-        let role = match a.role {
-            TensorRole::A => TensorRole::B,
-            TensorRole::EmbeddingA => TensorRole::EmbeddingB,
-            _ => return None,
-        };
-        let (_, d_input) = a.shape.split_first()?;
-        let b = find(&a.module, role)?;
-        let default = (config.r, config.lora_alpha);
-        let (r, lora_alpha) = ranks.as_ref().and_then(|ranks| ranks.of(&a.module).ok()).unwrap_or(default);
+    let modules = told.parameters.iter().filter_map(|at| {
+        let site = &at.site;
+        let (a, b) = (key(&site.name, Tells::Input)?, key(&site.name, Tells::Output)?);
+        let [d_input, d_output] = site.is_adaptable().then(|| site.dims())?;
+        let scaling = config.as_lora().map_or(1.0, |config| config.scaling_of(at.r, at.lora_alpha));
         Some(StoredModule {
-            name: a.module.clone(),
-            r,
-            lora_alpha,
-            scaling: config.scaling_of(r, lora_alpha),
-            d_input: d_input.iter().product(),
-            d_output: *b.shape.first()?,
-            a: a.key.clone(),
-            b: b.key.clone(),
+            name: site.name.clone(),
+            r: at.r,
+            lora_alpha: at.lora_alpha,
+            scaling,
+            d_input,
+            d_output,
+            a,
+            b,
+            layer: site.layer,
         })
     });
-    let mut modules: Vec<StoredModule> = pairs.collect();
-    modules.sort_by(|one, other| one.name.cmp(&other.name));
-    modules
+    modules.collect()
 }
 
 #[cfg(test)]
@@ -501,6 +500,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+    use crate::LoraConfig;
 
     const Q: &str = "base_model.model.layers.0.q";
     const E: &str = "base_model.model.embed";
@@ -560,11 +560,11 @@ mod tests {
             roles,
             [
                 ("embed", TensorRole::BaseLayer),
-                ("embed", TensorRole::EmbeddingA),
-                ("embed", TensorRole::EmbeddingB),
+                ("embed", TensorRole::Adapter("A of an embedding")),
+                ("embed", TensorRole::Adapter("B of an embedding")),
                 ("layers.0.q", TensorRole::Copy),
-                ("layers.0.q", TensorRole::A),
-                ("layers.0.q", TensorRole::B),
+                ("layers.0.q", TensorRole::Adapter("A")),
+                ("layers.0.q", TensorRole::Adapter("B")),
                 ("norm", TensorRole::Copy),
                 ("other", TensorRole::Copy),
             ]
@@ -577,27 +577,25 @@ mod tests {
     #[test]
     fn everything_wrong_is_told_at_once() {
         let config = r#"{"peft_type": "LORA", "target_modules": ["q", "embed"], "r": 2, "lora_dropout": 1.5,
-            "use_dora": true, "lora_bias": true}"#;
+            "use_qalora": true, "lora_bias": true}"#;
         let more: [(String, &[usize], Dtype); 5] = [
             (format!("{E}.lora_embedding_A"), &[2, 7], Dtype::F64),
             (format!("{E}.lora_embedding_B"), &[3, 2], Dtype::F32),
-            (format!("{Q}.lora_magnitude_vector.weight"), &[3], Dtype::F32),
+            (format!("{Q}.lora_C.weight"), &[3], Dtype::F32),
             ("base_model.model.v.lora_A.weight".into(), &[2, 5], Dtype::F32),
             ("layers.0.q.lora_A".into(), &[2, 5], Dtype::F32),
         ];
         let found = problems(config, &[&q(4)[..], &more].concat());
         let expected = [
-            "cannot use the configuration in `D/adapter_config.json`:\n  `use_dora` is true: merge the adapter in Python \
+            "cannot use the configuration in `D/adapter_config.json`:\n  `use_qalora` is true: merge the adapter in Python \
              and load the merged model, or train one without this setting",
             "invalid `lora_dropout`: expected a probability in [0, 1), found 1.5",
             "the tensors in `D/adapter_model.safetensors` do not fit `adapter_config.json`:\n  \
              type mismatch at `base_model.model.embed.lora_embedding_A`: expected F32, F16 or BF16, found F64\n  \
              shape mismatch at `base_model.model.layers.0.q.lora_A.weight`: expected [2, 5], found [4, 5]\n  \
              shape mismatch at `base_model.model.layers.0.q.lora_B.weight`: expected [3, 2], found [3, 4]\n  \
-             missing `base_model.model.layers.0.q.lora_B.bias` (closest: `base_model.model.layers.0.q.lora_magnitude_vector.weight`)\n  \
-             missing `base_model.model.v.lora_B.bias` (closest: `base_model.model.v.lora_A.weight`)\n  \
-             missing `base_model.model.v.lora_B.weight` (closest: `base_model.model.v.lora_A.weight`)\n  \
-             unexpected `base_model.model.layers.0.q.lora_magnitude_vector.weight`\n  \
+             missing `base_model.model.layers.0.q.lora_B.bias` (closest: `base_model.model.layers.0.q.lora_C.weight`)\n  \
+             unexpected `base_model.model.layers.0.q.lora_C.weight`\n  \
              unexpected `base_model.model.v.lora_A.weight`\n  unexpected `layers.0.q.lora_A`",
             "`lora_bias` cannot be added to `embed`\nhint: embeddings have none, and a plain layer needs a bias of its \
              own; use `LoraLinear`, or exclude them",
@@ -653,7 +651,7 @@ mod tests {
         assert!(adapter.problems().is_empty(), "{:?}", adapter.problems());
         let roles: Vec<TensorRole> = adapter.tensors().iter().map(|tensor| tensor.role).collect();
         let (repeated, copy) = (TensorRole::Repeated, TensorRole::Copy);
-        assert_eq!(roles, [copy, repeated, repeated, TensorRole::A, TensorRole::B]);
+        assert_eq!(roles, [copy, repeated, repeated, TensorRole::Adapter("A"), TensorRole::Adapter("B")]);
         assert_eq!(adapter.num_params(), 10 + 6 + 3);
         // Otherwise nothing asks for them, on any model.
         let found = problems(&config("none"), &[&q(2)[..], &bias("other.modules_to_save")].concat());

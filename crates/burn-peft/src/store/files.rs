@@ -1,13 +1,13 @@
 //! The two files of an adapter directory, as they belong together.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use burn_peft_files::{WrongFile, read_together};
+use burn_peft_files::{DirectoryWriter, WrongFile, read_together};
 
 use super::{CONFIG_FILE, TENSOR_FILE, adapter_config};
+use crate::config::PeftConfig;
 use crate::error::PeftError;
-use crate::lora::LoraConfig;
 
 pub(super) const PICKLE_FILE: &str = "adapter_model.bin";
 
@@ -48,14 +48,36 @@ impl AdapterFiles {
     }
 }
 
-/// The configuration in an adapter directory, and the keys in it that were not understood and ask for nothing.
-///
-/// # Errors
-/// Those of the file; [`PeftError::UnsupportedConfig`].
-pub(crate) fn read_config(directory: &Path) -> Result<(LoraConfig, Vec<String>), PeftError> {
-    let path = directory.join(CONFIG_FILE);
-    let [config] = read_together(directory, [CONFIG_FILE]).map_err(PeftError::io(directory))?;
-    adapter_config::from_json(&config.map_err(|error| unread_config(directory, error))?, &path)
+impl PeftConfig {
+    /// Reads `adapter_config.json` of an adapter directory. PEFT's `PeftConfig.from_pretrained`.
+    ///
+    /// [`AdapterDirectory`](crate::AdapterDirectory) also tells what is wrong with a configuration that is refused here.
+    ///
+    /// # Errors
+    /// - [`PeftError::NoAdapter`], [`PeftError::Io`], [`PeftError::Json`]: the file
+    /// - [`PeftError::UnsupportedConfig`] with every entry that asks for something that is not computed here
+    pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
+        let directory = directory.as_ref();
+        let path = directory.join(CONFIG_FILE);
+        let [config] = read_together(directory, [CONFIG_FILE]).map_err(PeftError::io(directory))?;
+        let config = config.map_err(|error| unread_config(directory, error))?;
+        Ok(adapter_config::from_json(&config, &path)?.0)
+    }
+
+    /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `save_pretrained` of a
+    /// configuration.
+    ///
+    /// # Errors
+    /// [`PeftError::Io`].
+    pub fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<(), PeftError> {
+        let directory = directory.as_ref();
+        let path = directory.join(CONFIG_FILE);
+        let config = adapter_config::to_json(self, &path)?;
+        let writer = DirectoryWriter::open(directory).map_err(PeftError::io(directory))?;
+        let mut staged = writer.stage(CONFIG_FILE).map_err(PeftError::io(&path))?;
+        staged.write_all(&config).map_err(PeftError::io(&path))?;
+        staged.put().map_err(PeftError::io(&path))
+    }
 }
 
 fn unread_config(directory: &Path, error: std::io::Error) -> PeftError {

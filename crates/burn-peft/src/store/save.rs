@@ -8,28 +8,30 @@ use burn::module::Module;
 use burn_peft_files::DirectoryWriter;
 
 use super::condense::{MANY_TARGETS, condensed};
-use super::{CONFIG_FILE, TENSOR_FILE, adapted_names, adapter_config, keys, tensors};
-use crate::adapter::{Adapter, Change, Update};
+use super::{CONFIG_FILE, TENSOR_FILE, adapter_config, keys, tensors};
+use crate::adapter::Adapter;
+use crate::config::PeftConfig;
 use crate::error::PeftError;
-use crate::inject::{Plan, module_names, parameters};
-use crate::lora::LoraConfig;
+use crate::plan::{Choice, module_names, parameters};
 use crate::seam::Layout;
 use crate::target::{TargetModules, matches_name};
 
 /// Writes adapter `name` of the model to `directory`.
 pub(crate) fn save(layout: &Layout, name: &str, directory: &Path) -> Result<(), PeftError> {
-    let adapters: Vec<&Adapter> = layout.states.values().filter_map(|state| state.get(name)).collect();
+    let adapters: Vec<&Adapter> = layout.states.of(name).map(|(_, adapter)| adapter).collect();
     let Some(first) = adapters.first() else {
         return Err(PeftError::UnknownAdapter { name: name.to_string(), available: vec![] });
     };
-    let config = config_to_write(layout, &first.info.config, &adapters)?;
-    let adapted = adapted_names(adapters.iter().map(|adapter| (&*adapter.info.site, change_of(adapter))));
+    let mut config = config_to_write(layout, &first.info.config, &adapters)?;
+    config.make_plain(first.info.scale);
     let mut tensors = vec![];
     for adapter in adapters {
-        let (site, plain) = (&adapter.info.site, adapter.valid());
-        for entry in keys::entries(site, change_of(adapter), config.lora_bias, adapted.contains(&site.name)) {
-            if let Some(value) = keys::to_file(&plain, entry.part) {
-                tensors.push((entry.key, entry.shape, value));
+        let site = &adapter.info.site;
+        for update in adapter.valid().updates {
+            let update = update.method.plain(&update, site).unwrap_or(update);
+            for (spec, tensor) in update.parts().filter(|(spec, _)| spec.is_trained) {
+                let key = keys::join(&site.name, &spec.key);
+                tensors.push((key, spec.shape.clone(), spec.to_file(tensor.val())));
             }
         }
     }
@@ -55,35 +57,22 @@ pub(crate) fn save(layout: &Layout, name: &str, directory: &Path) -> Result<(), 
     staged_config.put().map_err(PeftError::io(&config_path))
 }
 
-/// What `adapter` does to its parameter.
-fn change_of(adapter: &Adapter) -> Change {
-    let info = &adapter.info;
-    match &adapter.update {
-        Update::LowRank(factors) => Change::LowRank { r: factors.rank(), lora_alpha: info.config.lora_alpha },
-        Update::Copy(copied) => Change::Copy { shift: copied.bias.as_ref().map(|_| info.scaling) },
-        Update::Shift(_) => Change::Shift { scaling: info.scaling },
-    }
-}
-
 /// The configuration as a file has to say it, so that whoever reads it arrives at these adapters.
 fn config_to_write(
     layout: &Layout,
-    config: &LoraConfig,
+    config: &PeftConfig,
     adapters: &[&Adapter],
-) -> Result<LoraConfig, PeftError> {
+) -> Result<PeftConfig, PeftError> {
     let mut config = config.clone();
     let modules: BTreeSet<&str> = adapters
         .iter()
-        .filter(|adapter| adapter.low_rank().is_some())
+        .filter(|adapter| adapter.rank().is_some())
         .map(|adapter| &*adapter.info.site.name)
         .collect();
-    config.target_modules = targets_to_write(layout, &config, &modules)?;
+    config.targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
     // A file has its patterns in alphabetical order, and the first that matches counts. Where that changes a module's
     // rank or alpha, each module gets a pattern of its own.
-    let mut sorted = config.clone();
-    sorted.rank_pattern.sort_by(|a, b| a.0.cmp(&b.0));
-    sorted.alpha_pattern.sort_by(|a, b| a.0.cmp(&b.0));
-    let (ranks, sorted) = (config.ranks()?, sorted.ranks()?);
+    let (ranks, sorted) = (config.ranks()?, config.ranks()?.sorted());
     let mut own: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
     let mut order_matters = false;
     for &module in &modules {
@@ -93,8 +82,9 @@ fn config_to_write(
     }
     if order_matters {
         let escape = |module: &str| format!("^{}", fancy_regex::escape(module));
-        config.rank_pattern = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
-        config.alpha_pattern = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
+        let ranks = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
+        let alphas = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
+        config.set_ranks(ranks, alphas);
     }
     Ok(config)
 }
@@ -102,15 +92,17 @@ fn config_to_write(
 /// `target_modules` of a file: `all-linear` spelled out, since not every reader knows the word, and long lists shortened.
 fn targets_to_write(
     layout: &Layout,
-    config: &LoraConfig,
+    config: &PeftConfig,
     adapted: &BTreeSet<&str>,
 ) -> Result<Option<TargetModules>, PeftError> {
-    let parameters = parameters(layout, &config.key_mapping)?;
-    let names: BTreeSet<String> = match &config.target_modules {
+    let parameters = parameters(layout, &config.targeting().key_mapping)?;
+    let names: BTreeSet<String> = match &config.targeting().target_modules {
         Some(TargetModules::AllLinear) => {
             // The file keeps its exclusions, so what they leave out may be meant by a short end.
-            let all = LoraConfig { exclude_modules: None, modules_to_save: vec![], ..config.clone() };
-            Plan::modules(&parameters, &all)?
+            let mut all = config.clone();
+            all.targeting_mut().exclude_modules = None;
+            all.targeting_mut().modules_to_save = vec![];
+            Choice::of(&parameters, &all)?.adapted
         }
         Some(TargetModules::Names(names)) if names.len() >= MANY_TARGETS => names.clone(),
         other => return Ok(other.clone()),
@@ -122,9 +114,9 @@ fn targets_to_write(
     for candidate in [short, names] {
         let targets = TargetModules::Names(candidate);
         let mut written = config.clone();
-        written.target_modules = Some(targets.clone());
-        let meant = Plan::modules(&parameters, &written);
-        if meant.is_ok_and(|meant| meant.iter().map(String::as_str).eq(adapted.iter().copied())) {
+        written.targeting_mut().target_modules = Some(targets.clone());
+        let meant = Choice::of(&parameters, &written);
+        if meant.is_ok_and(|meant| meant.adapted.iter().map(String::as_str).eq(adapted.iter().copied())) {
             return Ok(Some(targets));
         }
     }

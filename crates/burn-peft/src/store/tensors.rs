@@ -50,6 +50,8 @@ pub(super) struct Reader<'a> {
     /// The keys as the file has them by the keys that are asked for.
     keys: BTreeMap<String, String>,
     taken: BTreeSet<String>,
+    /// How many of those that were taken fitted.
+    read: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -60,7 +62,7 @@ impl<'a> Reader<'a> {
             unreadable(path, bytes, PeftError::Safetensors { path: path.into(), source })
         })?;
         let keys = without_names(path, file.names())?;
-        Ok(Self { file, keys, taken: BTreeSet::new() })
+        Ok(Self { file, keys, taken: BTreeSet::new(), read: 0 })
     }
 
     pub(super) fn has(&self, key: &str) -> bool {
@@ -85,10 +87,17 @@ impl<'a> Reader<'a> {
                 found: view.shape().to_vec(),
             });
         }
-        decode(view.dtype(), view.data(), device).ok_or_else(|| TensorProblem::DType {
+        let tensor = decode(view.dtype(), view.data(), device).ok_or_else(|| TensorProblem::DType {
             key: key.to_string(),
             found: format!("{:?}", view.dtype()),
-        })
+        })?;
+        self.read += 1;
+        Ok(tensor)
+    }
+
+    /// How many of the tensors that were taken fitted.
+    pub(super) fn count(&self) -> usize {
+        self.read
     }
 
     /// Keys that nobody took, sorted.

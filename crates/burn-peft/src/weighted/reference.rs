@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::MajoritySign;
+use crate::combination_type::MajoritySign;
 
 /// A matrix of plain numbers.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,0 +1,294 @@
+//! Configurations of adapters: what is targeted, what the method is, and what a file carries along.
+
+mod field;
+mod file;
+mod lora;
+mod ranks;
+mod targeting;
+mod token_indices;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{ConfigProblem, PeftError};
+
+pub(crate) use field::Hint;
+pub use file::FileFields;
+pub use lora::{Bias, LoraConfig};
+pub(crate) use ranks::Ranks;
+pub(crate) use targeting::Selection;
+pub use targeting::Targeting;
+pub use token_indices::TokenIndices;
+
+/// What every kind of configuration can do: one `impl` in its own file, and a line in [`PeftConfig`].
+pub(crate) trait Configuration {
+    fn targeting(&self) -> &Targeting;
+    fn targeting_mut(&mut self) -> &mut Targeting;
+    fn file(&self) -> &FileFields;
+    fn file_mut(&mut self) -> &mut FileFields;
+
+    /// Everything that is wrong with its values, those of [`Targeting`] left out.
+    fn problems(&self) -> Vec<PeftError>;
+
+    /// What keeps a new adapter from being made with it.
+    fn check_new(&self) -> Result<(), PeftError> {
+        Ok(())
+    }
+
+    /// Puts an entry of `adapter_config.json` that is not null into it; `None` if it has no such key.
+    fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>>;
+
+    /// Its own entries, as PEFT writes them.
+    fn write(&self) -> Map<String, Value>;
+
+    /// Ranks and alphas of modules, patterns considered.
+    fn ranks(&self) -> Result<Ranks, PeftError>;
+
+    /// Gives modules ranks and alphas of their own.
+    fn set_ranks(&mut self, ranks: Vec<(String, usize)>, alphas: Vec<(String, f64)>);
+
+    /// Makes it the configuration of the same adapter without a start that is part of the base, its scaling times `scale`.
+    fn make_plain(&mut self, scale: f64);
+
+    /// Which biases of the base are trained.
+    fn bias(&self) -> Bias {
+        Bias::None
+    }
+
+    /// PEFT's `ensure_weight_tying`: what changes an embedding changes an output layer that is tied to it.
+    fn ensures_weight_tying(&self) -> bool {
+        false
+    }
+
+    /// What keeps an adapter that is read from a file from being the one that was saved.
+    fn unreadable(&self) -> Option<ConfigProblem> {
+        None
+    }
+
+    /// What a person wants to know of it: `rank 8, alpha 16`.
+    fn describe(&self) -> String;
+}
+
+/// Declares the configurations there are, with PEFT's word for each.
+macro_rules! configurations {
+    ($($(#[$doc:meta])* $kind:ident($config:ty) = $word:literal,)*) => {
+        /// The configuration of an adapter of any kind. PEFT's `PeftConfig`.
+        #[non_exhaustive]
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum PeftConfig {
+            $($(#[$doc])* $kind($config),)*
+        }
+
+        $(
+            impl From<$config> for PeftConfig {
+                fn from(config: $config) -> Self {
+                    Self::$kind(config)
+                }
+            }
+
+            impl From<&$config> for PeftConfig {
+                fn from(config: &$config) -> Self {
+                    Self::$kind(config.clone())
+                }
+            }
+        )*
+
+        impl PeftConfig {
+            /// PEFT's `peft_type`.
+            pub fn peft_type(&self) -> &'static str {
+                match self {
+                    $(Self::$kind(_) => $word,)*
+                }
+            }
+
+            /// The defaults of the kind with this `peft_type`.
+            fn default_of(peft_type: &str) -> Option<Self> {
+                match peft_type {
+                    $($word => Some(Self::$kind(<$config>::default())),)*
+                    _ => None,
+                }
+            }
+
+            fn kind(&self) -> &dyn Configuration {
+                match self {
+                    $(Self::$kind(config) => config,)*
+                }
+            }
+
+            fn kind_mut(&mut self) -> &mut dyn Configuration {
+                match self {
+                    $(Self::$kind(config) => config,)*
+                }
+            }
+        }
+    };
+}
+
+configurations! {
+    /// LoRA and what PEFT makes of it: rsLoRA, DoRA, trained tokens.
+    Lora(LoraConfig) = "LORA",
+}
+
+impl PeftConfig {
+    /// The configuration of LoRA, if it is one.
+    pub fn as_lora(&self) -> Option<&LoraConfig> {
+        match self {
+            Self::Lora(config) => Some(config),
+        }
+    }
+
+    /// What is targeted.
+    pub fn targeting(&self) -> &Targeting {
+        self.kind().targeting()
+    }
+
+    /// What a file carries along.
+    pub fn file(&self) -> &FileFields {
+        self.kind().file()
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// The first of the problems: [`PeftError::InvalidConfig`] for a value outside its range and for settings that exclude
+    /// each other, [`PeftError::InvalidPattern`] for regular expressions that do not compile.
+    pub fn validate(&self) -> Result<(), PeftError> {
+        self.problems().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that [`validate`](Self::validate) finds wrong.
+    pub(crate) fn problems(&self) -> Vec<PeftError> {
+        let mut problems = self.kind().problems();
+        problems.extend(self.targeting().problems());
+        problems
+    }
+
+    pub(crate) fn check_new(&self) -> Result<(), PeftError> {
+        self.kind().check_new()
+    }
+
+    pub(crate) fn targeting_mut(&mut self) -> &mut Targeting {
+        self.kind_mut().targeting_mut()
+    }
+
+    pub(crate) fn ranks(&self) -> Result<Ranks, PeftError> {
+        self.kind().ranks()
+    }
+
+    pub(crate) fn set_ranks(&mut self, ranks: Vec<(String, usize)>, alphas: Vec<(String, f64)>) {
+        self.kind_mut().set_ranks(ranks, alphas);
+    }
+
+    pub(crate) fn make_plain(&mut self, scale: f64) {
+        self.kind_mut().make_plain(scale);
+    }
+
+    pub(crate) fn bias(&self) -> Bias {
+        self.kind().bias()
+    }
+
+    pub(crate) fn ensures_weight_tying(&self) -> bool {
+        self.kind().ensures_weight_tying()
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        self.kind().describe()
+    }
+}
+
+/// The version of PEFT whose format is written.
+const PEFT_VERSION: &str = "0.21.2";
+
+const PEFT_TYPE: &str = "peft_type";
+
+/// Keys whose values PEFT writes by rules of its own, whatever it read.
+const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"];
+
+/// What can be done about a key that PEFT does not have either.
+const UNKNOWN_HINT: &str =
+    "PEFT 0.21 has no such key; if the adapter works without it, delete the entry from the file";
+
+/// What can be done about an adapter of another kind.
+const KIND_HINT: &str =
+    "only adapters of type LORA can be loaded; merge this one in PEFT and load the merged model";
+
+/// What a configuration file says.
+pub(crate) struct Parsed {
+    /// The entries that were understood; defaults for all others.
+    pub(crate) config: PeftConfig,
+    /// Entries that were not understood and ask for nothing.
+    pub(crate) ignored: Vec<(String, Value)>,
+    /// Entries that cannot be used.
+    pub(crate) problems: Vec<ConfigProblem>,
+    /// The version of PEFT that wrote it.
+    pub(crate) peft_version: Option<String>,
+}
+
+impl Parsed {
+    /// The same for an adapter whose tensors are to be read as well.
+    pub(crate) fn with_tensors(mut self) -> Self {
+        self.problems.extend(self.config.kind().unreadable());
+        self
+    }
+}
+
+impl PeftConfig {
+    /// The entries of `adapter_config.json`: every key that PEFT writes, sorted.
+    pub(crate) fn to_map(&self) -> Map<String, Value> {
+        let kind = self.kind();
+        let mut map = kind.write();
+        map.extend(kind.targeting().write());
+        map.extend(kind.file().write());
+        let own = [
+            (PEFT_TYPE, json!(self.peft_type())),
+            ("peft_version", json!(PEFT_VERSION)),
+            ("inference_mode", json!(true)),
+        ];
+        map.extend(own.map(|(key, value)| (key.to_string(), value)));
+        map.sort_keys();
+        map
+    }
+
+    /// Reads the entries as far as they can be understood.
+    pub(crate) fn parse(map: &Map<String, Value>) -> Parsed {
+        let peft_version = map.get("peft_version").and_then(Value::as_str).map(str::to_string);
+        let config = match map.get(PEFT_TYPE) {
+            None => Some(Self::from(LoraConfig::default())),
+            Some(kind) => kind.as_str().and_then(Self::default_of),
+        };
+        let Some(mut config) = config else {
+            // The other entries of another kind of adapter mean nothing here.
+            let found = map.get(PEFT_TYPE).map(Value::to_string).unwrap_or_default();
+            let problem = ConfigProblem { field: PEFT_TYPE.to_string(), found, hint: KIND_HINT };
+            let config = LoraConfig::default().into();
+            return Parsed { config, ignored: vec![], problems: vec![problem], peft_version };
+        };
+        let (mut ignored, mut problems) = (vec![], vec![]);
+        for (key, value) in map.iter().filter(|(key, _)| !REWRITTEN.contains(&&***key) && *key != PEFT_TYPE) {
+            match config.read(key, value) {
+                None if is_neutral(value) => ignored.push((key.clone(), value.clone())),
+                None => problems.push(ConfigProblem::new(key, value, UNKNOWN_HINT)),
+                Some(Ok(())) => {}
+                Some(Err(hint)) => problems.push(ConfigProblem::new(key, value, hint)),
+            }
+        }
+        Parsed { config, ignored, problems, peft_version }
+    }
+
+    /// Puts one entry into the configuration; `None` if it has no such key.
+    fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
+        let kind = self.kind_mut();
+        let read = kind.targeting_mut().read(key, value);
+        let read = read.or_else(|| kind.file_mut().read(key, value));
+        read.or_else(|| kind.read(key, value))
+    }
+}
+
+/// Whether a value asks for nothing.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(entries) => entries.is_empty(),
+        _ => false,
+    }
+}

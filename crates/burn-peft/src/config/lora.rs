@@ -1,0 +1,617 @@
+//! The configuration of LoRA.
+
+use std::path::Path;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde::ser::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
+
+use super::field::{Field, Hint, index, number, patterns_from_json, patterns_to_json, wrong_type};
+use super::{Configuration, FileFields, PeftConfig, Ranks, Targeting, TokenIndices, is_neutral};
+use crate::error::{ConfigProblem, PeftError};
+use crate::init::InitLoraWeights;
+use crate::key_mapping::KeyMapping;
+use crate::pattern::Pattern;
+use crate::target::{Patterns, TargetModules};
+
+/// How a model is adapted: PEFT's `LoraConfig`, with PEFT's names and defaults.
+///
+/// ```
+/// use burn_peft::{LoraConfig, TargetModules};
+///
+/// let config = LoraConfig::new(16)
+///     .with_lora_alpha(32.0)
+///     .with_lora_dropout(0.05)
+///     .with_target_modules(TargetModules::AllLinear);
+/// assert_eq!(config.scaling(), 2.0);
+/// assert_eq!(config.with_use_rslora(true).scaling(), 8.0);
+/// ```
+///
+/// With serde it is the object that `adapter_config.json` holds, so it fits into a configuration of yours.
+///
+/// # References
+/// [LoRA, Hu et al., 2021](https://arxiv.org/abs/2106.09685).
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// Rank of the update, from 1 to 65536. PEFT's default is 8.
+    pub r: usize,
+    /// Numerator of the scaling, finite. Default 8, as in PEFT.
+    pub lora_alpha: f64,
+    /// Probability in `[0, 1)` with which an element of the adapter's input is zeroed while training. Default 0.
+    ///
+    /// It needs [`LoraLinear`](crate::LoraLinear), where adapters see the layer's input; on a plain linear layer or a
+    /// convolution a value above 0 is refused. It does not act on embeddings, whose input are token ids.
+    pub lora_dropout: f64,
+    /// Ranks of their own for some modules: pairs of a pattern and a rank, at least 1. A pattern is a regular expression
+    /// that matches the whole name of a module or its end behind a dot; the first one that matches counts. Default:
+    /// none.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// As [`rank_pattern`](Self::rank_pattern), for [`lora_alpha`](Self::lora_alpha). Default: none.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`
+    /// ([rsLoRA, Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732)). Default false.
+    pub use_rslora: bool,
+    /// Train the norms of the weight's columns apart from their directions:
+    /// `W' = m / ‖W + scaling A B‖ (W + scaling A B)`, `m` of `[d_out]` trained, the norm a constant in backward
+    /// ([DoRA, Liu et al., 2024](https://arxiv.org/abs/2402.09353)). Default false.
+    pub use_dora: bool,
+    /// Which biases of the base are trained. Default [`Bias::None`].
+    pub bias: Bias,
+    /// Whether `B` has a bias, trained and scaled with the update. Not on embeddings, and a plain layer needs a bias of
+    /// its own to carry it. Default false.
+    pub lora_bias: bool,
+    /// How the factors start. Default [`InitLoraWeights::KaimingUniform`].
+    pub init_lora_weights: InitLoraWeights,
+    /// Tokens whose rows in an embedding or an output layer are trained. Their modules can be neither targets nor saved
+    /// whole. Default: none.
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// Whether what changes an embedding has to change an output layer that is tied to it. Trained tokens do that anyway;
+    /// with anything else on a tied embedding it is refused. Default false.
+    pub ensure_weight_tying: bool,
+    /// Whether PyTorch's base model stores its weights as `[d_in, d_out]`. Kept for the file and without effect here:
+    /// factors have one layout in memory and one in files. Default false.
+    pub fan_in_fan_out: bool,
+    /// Which modules are meant.
+    pub targeting: Targeting,
+    /// What a file carries along.
+    pub file: FileFields,
+}
+
+/// A rank above this is a mistake, and would ask for more memory than there is.
+const MAX_RANK: usize = 65_536;
+
+/// Which biases of the base model an adapter trains, as copies: disabling the adapter gives the base's biases back.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Bias {
+    /// None of them, PEFT's `"none"`.
+    #[default]
+    None,
+    /// Every parameter named `bias`, PEFT's `"all"`.
+    All,
+    /// The biases of adapted modules, PEFT's `"lora_only"`.
+    LoraOnly,
+}
+
+impl Bias {
+    /// PEFT's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        }
+    }
+
+    fn from_json(value: &Value) -> Result<Self, Hint> {
+        let kinds = [Self::None, Self::All, Self::LoraOnly];
+        let found = kinds.into_iter().find(|bias| value.as_str() == Some(bias.as_str()));
+        found.ok_or("expected \"none\", \"all\" or \"lora_only\"")
+    }
+}
+
+impl Default for LoraConfig {
+    /// PEFT's defaults: rank 8, `lora_alpha` 8, no dropout, no targets.
+    fn default() -> Self {
+        Self::new(8)
+    }
+}
+
+impl LoraConfig {
+    /// PEFT's defaults at rank `r`. Values are checked when the configuration is used.
+    pub fn new(r: usize) -> Self {
+        Self {
+            r,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            rank_pattern: vec![],
+            alpha_pattern: vec![],
+            use_rslora: false,
+            use_dora: false,
+            bias: Bias::None,
+            lora_bias: false,
+            init_lora_weights: InitLoraWeights::KaimingUniform,
+            trainable_token_indices: None,
+            ensure_weight_tying: false,
+            fan_in_fan_out: false,
+            targeting: Targeting::default(),
+            file: FileFields::default(),
+        }
+    }
+
+    /// Reads `adapter_config.json` of an adapter directory. PEFT's `LoraConfig.from_pretrained`.
+    ///
+    /// # Errors
+    /// As [`PeftConfig::from_pretrained`].
+    pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
+        let PeftConfig::Lora(config) = PeftConfig::from_pretrained(directory)?;
+        Ok(config)
+    }
+
+    /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `LoraConfig.save_pretrained`.
+    ///
+    /// # Errors
+    /// [`PeftError::Io`].
+    pub fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<(), PeftError> {
+        PeftConfig::from(self).save_pretrained(directory)
+    }
+
+    /// Sets [`lora_alpha`](Self::lora_alpha).
+    pub fn with_lora_alpha(mut self, lora_alpha: f64) -> Self {
+        self.lora_alpha = lora_alpha;
+        self
+    }
+
+    /// Sets [`lora_dropout`](Self::lora_dropout).
+    pub fn with_lora_dropout(mut self, lora_dropout: f64) -> Self {
+        self.lora_dropout = lora_dropout;
+        self
+    }
+
+    /// Sets [`target_modules`](Targeting::target_modules).
+    pub fn with_target_modules(mut self, target_modules: impl Into<TargetModules>) -> Self {
+        self.targeting.target_modules = Some(target_modules.into());
+        self
+    }
+
+    /// Sets [`exclude_modules`](Targeting::exclude_modules).
+    pub fn with_exclude_modules(mut self, exclude_modules: impl Into<TargetModules>) -> Self {
+        self.targeting.exclude_modules = Some(exclude_modules.into());
+        self
+    }
+
+    /// Sets [`rank_pattern`](Self::rank_pattern).
+    pub fn with_rank_pattern<S: Into<String>>(mut self, ranks: impl IntoIterator<Item = (S, usize)>) -> Self {
+        self.rank_pattern = ranks.into_iter().map(|(pattern, r)| (pattern.into(), r)).collect();
+        self
+    }
+
+    /// Sets [`alpha_pattern`](Self::alpha_pattern).
+    pub fn with_alpha_pattern<S: Into<String>>(mut self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
+        self.alpha_pattern = alphas.into_iter().map(|(pattern, alpha)| (pattern.into(), alpha)).collect();
+        self
+    }
+
+    /// Sets [`layers_to_transform`](Targeting::layers_to_transform).
+    pub fn with_layers_to_transform(mut self, layers: impl IntoIterator<Item = usize>) -> Self {
+        self.targeting.layers_to_transform = Some(layers.into_iter().collect());
+        self
+    }
+
+    /// Sets [`layers_pattern`](Targeting::layers_pattern).
+    pub fn with_layers_pattern<S: Into<String>>(mut self, patterns: impl IntoIterator<Item = S>) -> Self {
+        self.targeting.layers_pattern = patterns.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets [`bias`](Self::bias).
+    pub fn with_bias(mut self, bias: Bias) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Sets [`lora_bias`](Self::lora_bias).
+    pub fn with_lora_bias(mut self, lora_bias: bool) -> Self {
+        self.lora_bias = lora_bias;
+        self
+    }
+
+    /// Sets [`modules_to_save`](Targeting::modules_to_save).
+    pub fn with_modules_to_save<S: Into<String>>(mut self, modules: impl IntoIterator<Item = S>) -> Self {
+        self.targeting.modules_to_save = modules.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets [`key_mapping`](Targeting::key_mapping).
+    pub fn with_key_mapping(mut self, key_mapping: KeyMapping) -> Self {
+        self.targeting.key_mapping = key_mapping;
+        self
+    }
+
+    /// Sets [`use_rslora`](Self::use_rslora).
+    pub fn with_use_rslora(mut self, use_rslora: bool) -> Self {
+        self.use_rslora = use_rslora;
+        self
+    }
+
+    /// Sets [`use_dora`](Self::use_dora).
+    pub fn with_use_dora(mut self, use_dora: bool) -> Self {
+        self.use_dora = use_dora;
+        self
+    }
+
+    /// Sets [`trainable_token_indices`](Self::trainable_token_indices).
+    pub fn with_trainable_token_indices(mut self, indices: impl Into<TokenIndices>) -> Self {
+        self.trainable_token_indices = Some(indices.into());
+        self
+    }
+
+    /// Sets [`ensure_weight_tying`](Self::ensure_weight_tying).
+    pub fn with_ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
+        self.ensure_weight_tying = ensure_weight_tying;
+        self
+    }
+
+    /// Sets [`init_lora_weights`](Self::init_lora_weights).
+    pub fn with_init_lora_weights(mut self, init_lora_weights: InitLoraWeights) -> Self {
+        self.init_lora_weights = init_lora_weights;
+        self
+    }
+
+    /// Sets [`base_model_name_or_path`](FileFields::base_model_name_or_path).
+    pub fn with_base_model_name_or_path(mut self, name: impl Into<String>) -> Self {
+        self.file.base_model_name_or_path = Some(name.into());
+        self
+    }
+
+    /// Sets [`task_type`](FileFields::task_type).
+    pub fn with_task_type(mut self, task_type: impl Into<String>) -> Self {
+        self.file.task_type = Some(task_type.into());
+        self
+    }
+
+    /// The factor of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
+    /// [`use_rslora`](Self::use_rslora). PEFT's `scaling`; modules that a pattern names have their own.
+    pub fn scaling(&self) -> f64 {
+        self.scaling_of(self.r, self.lora_alpha)
+    }
+
+    pub(crate) fn scaling_of(&self, r: usize, lora_alpha: f64) -> f64 {
+        let r = r as f64;
+        lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// As [`PeftConfig::validate`].
+    pub fn validate(&self) -> Result<(), PeftError> {
+        PeftConfig::from(self).validate()
+    }
+}
+
+/// Keys that PEFT writes and that this version supports at their neutral value only: `null`, `false`, or empty.
+const NEUTRAL_ONLY: &[&str] = &[
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+];
+
+/// Keys that have no effect on what a trained adapter computes; their values are written back as they were read. Those
+/// that end with `_config` belong to a start of the factors, which is refused by its own name where it matters.
+const KEPT: &[&str] = &[
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+];
+
+/// What PEFT writes for a key of [`NEUTRAL_ONLY`] or [`KEPT`] that nobody set.
+fn default_of(key: &str) -> Value {
+    match key {
+        "loftq_config" => json!({}),
+        "megatron_core" => json!("megatron.core"),
+        "qalora_group_size" => json!(16),
+        "use_qalora" => json!(false),
+        _ => Value::Null,
+    }
+}
+
+/// What can be done about a configuration that asks for something else than LoRA as it is computed here.
+const UNSUPPORTED_HINT: &str =
+    "merge the adapter in Python and load the merged model, or train one without this setting";
+
+macro_rules! field {
+    ($key:ident, $read:expr, $write:expr) => {
+        Field {
+            key: stringify!($key),
+            read: |config, value| {
+                let read: fn(&Value) -> Result<_, Hint> = $read;
+                config.$key = read(value)?;
+                Ok(())
+            },
+            write: |config| {
+                let write: fn(&LoraConfig) -> Value = $write;
+                write(config)
+            },
+        }
+    };
+}
+
+const FIELDS: &[Field<LoraConfig>] = &[
+    field!(r, |value| wrong_type(index(value)), |config| json!(config.r)),
+    field!(lora_alpha, |value| wrong_type(value.as_f64()), |config| number(config.lora_alpha)),
+    field!(lora_dropout, |value| wrong_type(value.as_f64()), |config| json!(config.lora_dropout)),
+    field!(
+        rank_pattern,
+        |value| wrong_type(patterns_from_json(value, index)),
+        |config| patterns_to_json(&config.rank_pattern, |r| json!(r))
+    ),
+    field!(
+        alpha_pattern,
+        |value| wrong_type(patterns_from_json(value, Value::as_f64)),
+        |config| patterns_to_json(&config.alpha_pattern, |alpha| number(*alpha))
+    ),
+    field!(use_rslora, |value| wrong_type(value.as_bool()), |config| json!(config.use_rslora)),
+    field!(use_dora, |value| wrong_type(value.as_bool()), |config| json!(config.use_dora)),
+    field!(bias, Bias::from_json, |config| json!(config.bias.as_str())),
+    field!(lora_bias, |value| wrong_type(value.as_bool()), |config| json!(config.lora_bias)),
+    field!(init_lora_weights, InitLoraWeights::from_json, |config| config.init_lora_weights.to_json()),
+    field!(
+        trainable_token_indices,
+        |value| wrong_type(TokenIndices::from_json(value)).map(Some),
+        |config| config.trainable_token_indices.as_ref().map_or(Value::Null, TokenIndices::to_json)
+    ),
+    field!(
+        ensure_weight_tying,
+        |value| wrong_type(value.as_bool()),
+        |config| json!(config.ensure_weight_tying)
+    ),
+    field!(fan_in_fan_out, |value| wrong_type(value.as_bool()), |config| json!(config.fan_in_fan_out)),
+];
+
+impl Configuration for LoraConfig {
+    fn targeting(&self) -> &Targeting {
+        &self.targeting
+    }
+
+    fn targeting_mut(&mut self) -> &mut Targeting {
+        &mut self.targeting
+    }
+
+    fn file(&self) -> &FileFields {
+        &self.file
+    }
+
+    fn file_mut(&mut self) -> &mut FileFields {
+        &mut self.file
+    }
+
+    fn problems(&self) -> Vec<PeftError> {
+        let mut problems = vec![];
+        let mut invalid = |field, expected, found: &dyn fmt::Display| {
+            problems.push(PeftError::InvalidConfig { field, expected, found: found.to_string() });
+        };
+        if self.r == 0 {
+            invalid("r", "a positive integer", &self.r);
+        }
+        if self.r > MAX_RANK {
+            invalid("r", "at most 65536", &self.r);
+        }
+        if let Some((pattern, r)) = self.rank_pattern.iter().find(|(_, r)| *r > MAX_RANK) {
+            invalid("rank_pattern", "ranks of at most 65536", &format!("{r} for `{pattern}`"));
+        }
+        if let Some((pattern, _)) = self.rank_pattern.iter().find(|(_, r)| *r == 0) {
+            invalid("rank_pattern", "positive integers", &format!("0 for `{pattern}`"));
+        }
+        if !self.lora_alpha.is_finite() {
+            invalid("lora_alpha", "a finite number", &self.lora_alpha);
+        }
+        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite()) {
+            invalid("alpha_pattern", "finite numbers", &format!("{alpha} for `{pattern}`"));
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            invalid("lora_dropout", "a probability in [0, 1)", &self.lora_dropout);
+        }
+        if self.lora_bias && self.use_dora {
+            invalid("lora_bias", "false beside `use_dora`, as in PEFT", &true);
+        }
+        let has_plain_start =
+            matches!(self.init_lora_weights, InitLoraWeights::KaimingUniform | InitLoraWeights::Random);
+        if self.lora_bias && !has_plain_start {
+            invalid("lora_bias", "false beside this `init_lora_weights`, as in PEFT", &true);
+        }
+        let mut tokens = self.trainable_token_indices.iter().flat_map(TokenIndices::lists);
+        let twice = tokens.find_map(|list| {
+            let repeated = list.iter().enumerate().find(|(i, index)| list[..*i].contains(index));
+            repeated.map(|(_, index)| *index)
+        });
+        if let Some(index) = twice {
+            invalid("trainable_token_indices", "each token once", &format!("{index} twice"));
+        }
+        let patterns = self.rank_pattern.iter().map(|(pattern, _)| pattern);
+        let patterns = patterns.chain(self.alpha_pattern.iter().map(|(pattern, _)| pattern));
+        problems.extend(patterns.filter_map(|pattern| Some(Pattern::whole_or_end(pattern).err()?.into())));
+        problems
+    }
+
+    fn check_new(&self) -> Result<(), PeftError> {
+        match self.init_lora_weights {
+            InitLoraWeights::Elsewhere(word) => Err(PeftError::InvalidConfig {
+                field: "init_lora_weights",
+                expected: "a start that is computed here for a new adapter",
+                found: word.to_string(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
+        if KEPT.contains(&key) {
+            if *value != default_of(key) {
+                self.file.keep(key, value);
+            }
+            return Some(Ok(()));
+        }
+        if NEUTRAL_ONLY.contains(&key) {
+            return Some(if is_neutral(value) { Ok(()) } else { Err(UNSUPPORTED_HINT) });
+        }
+        Field::read_into(FIELDS, self, key, value)
+    }
+
+    fn write(&self) -> Map<String, Value> {
+        let mut map = Field::write_all(FIELDS, self);
+        map.extend(NEUTRAL_ONLY.iter().chain(KEPT).map(|key| (key.to_string(), default_of(key))));
+        map
+    }
+
+    fn ranks(&self) -> Result<Ranks, PeftError> {
+        Ok(Ranks {
+            default: (self.r, self.lora_alpha),
+            rank_pattern: Patterns::new(&self.rank_pattern)?,
+            alpha_pattern: Patterns::new(&self.alpha_pattern)?,
+        })
+    }
+
+    fn set_ranks(&mut self, ranks: Vec<(String, usize)>, alphas: Vec<(String, f64)>) {
+        self.rank_pattern = ranks;
+        self.alpha_pattern = alphas;
+    }
+
+    fn make_plain(&mut self, scale: f64) {
+        let mut factor = scale;
+        if self.init_lora_weights.is_part_of_base() {
+            // Twice the rank at the same scaling.
+            self.init_lora_weights = InitLoraWeights::default();
+            self.r *= 2;
+            self.rank_pattern.iter_mut().for_each(|(_, r)| *r *= 2);
+            factor *= if self.use_rslora { 2f64.sqrt() } else { 2.0 };
+        }
+        self.lora_alpha *= factor;
+        self.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= factor);
+    }
+
+    fn bias(&self) -> Bias {
+        self.bias
+    }
+
+    fn ensures_weight_tying(&self) -> bool {
+        self.ensure_weight_tying
+    }
+
+    fn unreadable(&self) -> Option<ConfigProblem> {
+        let hint = self.init_lora_weights.unreadable()?;
+        Some(ConfigProblem::new("init_lora_weights", &self.init_lora_weights.to_json(), hint))
+    }
+
+    fn describe(&self) -> String {
+        format!("rank {}, alpha {}", self.r, self.lora_alpha)
+    }
+}
+
+/// PEFT's key for how Burn paths become names: not part of its file, and only written if it says something.
+const KEY_MAPPING: &str = "key_mapping";
+
+/// The object that `adapter_config.json` holds, and the key mapping, if there is one.
+impl Serialize for LoraConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = PeftConfig::from(self).to_map();
+        let rules = &self.targeting.key_mapping.rules;
+        map.extend((!rules.is_empty()).then(|| (KEY_MAPPING.to_string(), json!(rules))));
+        map.serialize(serializer)
+    }
+}
+
+/// # Errors
+/// Every entry that cannot be used, by name.
+impl<'de> Deserialize<'de> for LoraConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut map = Map::deserialize(deserializer)?;
+        let rules: Vec<(String, String)> = match map.remove(KEY_MAPPING) {
+            Some(rules) => serde_json::from_value(rules).map_err(D::Error::custom)?,
+            None => vec![],
+        };
+        let parsed = PeftConfig::parse(&map);
+        if !parsed.problems.is_empty() {
+            let problems: Vec<String> = parsed.problems.iter().map(ToString::to_string).collect();
+            return Err(D::Error::custom(problems.join("; ")));
+        }
+        let PeftConfig::Lora(config) = parsed.config;
+        Ok(config.with_key_mapping(KeyMapping::new(rules)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_pattern_that_matches_decides() {
+        let config = LoraConfig::new(4)
+            .with_lora_alpha(8.0)
+            .with_use_rslora(true)
+            .with_rank_pattern([(r"layers\.1\.q", 16), ("q", 2)])
+            .with_alpha_pattern([("k|q", 1.0)]);
+        let ranks = config.ranks().unwrap();
+        assert_eq!(ranks.of("model.layers.1.q").unwrap(), (16, 1.0));
+        assert_eq!(ranks.of("model.layers.0.q").unwrap(), (2, 1.0));
+        assert_eq!(ranks.of("model.layers.0.kq").unwrap(), (4, 8.0));
+        assert_eq!(ranks.of("q").unwrap(), (2, 1.0));
+        assert_eq!(config.scaling_of(16, 1.0), 0.25);
+    }
+
+    fn message(config: LoraConfig) -> String {
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn each_bad_value_is_named_with_its_range() {
+        let good = LoraConfig::new(4).with_target_modules(["q_proj"]);
+        assert!(good.validate().is_ok());
+        assert_eq!(
+            message(LoraConfig { r: 0, ..good.clone() }),
+            "invalid `r`: expected a positive integer, found 0"
+        );
+        assert_eq!(
+            message(good.clone().with_rank_pattern([("v_proj", 3), ("q", 0)])),
+            "invalid `rank_pattern`: expected positive integers, found 0 for `q`"
+        );
+        assert_eq!(
+            message(good.clone().with_alpha_pattern([("q", f64::INFINITY)])),
+            "invalid `alpha_pattern`: expected finite numbers, found inf for `q`"
+        );
+        assert_eq!(message(good.clone().with_rank_pattern([("(q", 3)])), "invalid regular expression `(q`");
+        assert_eq!(
+            message(good.clone().with_layers_pattern(["layers"])),
+            "invalid `layers_pattern`: expected `layers_to_transform` beside it, found none"
+        );
+        let by_regex = good.clone().with_target_modules(TargetModules::Regex("q".into()));
+        assert_eq!(
+            message(by_regex.with_layers_to_transform([1])),
+            "invalid `layers_to_transform`: expected a list in `target_modules`, found a regular expression"
+        );
+        assert_eq!(
+            message(good.clone().with_lora_dropout(1.0)),
+            "invalid `lora_dropout`: expected a probability in [0, 1), found 1"
+        );
+        assert_eq!(
+            message(good.clone().with_lora_alpha(f64::NAN)),
+            "invalid `lora_alpha`: expected a finite number, found NaN"
+        );
+        assert_eq!(
+            message(LoraConfig::new(4)),
+            "invalid `target_modules`: expected names, a regular expression or `all-linear`, found nothing"
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! What is targeted: the modules that are adapted and those that are trained whole.
+
+use serde_json::{Map, Value, json};
+
+use super::field::{Field, Hint, index, names, names_or_null, wrong_type};
+use crate::error::PeftError;
+use crate::key_mapping::KeyMapping;
+use crate::target::{ALL_LINEAR, LayerFilter, Matcher, TargetModules, ancestors_and_self, matches_name};
+
+/// Which modules of a model an adapter concerns.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Targeting {
+    /// The modules to adapt. There is no default: a model is not asked for its architecture.
+    pub target_modules: Option<TargetModules>,
+    /// Modules that are left alone even if they are targets. Default: none.
+    pub exclude_modules: Option<TargetModules>,
+    /// Of the modules that match a listed name by their end, only those in layers with these numbers. A module's layer
+    /// is the first component of its name that is a number behind another component. Default: all.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Which component stands before a layer's number, `layers` or `h` for example, as regular expressions; the first
+    /// that is found counts. Needs [`layers_to_transform`](Self::layers_to_transform). Default: any.
+    pub layers_pattern: Vec<String>,
+    /// Modules that are trained and saved whole, every parameter a copy: those whose name ends with one of these. They
+    /// get no other update. Default: none.
+    pub modules_to_save: Vec<String>,
+    /// How Burn paths become the names in Hugging Face files, for targets, for loading and for saving. Not part of the
+    /// file. Default: they are equal.
+    pub key_mapping: KeyMapping,
+}
+
+const FIELDS: &[Field<Targeting>] = &[
+    Field {
+        key: "target_modules",
+        read: |targeting, value| {
+            targeting.target_modules = Some(wrong_type(targets_from_json(value))?);
+            Ok(())
+        },
+        write: |targeting| targets_to_json(targeting.target_modules.as_ref()),
+    },
+    Field {
+        key: "exclude_modules",
+        read: |targeting, value| {
+            let excluded = wrong_type(targets_from_json(value))?;
+            targeting.exclude_modules =
+                Some(excluded).filter(|targets| *targets != TargetModules::Names(Default::default()));
+            Ok(())
+        },
+        write: |targeting| targets_to_json(targeting.exclude_modules.as_ref()),
+    },
+    Field {
+        key: "layers_to_transform",
+        read: |targeting, value| {
+            let layers = match value {
+                Value::Array(layers) => layers.iter().map(index).collect(),
+                layer => index(layer).map(|layer| vec![layer]),
+            };
+            targeting.layers_to_transform = Some(wrong_type(layers)?);
+            Ok(())
+        },
+        write: |targeting| json!(targeting.layers_to_transform),
+    },
+    Field {
+        key: "layers_pattern",
+        read: |targeting, value| {
+            targeting.layers_pattern = wrong_type(names(value))?;
+            Ok(())
+        },
+        write: |targeting| names_or_null(&targeting.layers_pattern),
+    },
+    Field {
+        key: "modules_to_save",
+        read: |targeting, value| {
+            targeting.modules_to_save = wrong_type(names(value))?;
+            Ok(())
+        },
+        write: |targeting| names_or_null(&targeting.modules_to_save),
+    },
+];
+
+impl Targeting {
+    /// These targets and nothing else.
+    pub fn new(target_modules: impl Into<TargetModules>) -> Self {
+        Self { target_modules: Some(target_modules.into()), ..Self::default() }
+    }
+
+    pub(super) fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
+        Field::read_into(FIELDS, self, key, value)
+    }
+
+    pub(super) fn write(&self) -> Map<String, Value> {
+        Field::write_all(FIELDS, self)
+    }
+
+    /// Everything that is wrong with its values.
+    pub(super) fn problems(&self) -> Vec<PeftError> {
+        let mut problems = vec![];
+        let mut invalid = |field, expected, found: &str| {
+            problems.push(PeftError::InvalidConfig { field, expected, found: found.to_string() });
+        };
+        let transformed = self.layers_to_transform.as_ref().is_some_and(|layers| !layers.is_empty());
+        if !self.layers_pattern.is_empty() && !transformed {
+            invalid("layers_pattern", "`layers_to_transform` beside it", "none");
+        }
+        match &self.target_modules {
+            None => invalid("target_modules", "names, a regular expression or `all-linear`", "nothing"),
+            Some(TargetModules::Names(names)) if names.is_empty() => {
+                invalid("target_modules", "at least one name", "an empty list");
+            }
+            Some(TargetModules::Regex(_)) if transformed => {
+                invalid("layers_to_transform", "a list in `target_modules`", "a regular expression");
+            }
+            Some(TargetModules::AllLinear) if transformed => {
+                invalid("layers_to_transform", "a list in `target_modules`", "`all-linear`");
+            }
+            Some(_) => {}
+        }
+        let targets = [&self.target_modules, &self.exclude_modules].into_iter().flatten();
+        problems.extend(targets.filter_map(|targets| Some(targets.compile().err()?.into())));
+        let layers = self.layers_to_transform.as_deref();
+        let patterns = self.layers_pattern.iter();
+        problems.extend(
+            patterns
+                .filter_map(|pattern| Some(LayerFilter::new(layers, std::slice::from_ref(pattern)).err()?.into())),
+        );
+        problems.extend(self.key_mapping.compile().err());
+        problems
+    }
+}
+
+/// [`Targeting`] ready to decide about modules.
+pub(crate) struct Selection<'a> {
+    targeting: &'a Targeting,
+    wanted: Option<Matcher<'a>>,
+    excluding: Option<Matcher<'a>>,
+    filter: LayerFilter<'a>,
+}
+
+impl<'a> Selection<'a> {
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn new(targeting: &'a Targeting) -> Result<Self, PeftError> {
+        Ok(Self {
+            targeting,
+            wanted: targeting.target_modules.as_ref().map(TargetModules::compile).transpose()?,
+            excluding: targeting.exclude_modules.as_ref().map(TargetModules::compile).transpose()?,
+            filter: LayerFilter::new(targeting.layers_to_transform.as_deref(), &targeting.layers_pattern)?,
+        })
+    }
+
+    /// The same in all layers.
+    ///
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn in_all_layers(self) -> Result<Self, PeftError> {
+        Ok(Self { filter: LayerFilter::new(None, &[])?, ..self })
+    }
+
+    /// Whether `target_modules` means a module; every module, where nothing is said.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn matches(&self, module: &str, is_linear: bool) -> Result<bool, PeftError> {
+        match &self.wanted {
+            Some(wanted) => Ok(wanted.matches_within(module, is_linear, &self.filter)?),
+            None => Ok(true),
+        }
+    }
+
+    /// Whether a module is left alone all the same.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn excludes(&self, module: &str) -> Result<bool, PeftError> {
+        let by_name = match &self.excluding {
+            Some(excluding) => excluding.matches(module, true)?,
+            None => false,
+        };
+        Ok(by_name || self.targeting.modules_to_save.iter().any(|saved| lies_within(module, saved)))
+    }
+
+    /// Whether a module is adapted.
+    ///
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn adapts(&self, module: &str, is_linear: bool) -> Result<bool, PeftError> {
+        Ok(self.matches(module, is_linear)? && !self.excludes(module)?)
+    }
+
+    /// Whether a module is trained whole.
+    pub(crate) fn saves(&self, module: &str) -> bool {
+        self.targeting.modules_to_save.iter().any(|saved| is_part_of(module, saved))
+    }
+}
+
+/// Whether `module` is one that `modules_to_save` names or lies within one, by the rule with which PEFT keeps updates
+/// out of them.
+fn lies_within(module: &str, saved: &str) -> bool {
+    ancestors_and_self(module).any(|module| matches_name(module, saved))
+}
+
+/// Whether a parameter of `module` is copied because of the entry `saved`: PEFT copies every module whose name ends
+/// with it, not only behind a dot, with all it contains.
+fn is_part_of(module: &str, saved: &str) -> bool {
+    !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
+}
+
+fn targets_to_json(targets: Option<&TargetModules>) -> Value {
+    match targets {
+        None => Value::Null,
+        Some(TargetModules::Names(names)) => json!(names),
+        Some(TargetModules::Regex(pattern)) => json!(pattern),
+        Some(TargetModules::AllLinear) => json!(ALL_LINEAR),
+    }
+}
+
+fn targets_from_json(value: &Value) -> Option<TargetModules> {
+    match value {
+        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Some(TargetModules::AllLinear),
+        Value::String(pattern) => Some(TargetModules::Regex(pattern.clone())),
+        Value::Array(names) => {
+            let names: Option<Vec<&str>> = names.iter().map(Value::as_str).collect();
+            Some(names?.into_iter().collect())
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,70 @@
+//! Which tokens are trained.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::field::index;
+
+/// The tokens whose rows are trained. PEFT's `trainable_token_indices`.
+///
+/// ```
+/// use burn_peft::TokenIndices;
+///
+/// let of_input = TokenIndices::from([5, 9]);
+/// let by_name = TokenIndices::from([("embed_tokens", vec![5, 9]), ("lm_head", vec![7])]);
+/// assert_ne!(of_input, by_name);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenIndices {
+    /// Of the embedding named `embed_tokens`.
+    Embedding(Vec<usize>),
+    /// By module: every embedding or output layer whose name ends with the key.
+    Modules(BTreeMap<String, Vec<usize>>),
+}
+
+impl<const N: usize> From<[usize; N]> for TokenIndices {
+    fn from(indices: [usize; N]) -> Self {
+        Self::Embedding(indices.to_vec())
+    }
+}
+
+impl From<Vec<usize>> for TokenIndices {
+    fn from(indices: Vec<usize>) -> Self {
+        Self::Embedding(indices)
+    }
+}
+
+impl<S: Into<String>, const N: usize> From<[(S, Vec<usize>); N]> for TokenIndices {
+    fn from(modules: [(S, Vec<usize>); N]) -> Self {
+        Self::Modules(modules.into_iter().map(|(name, indices)| (name.into(), indices)).collect())
+    }
+}
+
+impl TokenIndices {
+    pub(crate) fn lists(&self) -> impl Iterator<Item = &[usize]> {
+        let (one, more) = match self {
+            Self::Embedding(indices) => (Some(&**indices), None),
+            Self::Modules(modules) => (None, Some(modules.values())),
+        };
+        one.into_iter().chain(more.into_iter().flatten().map(|indices| &**indices))
+    }
+
+    pub(crate) fn from_json(value: &Value) -> Option<Self> {
+        let indices = |value: &Value| value.as_array()?.iter().map(index).collect::<Option<Vec<usize>>>();
+        match value {
+            Value::Object(modules) => {
+                let modules = modules.iter().map(|(name, value)| Some((name.clone(), indices(value)?)));
+                modules.collect::<Option<_>>().map(Self::Modules)
+            }
+            list => indices(list).map(Self::Embedding),
+        }
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        match self {
+            Self::Embedding(indices) => json!(indices),
+            Self::Modules(modules) => json!(modules),
+        }
+    }
+}

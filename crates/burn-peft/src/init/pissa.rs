@@ -1,0 +1,25 @@
+//! The leading singular triplets of the weight.
+
+use burn::tensor::Tensor;
+
+use super::{Start, check_rank, normal, singular};
+use crate::error::PeftError;
+
+/// # Errors
+/// [`PeftError::InvalidConfig`] for a rank above the smaller dimension.
+pub(super) fn factors(
+    at: &Start,
+    r: usize,
+    scaling: f64,
+    rounds: Option<usize>,
+) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
+    check_rank(at, r)?;
+    let w = at.matrix();
+    let random = |columns| normal(at, [at.site.dims()[1], columns], 1.0);
+    let (u, values, v) = match rounds {
+        None => singular::leading(&w, r, random),
+        Some(rounds) => singular::rough(&w, r, rounds, random),
+    };
+    let half = values.div_scalar(scaling).sqrt();
+    Ok((u * half.clone(), half.transpose() * v.transpose()))
+}

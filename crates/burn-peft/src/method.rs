@@ -1,0 +1,295 @@
+//! What a method is: the one description that keys, loading, saving, inspection, counts, reports and refusals read.
+//!
+//! A method changes one parameter. Everything about it stands in one file below `method/`, and [`METHODS`] has a line for
+//! it. It sees the parameter as a matrix of [`Site::dims`] and is asked for two things: what it makes of the weight
+//! ([`Method::apply`]), and what it adds to the output of a layer that works on activations ([`Method::forward`]).
+
+mod copied;
+mod dora;
+pub(crate) mod low_rank;
+mod shift;
+mod tokens;
+mod update;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+
+use crate::config::PeftConfig;
+use crate::error::PeftError;
+use crate::layer::{Layer, Site};
+use crate::ops::Input;
+use crate::init::Start;
+
+pub(crate) use low_rank::LowRank;
+pub(crate) use update::Update;
+
+/// The methods there are. At one parameter they act in this order.
+pub(crate) const METHODS: &[Description] =
+    &[copied::DESCRIPTION, low_rank::DESCRIPTION, dora::DESCRIPTION, tokens::DESCRIPTION, shift::DESCRIPTION];
+
+/// What can be said about a method before there is a model.
+pub(crate) struct Description {
+    /// How the keys of its tensors end.
+    pub(crate) keys: &'static [KeyEnd],
+    /// The method that `config` asks for at a parameter.
+    pub(crate) of: fn(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>>,
+    /// Finds the parameters where the method cannot do what `config` asks for.
+    pub(crate) check: fn(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError>,
+}
+
+/// The parameters that a configuration is judged by.
+pub(crate) struct Parameters<'a> {
+    pub(crate) list: &'a [Chosen],
+    /// Whether they are all that a model has, and not those that a file tells of.
+    pub(crate) are_all: bool,
+}
+
+/// A parameter, and what the configuration says about its module.
+#[derive(Debug, Clone)]
+pub(crate) struct Chosen {
+    pub(crate) site: Arc<Site>,
+    /// The module is a target.
+    pub(crate) is_adapted: bool,
+    /// The module is trained whole.
+    pub(crate) is_saved: bool,
+    /// An output layer reads the module's weight as well.
+    pub(crate) is_tied: bool,
+    /// Rank and `lora_alpha` of the module, patterns considered.
+    pub(crate) r: usize,
+    pub(crate) lora_alpha: f64,
+}
+
+impl Chosen {
+    /// The methods that `config` asks for here, in the order in which they act.
+    pub(crate) fn methods(&self, config: &PeftConfig) -> Vec<Arc<dyn Method>> {
+        METHODS.iter().filter_map(|method| (method.of)(config, self)).collect()
+    }
+}
+
+/// How the key of a tensor ends, behind the module's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct KeyEnd {
+    /// Up to where PEFT, in memory, puts the name of the adapter: `lora_A`.
+    pub(crate) front: &'static str,
+    /// What follows it: `.weight`, or nothing.
+    pub(crate) back: &'static str,
+    /// What the tensor is called where a file is described.
+    pub(crate) tensor: &'static str,
+    /// The kind of layer that has it, if only one has.
+    pub(crate) layer: Option<Layer>,
+    /// Which axes of its shape are the sizes of the layer's weight.
+    pub(crate) tells: Tells,
+}
+
+impl KeyEnd {
+    /// The end as files have it.
+    pub(crate) fn text(&self) -> String {
+        format!("{}{}", self.front, self.back)
+    }
+}
+
+/// What the shape of a tensor tells about the weight that it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tells {
+    /// All axes but the first are the input's.
+    Input,
+    /// The first axis is the output's.
+    Output,
+    /// The last axis is the output's.
+    Width,
+    Nothing,
+}
+
+/// One tensor of an update.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TensorSpec {
+    /// Its name in memory, the last component of its path: `a`.
+    pub(crate) name: &'static str,
+    /// What follows the module's name in its key: `lora_A.weight`.
+    pub(crate) key: String,
+    /// Its shape in the file, PyTorch's layout.
+    pub(crate) shape: Vec<usize>,
+    /// Its shape in memory, where every tensor is a matrix.
+    pub(crate) dims: [usize; 2],
+    /// Whether the file has the transpose.
+    pub(crate) is_transposed: bool,
+    /// Whether it is trained; a tensor that is not is no part of the file either.
+    pub(crate) is_trained: bool,
+}
+
+impl TensorSpec {
+    /// A factor: `[.., first axis of the file]` in memory.
+    pub(crate) fn factor(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
+        let rows = shape.iter().skip(1).product();
+        let dims = [rows, shape.first().copied().unwrap_or(0)];
+        Self { name, key: key.to_string(), shape, dims, is_transposed: true, is_trained: true }
+    }
+
+    /// A vector: one row in memory.
+    pub(crate) fn vector(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
+        let dims = [1, shape.iter().product()];
+        Self { name, key: key.to_string(), shape, dims, is_transposed: false, is_trained: true }
+    }
+
+    /// Rows of a matrix, in the file as in memory.
+    pub(crate) fn rows(name: &'static str, key: &str, dims: [usize; 2]) -> Self {
+        let shape = dims.to_vec();
+        Self { name, key: key.to_string(), shape, dims, is_transposed: false, is_trained: true }
+    }
+
+    /// The parameter at `site` itself.
+    pub(crate) fn parameter(name: &'static str, key: &str, site: &Site) -> Self {
+        let (shape, is_transposed) = site.stored();
+        Self { name, key: key.to_string(), shape, dims: site.dims(), is_transposed, is_trained: true }
+    }
+
+    /// The same in memory, and no part of the file: a constant of the update.
+    pub(crate) fn frozen(self) -> Self {
+        Self { is_trained: false, ..self }
+    }
+
+    pub(crate) fn elements(&self) -> usize {
+        self.dims[0] * self.dims[1]
+    }
+
+    /// The tensor as the file has it, flattened.
+    pub(crate) fn to_file(&self, tensor: Tensor<2>) -> Tensor<1> {
+        let tensor = if self.is_transposed {
+            let first = self.shape[0];
+            tensor.reshape([self.elements() / first.max(1), first]).transpose()
+        } else {
+            tensor
+        };
+        tensor.reshape([self.elements()])
+    }
+
+    /// The inverse of [`to_file`](Self::to_file).
+    ///
+    /// Flat on the way, so that its elements are in the order of a fresh tensor's: a view in another order makes
+    /// backends sum products in another order, and a loaded adapter would not compute bit for bit what the saved one
+    /// did.
+    pub(crate) fn to_memory(&self, stored: Tensor<1>) -> Tensor<2> {
+        let stored = if self.is_transposed {
+            let first = self.shape[0];
+            stored.reshape([first, self.elements() / first.max(1)]).transpose().reshape([self.elements()])
+        } else {
+            stored
+        };
+        stored.reshape(self.dims)
+    }
+}
+
+/// How an adapter changes one parameter, with every number that this takes but the tensors, which are in an [`Update`].
+pub(crate) trait Method: Debug + Send + Sync {
+    /// Its tensors at `site`.
+    fn tensors(&self, site: &Site) -> Vec<TensorSpec>;
+
+    /// The values that its tensors start from, in the order of [`tensors`](Self::tensors), on the device and in the type
+    /// that they are trained in.
+    fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError>;
+
+    /// The factor of the change, PEFT's `scaling`.
+    fn scaling(&self) -> f64 {
+        1.0
+    }
+
+    /// The probability with which an element of a layer's input is zeroed while training.
+    fn dropout(&self) -> f64 {
+        0.0
+    }
+
+    /// Whether it takes the parameter's place, below whatever other methods add to it.
+    fn replaces(&self) -> bool {
+        false
+    }
+
+    /// Whether two active adapters cannot both have it at one parameter.
+    fn is_exclusive(&self) -> bool {
+        self.replaces()
+    }
+
+    /// Whether an output layer that is tied to the embedding reads the change too: see
+    /// [`forward_tied`](Self::forward_tied).
+    fn is_read_by_tied_output(&self) -> bool {
+        false
+    }
+
+    /// Whether only some rows of a batch can have it, on a layer that works on activations.
+    fn allows_mixed_batches(&self) -> bool {
+        false
+    }
+
+    /// `value` with this change. `base` is what the parameter is without any: the base, or the copy in its place.
+    fn apply(&self, of: &Update, value: Tensor<2>, base: &Tensor<2>) -> Tensor<2>;
+
+    /// What it adds to the output of a layer that works on activations, `[n, d_out]`; what it adds whatever the input
+    /// is belongs to [`constant`](Self::constant). `None` for methods that act on the weight alone.
+    fn forward(&self, _of: &Update, _pass: &Pass) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`: a bias, which
+    /// the weight has no place for.
+    fn constant(&self, _of: &Update) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// What it adds to the output of an output layer that is tied to the embedding it is on: to `x Wᵀ`, `[n, rows of W]`.
+    fn forward_tied(&self, _of: &Update, _x: &Tensor<2>, _table: &Tensor<2>) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// The change as an update that starts from the base as it is, if it does not already: what a file can hold.
+    fn plain(&self, _of: &Update, _site: &Site) -> Option<Update> {
+        None
+    }
+
+    /// The parts of a sum of updates, if it can be one.
+    fn parts(&self, _of: &Update) -> Option<Parts> {
+        None
+    }
+
+    /// The rank, of a method that has one.
+    fn rank(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// What can be summed over adapters.
+pub(crate) enum Parts {
+    /// `scaling * A B`, and a bias of the output.
+    Factors { a: Tensor<2>, b: Tensor<2>, bias: Option<Tensor<2>> },
+    /// `scaling * shift`, `[1, n]`.
+    Shift(Tensor<2>),
+}
+
+/// What a method sees of a forward pass.
+pub(crate) struct Pass<'a> {
+    pub(crate) input: Input,
+    /// What the layer gives without this method, its bias left out: `x W`. `[n, d_out]`
+    pub(crate) product: &'a dyn Fn() -> Tensor<2>,
+    /// The base of the weight, `[d_in, d_out]`.
+    pub(crate) base: &'a Tensor<2>,
+    /// Whether dropout can act: not where rows of a batch have adapters of their own.
+    pub(crate) drops: bool,
+}
+
+impl Pass<'_> {
+    /// The input as the adapter `of` sees it while training, and the factor that makes up for what was dropped; whether
+    /// anything was.
+    pub(crate) fn dropped(&self, of: &Update, like: &Tensor<2>) -> Dropped {
+        let acts = self.drops && of.drops() && self.input.is_autodiff();
+        let prob = if acts { of.method.dropout() } else { 0.0 };
+        let (input, factor) = self.input.dropped(prob, like);
+        Dropped { input, factor, acts: acts && matches!(self.input, Input::Activations(_)) }
+    }
+}
+
+/// An input after dropout.
+pub(crate) struct Dropped {
+    pub(crate) input: Input,
+    pub(crate) factor: f64,
+    pub(crate) acts: bool,
+}

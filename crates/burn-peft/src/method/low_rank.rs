@@ -1,0 +1,224 @@
+//! LoRA: `scaling * A B` beside the weight.
+//!
+//! ```text
+//!            d_out                       r         d_out
+//!        ┌───────────┐                ┌─────┐   ┌───────────┐
+//!        │           │                │     │ r │     B     │   B = 0 at the start
+//!   d_in │  W frozen │ + scaling * d_in  A  │   └───────────┘
+//!        │           │                │     │        A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))
+//!        └───────────┘                └─────┘        scaling = lora_alpha / r
+//! ```
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Tensor};
+
+use super::{Chosen, Parameters, Description, KeyEnd, Method, Parts, Pass, Tells, TensorSpec, Update};
+use crate::config::{LoraConfig, PeftConfig};
+use crate::error::PeftError;
+use crate::init::{InitLoraWeights, Start};
+use crate::layer::{Layer, Site, Space};
+use crate::ops::low_rank;
+use crate::tensor::cast;
+
+/// An update of low rank. In memory its factors are `A`, `[d_in, r]`, and `B`, `[r, d_out]`: the transposes of PEFT's
+/// `lora_A.weight [r, d_in]` and `lora_B.weight [d_out, r]`.
+#[derive(Debug, Clone)]
+pub(crate) struct LowRank {
+    r: usize,
+    scaling: f64,
+    dropout: f64,
+    /// PEFT's `lora_B.bias`, the `lora_bias` of a layer that works on activations.
+    has_bias: bool,
+    init: InitLoraWeights,
+    /// Whether the start of other layers, if not of this one, is part of the base, so that the file has twice the rank.
+    is_doubled_in_file: bool,
+}
+
+pub(crate) const A: &str = "a";
+pub(crate) const B: &str = "b";
+/// Where the factors started, if that start is part of the base.
+const A0: &str = "a0";
+const B0: &str = "b0";
+pub(crate) const BIAS: &str = "bias";
+
+pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
+
+const KEYS: &[KeyEnd] = &[
+    KeyEnd { front: "lora_A", back: ".weight", tensor: "A", layer: None, tells: Tells::Input },
+    KeyEnd { front: "lora_B", back: ".weight", tensor: "B", layer: None, tells: Tells::Output },
+    KeyEnd { front: "lora_B", back: ".bias", tensor: "bias of B", layer: None, tells: Tells::Nothing },
+    KeyEnd {
+        front: "lora_embedding_A",
+        back: "",
+        tensor: "A of an embedding",
+        layer: Some(Layer::Embedding),
+        tells: Tells::Input,
+    },
+    KeyEnd {
+        front: "lora_embedding_B",
+        back: "",
+        tensor: "B of an embedding",
+        layer: Some(Layer::Embedding),
+        tells: Tells::Output,
+    },
+];
+
+fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
+    let config = config.as_lora().filter(|config| !config.use_dora)?;
+    Some(Arc::new(LowRank::of(config, at)?))
+}
+
+/// # Errors
+/// [`PeftError::DropoutNeedsLoraLinear`], as adapters cannot see the input of a plain layer;
+/// [`PeftError::InvalidConfig`] for a start that convolutions do not have.
+fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> {
+    let Some(config) = config.as_lora() else { return Ok(()) };
+    let is_adapted = |at: &&Chosen| at.is_adapted && at.site.is_adaptable();
+    let conv = parameters.list.iter().filter(is_adapted).find(|at| at.site.layer == Layer::Conv);
+    if let Some(conv) = conv.filter(|_| !config.init_lora_weights.allows_convolutions()) {
+        return Err(PeftError::InvalidConfig {
+            field: "init_lora_weights",
+            expected: "`true`, `false` or \"gaussian\" for convolutions, as in PEFT",
+            found: format!("{} for `{}`", config.init_lora_weights.to_json(), conv.site.name),
+        });
+    }
+    if config.lora_dropout == 0.0 {
+        return Ok(());
+    }
+    let is_plain = |at: &&Chosen| {
+        at.site.space == Space::Weight && at.site.layer != Layer::Embedding
+    };
+    let modules: Vec<String> =
+        parameters.list.iter().filter(is_adapted).filter(is_plain).map(|at| at.site.name.clone()).collect();
+    if modules.is_empty() { Ok(()) } else { Err(PeftError::DropoutNeedsLoraLinear { modules }) }
+}
+
+impl LowRank {
+    /// The update that `config` asks for at a parameter, if it asks for one.
+    pub(super) fn of(config: &LoraConfig, at: &Chosen) -> Option<Self> {
+        let is_wanted = at.is_adapted && !at.is_saved && at.site.is_adaptable();
+        is_wanted.then(|| Self {
+            r: at.r,
+            scaling: config.scaling_of(at.r, at.lora_alpha),
+            dropout: config.lora_dropout,
+            has_bias: config.lora_bias
+                && at.site.space == Space::Activations
+                && at.site.layer != Layer::Embedding,
+            init: config.init_lora_weights.at(at.site.layer),
+            is_doubled_in_file: config.init_lora_weights.is_part_of_base(),
+        })
+    }
+
+    /// `A` and `B` of the whole change: `[A, A0]` and `[B; -B0]` where the start is part of the base, so that it is taken
+    /// off again.
+    pub(super) fn factors(&self, of: &Update) -> (Tensor<2>, Tensor<2>) {
+        let (a, b) = (of[A].val(), of[B].val());
+        if !self.init.is_part_of_base() {
+            return (a, b);
+        }
+        (Tensor::cat(vec![a, of[A0].val()], 1), Tensor::cat(vec![b, of[B0].val().neg()], 0))
+    }
+}
+
+impl Method for LowRank {
+    fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
+        let ([d_in, d_out], r) = (site.dims(), self.r);
+        let mut tensors = match site.layer {
+            Layer::Embedding => vec![
+                TensorSpec::factor(A, "lora_embedding_A", vec![r, d_in]),
+                TensorSpec::factor(B, "lora_embedding_B", vec![d_out, r]),
+            ],
+            Layer::Conv => {
+                // `A` is a convolution of the same kernel, `B` one of kernel 1.
+                let mut b = vec![d_out, r];
+                b.resize(site.shape.len(), 1);
+                let a = [&[r], &site.shape[1..]].concat();
+                vec![TensorSpec::factor(A, "lora_A.weight", a), TensorSpec::factor(B, "lora_B.weight", b)]
+            }
+            Layer::Linear | Layer::Other => vec![
+                TensorSpec::factor(A, "lora_A.weight", vec![r, d_in]),
+                TensorSpec::factor(B, "lora_B.weight", vec![d_out, r]),
+            ],
+        };
+        if self.init.is_part_of_base() {
+            tensors.extend([
+                TensorSpec::rows(A0, "", [d_in, r]).frozen(),
+                TensorSpec::rows(B0, "", [r, d_out]).frozen(),
+            ]);
+        }
+        if self.has_bias {
+            tensors.push(TensorSpec::vector(BIAS, "lora_B.bias", vec![d_out]));
+        }
+        tensors
+    }
+
+    /// f32 whatever the weight's type is, as PEFT's `autocast_adapter_dtype` has it.
+    fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {
+        let (a, b) = self.init.factors(at, self.r, self.scaling)?;
+        let mut tensors = vec![a.clone(), b.clone()];
+        if self.init.is_part_of_base() {
+            tensors.extend([a, b]);
+        }
+        if self.has_bias {
+            let [_, d_out] = at.site.dims();
+            tensors.push(Tensor::zeros([1, d_out], (&at.device, DType::F32)));
+        }
+        Ok(tensors)
+    }
+
+    fn scaling(&self) -> f64 {
+        self.scaling
+    }
+
+    fn dropout(&self) -> f64 {
+        self.dropout
+    }
+
+    fn allows_mixed_batches(&self) -> bool {
+        true
+    }
+
+    /// `value + scaling * A B`
+    fn apply(&self, of: &Update, value: Tensor<2>, _base: &Tensor<2>) -> Tensor<2> {
+        // A base in f32 gets its update in f32, so that merging in 16 bits rounds once.
+        let dtype = if value.dtype() == DType::F32 { DType::F32 } else { of[A].dtype() };
+        let (a, b) = self.factors(of);
+        cast(value, dtype) + low_rank::matrix(a, b, of.scaling, dtype)
+    }
+
+    /// `scaling * (dropout(x) A) B`
+    fn forward(&self, of: &Update, pass: &Pass) -> Option<Tensor<2>> {
+        let (a, b) = self.factors(of);
+        let x = pass.dropped(of, &a);
+        // Dropout's 1 / (1 - p) goes along with the scaling.
+        Some(low_rank::product(&x.input, a, b, of.scaling * x.factor))
+    }
+
+    fn constant(&self, of: &Update) -> Option<Tensor<2>> {
+        Some(of.get(BIAS)?.val().mul_scalar(of.scaling))
+    }
+
+    fn plain(&self, of: &Update, site: &Site) -> Option<Update> {
+        if !self.is_doubled_in_file {
+            return None;
+        }
+        let (mut a, mut b) = self.factors(of);
+        if !self.init.is_part_of_base() {
+            (a, b) = (Tensor::cat(vec![a.clone(), a.zeros_like()], 1), Tensor::cat(vec![b.clone(), b.zeros_like()], 0));
+        }
+        let (r, init) = (2 * self.r, InitLoraWeights::default());
+        let method = Self { r, init, is_doubled_in_file: false, ..self.clone() };
+        let bias = of.get(BIAS).map(|bias| bias.val());
+        Some(Update::new(Arc::new(method), site, [a, b].into_iter().chain(bias).collect()).scaled(of.scaling))
+    }
+
+    fn parts(&self, of: &Update) -> Option<Parts> {
+        let (a, b) = self.factors(of);
+        Some(Parts::Factors { a, b, bias: of.get(BIAS).map(|bias| bias.val()) })
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.r)
+    }
+}

@@ -1,0 +1,74 @@
+//! The `lora_bias` of a layer that works through its weight: `scaling * shift` on the layer's own bias.
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Tensor};
+
+use super::low_rank::BIAS;
+use super::{Chosen, Parameters, Description, Method, Parts, TensorSpec, Update};
+use crate::config::PeftConfig;
+use crate::error::PeftError;
+use crate::init::Start;
+use crate::layer::{Layer, Site, Space};
+use crate::tensor::cast;
+
+/// Adds to a bias.
+#[derive(Debug)]
+struct Shift {
+    scaling: f64,
+}
+
+const SHIFT: &str = BIAS;
+
+/// Its key is that of the `lora_bias` of a layer that works on activations.
+pub(super) const DESCRIPTION: Description = Description { keys: &[], of, check };
+
+fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
+    let config = config.as_lora().filter(|config| config.lora_bias)?;
+    let is_wanted = at.is_adapted
+        && !at.is_saved
+        && at.site.parameter == "bias"
+        && at.site.space == Space::Weight;
+    is_wanted.then(|| Arc::new(Shift { scaling: config.scaling_of(at.r, at.lora_alpha) }) as Arc<dyn Method>)
+}
+
+/// # Errors
+/// [`PeftError::LoraBiasUnsupported`]: PEFT's embeddings have none, and a plain layer needs a bias of its own to carry it.
+fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> {
+    if config.as_lora().is_none_or(|config| !config.lora_bias) {
+        return Ok(());
+    }
+    let has_bias =
+        |name: &str| parameters.list.iter().any(|at| at.site.name == name && at.site.parameter == "bias");
+    let is_unable = |at: &&Chosen| {
+        let site = &at.site;
+        let is_plain = site.space == Space::Weight && !has_bias(&site.name);
+        at.is_adapted && site.is_adaptable() && (site.layer == Layer::Embedding || is_plain)
+    };
+    let modules: Vec<String> =
+        parameters.list.iter().filter(is_unable).map(|at| at.site.name.clone()).collect();
+    if modules.is_empty() { Ok(()) } else { Err(PeftError::LoraBiasUnsupported { modules }) }
+}
+
+impl Method for Shift {
+    fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
+        vec![TensorSpec::vector(SHIFT, "lora_B.bias", site.shape.clone())]
+    }
+
+    fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {
+        Ok(vec![Tensor::zeros([1, at.site.elements()], (&at.device, DType::F32))])
+    }
+
+    fn scaling(&self) -> f64 {
+        self.scaling
+    }
+
+    fn apply(&self, of: &Update, value: Tensor<2>, _base: &Tensor<2>) -> Tensor<2> {
+        let shift = of[SHIFT].val().mul_scalar(of.scaling);
+        cast(value, shift.dtype()) + shift
+    }
+
+    fn parts(&self, of: &Update) -> Option<Parts> {
+        Some(Parts::Shift(of[SHIFT].val()))
+    }
+}

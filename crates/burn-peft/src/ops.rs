@@ -1,0 +1,8 @@
+//! What is computed, as functions of tensors alone. A faster body for one of them is one file here.
+
+pub(crate) mod column_norm;
+mod dropout;
+mod input;
+pub(crate) mod low_rank;
+
+pub(crate) use input::Input;

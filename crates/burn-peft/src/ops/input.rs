@@ -1,0 +1,48 @@
+//! The input of a layer, whatever its kind.
+
+use burn::tensor::module::{embedding, linear};
+use burn::tensor::{Int, Tensor};
+
+use super::dropout::zero_some;
+use crate::tensor::cast;
+
+/// What a layer that works on activations has been given.
+#[derive(Debug, Clone)]
+pub(crate) enum Input {
+    /// `[n, d_in]`
+    Activations(Tensor<2>),
+    /// Rows to look up, `[n]`: what rows of zeros with a single 1 would be.
+    Ids(Tensor<1, Int>),
+}
+
+impl Input {
+    /// `x M`, `[n, columns of M]`, in the type of `M`; for ids the rows `M[ids]`, never more of `M`.
+    pub(crate) fn times(&self, matrix: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Activations(x) => linear(cast(x.clone(), matrix.dtype()), matrix, None),
+            Self::Ids(ids) => {
+                let [n, columns] = [ids.dims()[0], matrix.dims()[1]];
+                embedding(matrix, ids.clone().reshape([1, n])).reshape([n, columns])
+            }
+        }
+    }
+
+    /// The input with elements zeroed, each with probability `prob`, in the type of `like`, and the factor `1 / (1 - prob)`
+    /// that keeps its mean. Ids stay as they are.
+    pub(crate) fn dropped(&self, prob: f64, like: &Tensor<2>) -> (Self, f64) {
+        match self {
+            Self::Activations(x) if prob > 0.0 => {
+                let x = zero_some(cast(x.clone(), like.dtype()), prob);
+                (Self::Activations(x), 1.0 / (1.0 - prob))
+            }
+            other => (other.clone(), 1.0),
+        }
+    }
+
+    pub(crate) fn is_autodiff(&self) -> bool {
+        match self {
+            Self::Activations(x) => x.device().is_autodiff(),
+            Self::Ids(_) => true,
+        }
+    }
+}
