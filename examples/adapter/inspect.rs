@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use burn::tensor::{Device, Tensor};
-use burn_peft::{
-    AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole,
-};
+use burn_peft::{AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole};
 
 use crate::cli::InspectArgs;
 use crate::failure;
@@ -215,7 +213,8 @@ impl Contents {
             if !value.clone().is_finite().all().into_scalar::<bool>() {
                 broken.push(tensor.key.clone());
             }
-            let is_factor = adapter.modules().iter().any(|module| [&module.a, &module.b].contains(&&tensor.key));
+            let is_factor =
+                adapter.modules().iter().any(|module| [&module.a, &module.b].contains(&&tensor.key));
             if !is_factor && !matches!(tensor.role, TensorRole::Unknown | TensorRole::Repeated) {
                 let parameter = tensor.key.rsplit('.').next().unwrap_or_default();
                 let name = match tensor.role {

@@ -164,7 +164,11 @@ impl Fixture {
     pub fn tokens(&self, module: &str) -> Vec<usize> {
         let tokens = self.config()["trainable_token_indices"].clone();
         let of_module = tokens.as_object().map(|modules| {
-            modules.iter().find(|(name, _)| module.ends_with(&***name)).map(|(_, tokens)| tokens.clone()).unwrap()
+            modules
+                .iter()
+                .find(|(name, _)| module.ends_with(&***name))
+                .map(|(_, tokens)| tokens.clone())
+                .unwrap()
         });
         serde_json::from_value(of_module.unwrap_or(tokens)).unwrap()
     }
@@ -340,6 +344,9 @@ mod tests {
         assert_eq!(found, known.map(ToString::to_string).collect());
         let is_adapter = |case: &&String| directory(case).join("adapter_config.json").is_file();
         let adapters: BTreeSet<String> = found.iter().filter(is_adapter).cloned().collect();
-        assert_eq!(adapters, ADAPTERS.iter().chain(&LORA_PLUS).chain(&TOYS).map(ToString::to_string).collect());
+        assert_eq!(
+            adapters,
+            ADAPTERS.iter().chain(&LORA_PLUS).chain(&TOYS).map(ToString::to_string).collect()
+        );
     }
 }

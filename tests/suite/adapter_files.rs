@@ -146,7 +146,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("alora_invocation_tokens", json!([5, 7])),
         ("arrow_config", json!({"top_k": 3})),
         ("bias", json!("some")),
-        ("init_lora_weights", json!("pissa")),
+        ("init_lora_weights", json!("corda")),
         ("kasa_config", json!({"beta": 1.0})),
         ("layer_replication", json!([[0, 2], [1, 2]])),
         ("layers_to_transform", json!([-1])),

@@ -89,7 +89,8 @@ fn adapted() -> TransformerEncoder {
 fn modules_are_meant_by_their_names_in_files() {
     let adapt = |config: LoraConfig| {
         let report = encoder().add_adapter("default", &config).unwrap();
-        let modules = report.modules.into_iter().map(|module| (module.path, module.r.unwrap())).collect::<Vec<_>>();
+        let modules =
+            report.modules.into_iter().map(|module| (module.path, module.r.unwrap())).collect::<Vec<_>>();
         (modules, report.copied_parameters)
     };
     let paths = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<String>>();

@@ -14,6 +14,7 @@ mod lifecycle;
 mod llama_parity;
 mod lora_formula;
 mod lora_parity;
+mod methods;
 mod misuse;
 mod real_model;
 mod real_sizes;

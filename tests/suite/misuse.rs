@@ -352,18 +352,8 @@ fn adapters() {
         ConflictingCopies { .. }
     );
     let plain = || Net::with(&[("one", on(["query", "value"]))]);
-    refuse!(
-        "a row on a plain layer",
-        plain(),
-        |net| net.for_rows(&[Some("one"), None]),
-        MixedBatch { .. }
-    );
-    refuse!(
-        "a row with trained biases",
-        both(),
-        |net| net.for_rows(&[Some("two")]),
-        MixedBatch { .. }
-    );
+    refuse!("a row on a plain layer", plain(), |net| net.for_rows(&[Some("one"), None]), MixedBatch { .. });
+    refuse!("a row with trained biases", both(), |net| net.for_rows(&[Some("two")]), MixedBatch { .. });
 
     let infinite = || Net::with(&[("one", on(["query"]).with_lora_alpha(1e300)), ("two", on(["free"]))]);
     refuse!("merging infinities for now", infinite(), |net| net.merge_adapter(), NonFiniteMerge { .. });

@@ -242,12 +242,8 @@ impl Adapters {
             }
             let is_merged = self.is_merged(&info.name);
             for update in &adapter.updates {
-                let pass = || Pass {
-                    input: input(),
-                    product: &product,
-                    base: &weight.base,
-                    drops: rows.is_none(),
-                };
+                let pass =
+                    || Pass { input: input(), product: &product, base: &weight.base, drops: rows.is_none() };
                 let forward = if is_merged { None } else { update.method.forward(update, &pass()) };
                 let constant = update.method.constant(update).map(|constant| {
                     // Merged adapters are not trained.

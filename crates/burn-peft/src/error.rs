@@ -222,6 +222,17 @@ pub enum PeftError {
         parameter: String,
     },
 
+    /// An adapter does more than plain LoRA could.
+    #[error(
+        "adapter `{name}` cannot be converted: what it does to `{parameter}` is no change of one weight\nhint: convert adapters without `modules_to_save`, `lora_bias` and trained biases, and without trained tokens on a tied embedding"
+    )]
+    CannotConvert {
+        /// The adapter.
+        name: String,
+        /// The parameter, by its name in files.
+        parameter: String,
+    },
+
     /// A copy of a model whose rows name their adapters cannot be merged.
     #[error(
         "cannot merge a model in which rows of a batch name adapter `{name}`\nhint: merge the model that `for_rows` was called on"

@@ -6,7 +6,6 @@ mod olora;
 mod orthogonal;
 mod pissa;
 mod random;
-mod singular;
 
 use std::fmt;
 

@@ -18,9 +18,9 @@ use burn::tensor::Tensor;
 
 use crate::config::PeftConfig;
 use crate::error::PeftError;
+use crate::init::Start;
 use crate::layer::{Layer, Site};
 use crate::ops::Input;
-use crate::init::Start;
 
 pub(crate) use low_rank::LowRank;
 pub(crate) use update::Update;

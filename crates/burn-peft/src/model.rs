@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use burn::module::Module;
+use burn::module::{Module, ParamId, Reparameterization};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Adapters};
 use crate::combination_type::CombinationType;
 use crate::config::PeftConfig;
+use crate::convert::{self, LoraRank};
 use crate::error::PeftError;
 use crate::merge::{self, MergeReport};
+use crate::method::Update;
 use crate::plan::{InjectionReport, Plan};
 use crate::seam::{Layout, attach};
 use crate::status::AdapterStatus;
@@ -31,7 +33,7 @@ pub const DEFAULT_ADAPTER: &str = "default";
 ///
 /// # Example
 /// ```
-/// use burn::module::Module;
+/// use burn::module::{Module, ParamId, Reparameterization};
 /// use burn::nn::{Linear, LinearConfig};
 /// use burn::tensor::{Device, Tensor};
 /// use burn_peft::{LoraConfig, LoraLinear, PeftModel};
@@ -114,7 +116,7 @@ pub trait PeftModel: Module {
     /// stays as it is. PEFT's `with model.disable_adapter():`.
     ///
     /// ```
-    /// # use burn::module::Module;
+    /// # use burn::module::{Module, ParamId, Reparameterization};
     /// # use burn::nn::LinearConfig;
     /// # use burn::tensor::{Device, Tensor};
     /// # use burn_peft::{InitLoraWeights, LoraConfig, LoraLinear, PeftModel};
@@ -169,7 +171,9 @@ pub trait PeftModel: Module {
         let devices = layout.parameters.iter().map(|parameter| (&parameter.path, &parameter.device));
         let devices: BTreeMap<_, _> = devices.collect();
         for (path, state) in layout.states.iter_mut() {
-            let Some(device) = devices.get(path).map(|device| (*device).clone().without_autodiff()) else { continue };
+            let Some(device) = devices.get(path).map(|device| (*device).clone().without_autodiff()) else {
+                continue;
+            };
             let named = state.list.iter().filter(|adapter| names.contains(&*adapter.info.name));
             state.rows = named
                 .map(|adapter| {
@@ -259,6 +263,105 @@ pub trait PeftModel: Module {
         let report = weighted::add(&mut layout, name, sources, combination_type)?;
         attach(self, layout.states, true);
         Ok(report)
+    }
+
+    /// Adds an adapter of plain LoRA that changes the weights as another one does, as closely as its rank allows: the
+    /// leading singular triplets of the change. It waits for [`set_adapter`](Self::set_adapter), and
+    /// [`save_adapter`](Self::save_adapter) writes it for readers who know plain LoRA alone. PEFT's `convert_to_lora` and
+    /// `save_as_lora`.
+    ///
+    /// The whole change is converted, magnitudes of DoRA and trained tokens included; PEFT drops the former in silence and
+    /// refuses the latter, and embeddings and convolutions.
+    ///
+    /// # Errors
+    /// - [`UnknownAdapter`](PeftError::UnknownAdapter), [`AdapterExists`](PeftError::AdapterExists),
+    ///   [`InvalidAdapterName`](PeftError::InvalidAdapterName)
+    /// - [`InvalidConfig`](PeftError::InvalidConfig) for a rank of 0 or a share outside `(0, 1]`
+    /// - [`CannotConvert`](PeftError::CannotConvert) for anything beside changes of weights
+    /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
+    fn convert_to_lora(
+        &mut self,
+        name: &str,
+        source: &str,
+        rank: impl Into<LoraRank>,
+    ) -> Result<InjectionReport, PeftError> {
+        let mut layout = Layout::of(self)?;
+        layout.states.require(source)?;
+        let report = convert::add(&mut layout, name, source, rank.into())?;
+        attach(self, layout.states, true);
+        Ok(report)
+    }
+
+    /// Multiplies the scaling that an adapter was configured with by `scale`, from now on; a later call takes the place of
+    /// this one, it does not multiply again. [`save_adapter`](Self::save_adapter) writes a `lora_alpha` that says so.
+    /// PEFT's `set_scale`, which is not saved.
+    ///
+    /// # Errors
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter),
+    /// [`InvalidConfig`](PeftError::InvalidConfig) for a number that is not finite,
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn set_scale(&mut self, name: &str, scale: f64) -> Result<(), PeftError> {
+        let mut layout = Layout::of(self)?;
+        layout.states.require(name)?;
+        layout.states.refuse_merged(|merged| merged == name)?;
+        if !scale.is_finite() {
+            let (expected, found) = ("a finite number", scale.to_string());
+            return Err(PeftError::InvalidConfig { field: "scale", expected, found });
+        }
+        for state in layout.states.values_mut() {
+            for adapter in state.list.iter_mut().filter(|adapter| &*adapter.info.name == name) {
+                adapter.info.scale = scale;
+                for update in &mut adapter.updates {
+                    update.scaling = scale * update.method.scaling();
+                }
+            }
+        }
+        attach(self, layout.states, false);
+        Ok(())
+    }
+
+    /// The tensors of an adapter, in the model's order: for regularisers, analysis, and groups of an optimizer.
+    ///
+    /// ```
+    /// # use burn::nn::LinearConfig;
+    /// # use burn::tensor::Device;
+    /// # use burn_peft::{LoraConfig, LoraLinear, PeftModel};
+    /// # #[derive(burn::module::Module, Debug)]
+    /// # struct Model {
+    /// #     proj: LoraLinear,
+    /// # }
+    /// # fn main() -> Result<(), burn_peft::PeftError> {
+    /// # let mut model = Model { proj: LinearConfig::new(4, 3).init(&Device::default()).into() };
+    /// model.add_adapter("default", &LoraConfig::new(2).with_target_modules(["proj"]))?;
+    /// let tensors = model.adapter_tensors("default")?;
+    /// assert_eq!((&*tensors[0].path, tensors[0].name), ("proj.weight.peft.default.a", "a"));
+    /// assert_eq!(tensors[0].tensor.dims(), [4, 2]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`UnknownAdapter`](PeftError::UnknownAdapter),
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    fn adapter_tensors(&self, name: &str) -> Result<Vec<AdapterTensor>, PeftError> {
+        let layout = Layout::of(self)?;
+        layout.states.require(name)?;
+        let mut tensors = vec![];
+        for parameter in &layout.parameters {
+            let state = layout.states.get(&parameter.path);
+            let Some(adapter) = state.and_then(|state| state.get(name)) else { continue };
+            for (spec, tensor) in adapter.updates.iter().flat_map(Update::parts) {
+                tensors.push(AdapterTensor {
+                    path: format!("{}.{}.{name}.{}", parameter.path, Adapters::NAME, spec.name),
+                    module: adapter.info.site.module.clone(),
+                    name: spec.name,
+                    id: tensor.id,
+                    is_trained: spec.is_trained,
+                    tensor: tensor.val(),
+                });
+            }
+        }
+        Ok(tensors)
     }
 
     /// All adapters and what they are doing, sorted by name.
@@ -446,6 +549,25 @@ pub trait PeftModel: Module {
 }
 
 impl<M: Module> PeftModel for M {}
+
+/// One tensor of an adapter, as [`PeftModel::adapter_tensors`] lists them.
+#[non_exhaustive]
+#[derive(Debug, Clone)]
+pub struct AdapterTensor {
+    /// Its path in the model, `….q_proj.weight.peft.default.a`.
+    pub path: String,
+    /// The path of the module that is adapted.
+    pub module: String,
+    /// What it is: `a` and `b` (`[d_in, r]`, `[r, d_out]`), `bias`, `magnitude`, `tokens`, `copy`; `a0` and `b0` where the
+    /// factors started as a part of the base.
+    pub name: &'static str,
+    /// The id of the parameter, as optimizers and gradients know it.
+    pub id: ParamId,
+    /// Whether it is trained while the adapter is active. `a0` and `b0` are not.
+    pub is_trained: bool,
+    /// Its value, in the graph of the model: vectors are one row.
+    pub tensor: Tensor<2>,
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,5 +4,6 @@ pub(crate) mod column_norm;
 mod dropout;
 mod input;
 pub(crate) mod low_rank;
+pub(crate) mod singular;
 
 pub(crate) use input::Input;

@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use burn::module::Param;
 use burn::tensor::Tensor;
 
 use crate::adapter::{Adapter, AdapterInfo};
-use crate::config::{PeftConfig, Selection};
+use crate::config::{LoraConfig, PeftConfig, Selection};
 use crate::error::{PeftError, closest};
-use crate::layer::{Layer, Site, Space};
 use crate::init::Start;
+use crate::layer::{Layer, Site, Space};
 use crate::method::{Chosen, METHODS, Method, Parameters, Update};
 use crate::pattern::Pattern;
 use crate::seam::{BaseParameter, Layout};
@@ -44,6 +45,20 @@ impl Target {
             value: &|| self.parameter.value(),
         };
         self.methods.iter().map(|method| Ok(self.update(method, method.start(&at)?))).collect()
+    }
+
+    /// New updates with these values, which have no graph, for the tensors of these names.
+    ///
+    /// # Errors
+    /// Those of [`Method::start`].
+    pub(crate) fn fresh_with(&self, values: &[(&str, Tensor<2>)]) -> Result<Vec<Update>, PeftError> {
+        let replaced = |update: Update| {
+            update.map_parts(|spec, fresh| match values.iter().find(|(name, _)| *name == spec.name) {
+                Some((_, value)) => Param::from_tensor(on_kind_of(value.clone(), &self.parameter.device)),
+                None => fresh,
+            })
+        };
+        Ok(self.fresh()?.into_iter().map(replaced).collect())
     }
 
     /// The update with these tensors, which have no graph.
@@ -112,6 +127,33 @@ impl Plan {
             unmatched_patterns: ranks.unmatched(&choice.adapted)?,
             choice,
         })
+    }
+
+    /// The plan for exactly the weights at `paths`, whose names `config` lists.
+    ///
+    /// Names are matched by their end as well. Where that would mean other modules too, an expression names them exactly.
+    pub(crate) fn exactly(
+        layout: &Layout,
+        name: &str,
+        config: &LoraConfig,
+        paths: &BTreeSet<String>,
+    ) -> Result<Self, PeftError> {
+        // By the mapping of the new adapter: where the paths come from, another one may hold.
+        let mapping = config.targeting.key_mapping.compile()?;
+        let mut names = BTreeSet::new();
+        for path in paths {
+            let name = mapping.apply(path)?;
+            names.extend(name.rsplit_once('.').map(|(module, _)| module.to_string()));
+        }
+        let listed = config.clone().with_target_modules(TargetModules::Names(names.clone()));
+        let plan = Self::new(layout, name, &listed.into())?;
+        let mut weights = plan.targets.iter().filter(|target| target.site.is_adaptable());
+        if weights.all(|target| paths.contains(&target.parameter.path)) {
+            return Ok(plan);
+        }
+        let escaped: Vec<String> = names.iter().map(|name| fancy_regex::escape(name).into_owned()).collect();
+        let exact = config.clone().with_target_modules(TargetModules::Regex(escaped.join("|")));
+        Self::new(layout, name, &exact.into())
     }
 
     /// New updates for each target.

@@ -1,7 +1,7 @@
 //! The configuration of LoRA.
 
-use std::path::Path;
 use std::fmt;
+use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, Error as _};
 use serde::ser::{Serialize, Serializer};
@@ -353,31 +353,24 @@ const FIELDS: &[Field<LoraConfig>] = &[
     field!(r, |value| wrong_type(index(value)), |config| json!(config.r)),
     field!(lora_alpha, |value| wrong_type(value.as_f64()), |config| number(config.lora_alpha)),
     field!(lora_dropout, |value| wrong_type(value.as_f64()), |config| json!(config.lora_dropout)),
-    field!(
-        rank_pattern,
-        |value| wrong_type(patterns_from_json(value, index)),
-        |config| patterns_to_json(&config.rank_pattern, |r| json!(r))
-    ),
-    field!(
-        alpha_pattern,
-        |value| wrong_type(patterns_from_json(value, Value::as_f64)),
-        |config| patterns_to_json(&config.alpha_pattern, |alpha| number(*alpha))
-    ),
+    field!(rank_pattern, |value| wrong_type(patterns_from_json(value, index)), |config| patterns_to_json(
+        &config.rank_pattern,
+        |r| json!(r)
+    )),
+    field!(alpha_pattern, |value| wrong_type(patterns_from_json(value, Value::as_f64)), |config| {
+        patterns_to_json(&config.alpha_pattern, |alpha| number(*alpha))
+    }),
     field!(use_rslora, |value| wrong_type(value.as_bool()), |config| json!(config.use_rslora)),
     field!(use_dora, |value| wrong_type(value.as_bool()), |config| json!(config.use_dora)),
     field!(bias, Bias::from_json, |config| json!(config.bias.as_str())),
     field!(lora_bias, |value| wrong_type(value.as_bool()), |config| json!(config.lora_bias)),
     field!(init_lora_weights, InitLoraWeights::from_json, |config| config.init_lora_weights.to_json()),
-    field!(
-        trainable_token_indices,
-        |value| wrong_type(TokenIndices::from_json(value)).map(Some),
-        |config| config.trainable_token_indices.as_ref().map_or(Value::Null, TokenIndices::to_json)
-    ),
-    field!(
-        ensure_weight_tying,
-        |value| wrong_type(value.as_bool()),
-        |config| json!(config.ensure_weight_tying)
-    ),
+    field!(trainable_token_indices, |value| wrong_type(TokenIndices::from_json(value)).map(Some), |config| {
+        config.trainable_token_indices.as_ref().map_or(Value::Null, TokenIndices::to_json)
+    }),
+    field!(ensure_weight_tying, |value| wrong_type(value.as_bool()), |config| json!(
+        config.ensure_weight_tying
+    )),
     field!(fan_in_fan_out, |value| wrong_type(value.as_bool()), |config| json!(config.fan_in_fan_out)),
 ];
 

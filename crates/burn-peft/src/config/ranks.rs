@@ -25,11 +25,7 @@ impl Ranks {
 
     /// The same with the patterns in alphabetical order, as files have them.
     pub(crate) fn sorted(self) -> Self {
-        Self {
-            rank_pattern: self.rank_pattern.sorted(),
-            alpha_pattern: self.alpha_pattern.sorted(),
-            ..self
-        }
+        Self { rank_pattern: self.rank_pattern.sorted(), alpha_pattern: self.alpha_pattern.sorted(), ..self }
     }
 
     /// The patterns of ranks and of alphas that match none of these modules.

@@ -119,10 +119,9 @@ impl Targeting {
         problems.extend(targets.filter_map(|targets| Some(targets.compile().err()?.into())));
         let layers = self.layers_to_transform.as_deref();
         let patterns = self.layers_pattern.iter();
-        problems.extend(
-            patterns
-                .filter_map(|pattern| Some(LayerFilter::new(layers, std::slice::from_ref(pattern)).err()?.into())),
-        );
+        problems.extend(patterns.filter_map(|pattern| {
+            Some(LayerFilter::new(layers, std::slice::from_ref(pattern)).err()?.into())
+        }));
         problems.extend(self.key_mapping.compile().err());
         problems
     }

@@ -2,8 +2,9 @@
 
 use burn::tensor::Tensor;
 
-use super::{Start, check_rank, singular};
+use super::{Start, check_rank};
 use crate::error::PeftError;
+use crate::ops::singular;
 
 /// With PyTorch's weight `W = Q R`, `[d_out, d_in]`, the first `r` columns of `Q` depend on the first `r` columns of `W`
 /// alone, and the first `r` rows of `R` are `Q_rᵀ W`.

@@ -2,8 +2,9 @@
 
 use burn::tensor::Tensor;
 
-use super::{Start, normal, singular};
+use super::{Start, normal};
 use crate::error::PeftError;
+use crate::ops::singular;
 
 /// How much smaller the factors are than what they are drawn from.
 const SHRINK: f64 = 0.1;

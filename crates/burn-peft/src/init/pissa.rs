@@ -2,8 +2,9 @@
 
 use burn::tensor::Tensor;
 
-use super::{Start, check_rank, normal, singular};
+use super::{Start, check_rank, normal};
 use crate::error::PeftError;
+use crate::ops::singular;
 
 /// # Errors
 /// [`PeftError::InvalidConfig`] for a rank above the smaller dimension.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{Chosen, Parameters, Description, Method, TensorSpec, Update};
+use super::{Chosen, Description, Method, Parameters, TensorSpec, Update};
 use crate::config::{Bias, PeftConfig};
 use crate::error::PeftError;
 use crate::init::Start;

@@ -88,11 +88,8 @@ impl Method for Dora {
         let (a, b) = self.low_rank.factors(of);
         let gain = self.gain(of, pass.base, &a, &b);
         let x = pass.dropped(of, &a);
-        let product = if x.acts {
-            x.input.times(pass.base.clone()).mul_scalar(x.factor)
-        } else {
-            (pass.product)()
-        };
+        let product =
+            if x.acts { x.input.times(pass.base.clone()).mul_scalar(x.factor) } else { (pass.product)() };
         let update = low_rank::product(&x.input, a, b, of.scaling * x.factor) * gain.clone();
         Some(cast(product, DType::F32) * (gain - 1.0) + update)
     }

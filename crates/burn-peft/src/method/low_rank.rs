@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Chosen, Parameters, Description, KeyEnd, Method, Parts, Pass, Tells, TensorSpec, Update};
+use super::{Chosen, Description, KeyEnd, Method, Parameters, Parts, Pass, Tells, TensorSpec, Update};
 use crate::config::{LoraConfig, PeftConfig};
 use crate::error::PeftError;
 use crate::init::{InitLoraWeights, Start};
@@ -86,9 +86,7 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     if config.lora_dropout == 0.0 {
         return Ok(());
     }
-    let is_plain = |at: &&Chosen| {
-        at.site.space == Space::Weight && at.site.layer != Layer::Embedding
-    };
+    let is_plain = |at: &&Chosen| at.site.space == Space::Weight && at.site.layer != Layer::Embedding;
     let modules: Vec<String> =
         parameters.list.iter().filter(is_adapted).filter(is_plain).map(|at| at.site.name.clone()).collect();
     if modules.is_empty() { Ok(()) } else { Err(PeftError::DropoutNeedsLoraLinear { modules }) }
@@ -205,7 +203,10 @@ impl Method for LowRank {
         }
         let (mut a, mut b) = self.factors(of);
         if !self.init.is_part_of_base() {
-            (a, b) = (Tensor::cat(vec![a.clone(), a.zeros_like()], 1), Tensor::cat(vec![b.clone(), b.zeros_like()], 0));
+            (a, b) = (
+                Tensor::cat(vec![a.clone(), a.zeros_like()], 1),
+                Tensor::cat(vec![b.clone(), b.zeros_like()], 0),
+            );
         }
         let (r, init) = (2 * self.r, InitLoraWeights::default());
         let method = Self { r, init, is_doubled_in_file: false, ..self.clone() };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Tensor};
 
 use super::low_rank::BIAS;
-use super::{Chosen, Parameters, Description, Method, Parts, TensorSpec, Update};
+use super::{Chosen, Description, Method, Parameters, Parts, TensorSpec, Update};
 use crate::config::PeftConfig;
 use crate::error::PeftError;
 use crate::init::Start;
@@ -25,10 +25,8 @@ pub(super) const DESCRIPTION: Description = Description { keys: &[], of, check }
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let config = config.as_lora().filter(|config| config.lora_bias)?;
-    let is_wanted = at.is_adapted
-        && !at.is_saved
-        && at.site.parameter == "bias"
-        && at.site.space == Space::Weight;
+    let is_wanted =
+        at.is_adapted && !at.is_saved && at.site.parameter == "bias" && at.site.space == Space::Weight;
     is_wanted.then(|| Arc::new(Shift { scaling: config.scaling_of(at.r, at.lora_alpha) }) as Arc<dyn Method>)
 }
 

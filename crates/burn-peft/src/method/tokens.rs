@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use super::{Chosen, Parameters, Description, KeyEnd, Method, Pass, Tells, TensorSpec, Update};
+use super::{Chosen, Description, KeyEnd, Method, Parameters, Pass, Tells, TensorSpec, Update};
 use crate::config::{PeftConfig, TokenIndices};
 use crate::error::PeftError;
 use crate::init::Start;
@@ -99,7 +99,8 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
         TokenIndices::Embedding(_) => vec![INPUT_EMBEDDING],
         TokenIndices::Modules(modules) => modules.keys().map(|name| &**name).collect(),
     };
-    let missing = names.into_iter().find(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
+    let missing =
+        names.into_iter().find(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
     match missing.filter(|_| parameters.are_all) {
         Some(name) => invalid("names of embeddings or output layers", format!("`{name}`, which is none")),
         None => Ok(()),

@@ -73,7 +73,6 @@ fn other_format(map: &Map<String, Value>, path: &Path) -> Option<PeftError> {
     Some(PeftError::NoAdapter { path: directory, reason: reason.into(), hint: hint.into() })
 }
 
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -146,7 +145,8 @@ mod tests {
 
     #[test]
     fn every_problem_is_listed() {
-        let text = br#"{"peft_type": "LORA", "r": "8", "bias": "some", "use_qalora": true, "brand_new": [1]}"#;
+        let text =
+            br#"{"peft_type": "LORA", "r": "8", "bias": "some", "use_qalora": true, "brand_new": [1]}"#;
         let error = from_json(text, Path::new("dir/adapter_config.json")).unwrap_err();
         let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{error}") };
         let fields: Vec<&str> = problems.iter().map(|problem| &*problem.field).collect();

@@ -341,7 +341,8 @@ impl Told {
             }
         }
         let adapted: BTreeSet<String> = weights.keys().map(|module| module.to_string()).collect();
-        let own = tensors.iter().filter(|tensor| keys::end_of(&tensor.end).is_none() && !tensor.module.is_empty());
+        let own =
+            tensors.iter().filter(|tensor| keys::end_of(&tensor.end).is_none() && !tensor.module.is_empty());
         let own = own.map(|tensor| Site {
             module: tensor.module.clone(),
             name: tensor.module.clone(),
@@ -386,8 +387,8 @@ impl Told {
             let at = Chosen { is_saved: at.is_saved && !at.is_adapted, ..at.clone() };
             for method in at.methods(config) {
                 let tensors = method.tensors(&at.site).into_iter().filter(|spec| spec.is_trained);
-                let tensors =
-                    tensors.map(|spec| (keys::join(&at.site.name, &spec.key), (spec.shape, method.replaces())));
+                let tensors = tensors
+                    .map(|spec| (keys::join(&at.site.name, &spec.key), (spec.shape, method.replaces())));
                 expected.extend(tensors);
             }
         }

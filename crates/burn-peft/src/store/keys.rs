@@ -63,9 +63,9 @@ pub(super) fn without_name(key: &str) -> (String, Option<&str>) {
     for end in ends() {
         let Some((front, rest)) = key.rsplit_once(&format!(".{}.", end.front)) else { continue };
         // In memory a vector is a module with a weight of its own.
-        let is_name =
-            |name: &&str| !name.is_empty() && !name.contains('.') && format!(".{name}") != end.back;
-        let mut names = [end.back, ".weight"].into_iter().filter_map(|back| rest.strip_suffix(back)).filter(is_name);
+        let is_name = |name: &&str| !name.is_empty() && !name.contains('.') && format!(".{name}") != end.back;
+        let mut names =
+            [end.back, ".weight"].into_iter().filter_map(|back| rest.strip_suffix(back)).filter(is_name);
         if let Some(name) = names.next() {
             return (format!("{front}.{}", end.text()), Some(name));
         }

@@ -1,7 +1,7 @@
 //! Leading singular triplets. Large products run where the weight is; what is small runs on the host, in double precision.
 
 use burn::tensor::{Tensor, TensorData};
-use nalgebra::{DMatrix, SymmetricEigen};
+use nalgebra::{DMatrix, SVD, SymmetricEigen};
 
 /// A smaller dimension up to which everything is decomposed at once.
 const SMALL: usize = 256;
@@ -19,24 +19,24 @@ const STARTS: usize = 40;
 ///
 /// Block Lanczos with restarts ([Musco & Musco, 2015](https://arxiv.org/abs/1504.05477) on why few rounds suffice): a basis of
 /// `W x, (W Wᵀ) W x, ..`, orthonormal all through, until the singular values in it have settled.
-pub(super) fn leading(
+pub(crate) fn leading(
     w: &Tensor<2>,
     r: usize,
     random: impl Fn(usize) -> Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
     let smaller = w.dims().into_iter().min().unwrap_or(0);
-    let block = r + MORE;
-    let is_small = smaller <= SMALL.max(3 * block);
-    let width = if is_small { smaller } else { block };
-    let columns = if is_small { smaller } else { COLUMNS.max(3 * block).min(smaller) };
-
+    let width = r + MORE;
+    if smaller <= SMALL.max(3 * width) {
+        return exact(w, r);
+    }
+    let columns = COLUMNS.max(3 * width).min(smaller);
     let mut start = w.clone().matmul(random(width));
     let mut last: Vec<f64> = vec![];
     for _ in 1..STARTS {
         let (u, values, v) = ritz(w, basis(w, start, columns));
         let greatest = values.first().copied().unwrap_or(0.0);
         let has_settled = last.iter().zip(&values).take(r).all(|(a, b)| (a - b).abs() <= SETTLED * greatest);
-        if is_small || (!last.is_empty() && has_settled) {
+        if !last.is_empty() && has_settled {
             return narrowed(u, &values, v, r);
         }
         start = u.narrow(1, 0, width);
@@ -46,8 +46,23 @@ pub(super) fn leading(
     narrowed(u, &values, v, r)
 }
 
+/// As [`leading`], from a whole decomposition.
+fn exact(w: &Tensor<2>, r: usize) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let [n, m] = w.dims();
+    // Of a tall matrix, or of the transpose of a wide one.
+    let host = if n < m { to_host(w).transpose() } else { to_host(w) };
+    let svd = SVD::new(host, true, true);
+    let (Some(long), Some(short)) = (svd.u, svd.v_t) else {
+        // Both were asked for.
+        return narrowed(w.clone(), svd.singular_values.as_slice(), w.clone(), r);
+    };
+    let (long, short) = (to_tensor(&long, w), to_tensor(&short.transpose(), w));
+    let (u, v) = if n < m { (short, long) } else { (long, short) };
+    narrowed(u, svd.singular_values.as_slice(), v, r)
+}
+
 /// As [`leading`], from `rounds` rounds of subspace iteration with `r` columns: PyTorch's `svd_lowrank`.
-pub(super) fn rough(
+pub(crate) fn rough(
     w: &Tensor<2>,
     r: usize,
     rounds: usize,
@@ -90,7 +105,8 @@ fn ritz(w: &Tensor<2>, q: Tensor<2>) -> (Tensor<2>, Vec<f64>, Tensor<2>) {
     let mut order: Vec<usize> = (0..eigen.eigenvalues.len()).collect();
     order.sort_by(|&i, &j| eigen.eigenvalues[j].total_cmp(&eigen.eigenvalues[i]));
     let values: Vec<f64> = order.iter().map(|&i| eigen.eigenvalues[i].max(0.0).sqrt()).collect();
-    let vectors = DMatrix::from_columns(&order.iter().map(|&i| eigen.eigenvectors.column(i)).collect::<Vec<_>>());
+    let vectors =
+        DMatrix::from_columns(&order.iter().map(|&i| eigen.eigenvectors.column(i)).collect::<Vec<_>>());
     let v = {
         let mut v = &host * &vectors;
         for (mut column, value) in v.column_iter_mut().zip(&values) {
@@ -108,7 +124,7 @@ fn narrowed(u: Tensor<2>, values: &[f64], v: Tensor<2>, r: usize) -> (Tensor<2>,
 }
 
 /// Orthonormal columns that span what the columns of `x` do, in their order: `Q` of a QR decomposition.
-pub(super) fn orthonormal(x: Tensor<2>) -> Tensor<2> {
+pub(crate) fn orthonormal(x: Tensor<2>) -> Tensor<2> {
     to_tensor(&to_host(&x).qr().q(), &x)
 }
 
