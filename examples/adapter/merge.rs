@@ -172,10 +172,7 @@ impl fmt::Display for Plan {
             let config = adapter.config();
             write!(f, "adapter  {}: {}", adapter.path().display(), count(adapter.modules().len(), "module"))?;
             write!(f, ", r {}, lora_alpha {}", config.r, config.lora_alpha)?;
-            match self.is_weighted() {
-                true => writeln!(f, ", weight {weight}")?,
-                false => writeln!(f)?,
-            }
+            if self.is_weighted() { writeln!(f, ", weight {weight}")? } else { writeln!(f)? }
         }
         if self.untie {
             writeln!(

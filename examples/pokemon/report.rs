@@ -45,9 +45,8 @@ fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Ve
             percent(row.ordered.mean),
             format!("{:.0}", row.distinct),
         ];
-        line.extend(row.abilities.iter().map(|score| match any_trained && !row.trained {
-            true => "as before".into(),
-            false => percent(score.share()),
+        line.extend(row.abilities.iter().map(|score| {
+            if any_trained && !row.trained { "as before".into() } else { percent(score.share()) }
         }));
         line.push(duration(row.seconds));
         if article {

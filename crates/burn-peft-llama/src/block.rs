@@ -1,8 +1,14 @@
 //! One block: attention and feed-forward layer, each behind a norm and around a residual connection.
 
-use burn::{module::Module, tensor::Tensor};
+use burn::module::Module;
+use burn::tensor::Tensor;
 
-use crate::{LlamaAttention, LlamaMlp, RmsNorm, attention::Context, cache::LayerCache};
+use crate::attention::{Context, LlamaAttention};
+use crate::cache::LayerCache;
+use crate::config::LlamaConfig;
+use crate::mlp::LlamaMlp;
+use crate::norm::RmsNorm;
+use crate::source::ParameterSource;
 
 /// `x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
 #[derive(Module, Debug)]
@@ -18,6 +24,20 @@ pub struct LlamaBlock {
 }
 
 impl LlamaBlock {
+    pub(crate) fn build<S: ParameterSource>(
+        config: &LlamaConfig,
+        source: &mut S,
+        path: &str,
+    ) -> Result<Self, S::Error> {
+        let norm = |source: &mut S, name: &str| RmsNorm::build(config, source, &format!("{path}.{name}"));
+        Ok(Self {
+            self_attn: LlamaAttention::build(config, source, &format!("{path}.self_attn"))?,
+            mlp: LlamaMlp::build(config, source, &format!("{path}.mlp"))?,
+            input_layernorm: norm(source, "input_layernorm")?,
+            post_attention_layernorm: norm(source, "post_attention_layernorm")?,
+        })
+    }
+
     /// `[b, s, hidden_size]` to the same.
     pub(crate) fn forward(
         &self,
@@ -32,19 +52,15 @@ impl LlamaBlock {
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        module::Param,
-        nn::Linear,
-        tensor::{DType, Device, TensorData},
-    };
+    use burn::module::Param;
+    use burn::nn::Linear;
+    use burn::tensor::{DType, Device, TensorData};
     use burn_peft::LoraLinear;
 
     use super::*;
-    use crate::{
-        attention::causal_bias,
-        model::tests::{assert_close, model, values},
-        rope::Rope,
-    };
+    use crate::mask::causal_bias;
+    use crate::rope::Rope;
+    use crate::testing::{assert_close, model, values};
 
     const SHAPE: [usize; 3] = [2, 3, 16];
 
@@ -52,7 +68,8 @@ mod tests {
     fn block() -> (LlamaBlock, Context) {
         let device = Device::flex();
         let model = model(&device, false);
-        let tables = Rope::new(model.config()).tables(0..SHAPE[1], &device, DType::F32);
+        let tables =
+            Rope::new(&model.config().rope, model.config().head_dim).tables(0..SHAPE[1], &device, DType::F32);
         let context = Context { tables, bias: causal_bias(None, SHAPE[1], &device) };
         (model.model.layers[0].clone(), context)
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{ConfigProblem, WeightProblem};
+use crate::problem::{ConfigProblem, WeightProblem};
 
 /// An error of this crate.
 ///
@@ -364,14 +364,14 @@ pub enum LlamaError {
         loss: f64,
     },
     /// A name is not one of a fixed set.
-    #[error("unknown {what} `{name}`, expected one of {expected}")]
+    #[error("unknown {what} `{name}`, expected {expected}")]
     UnknownName {
         /// What the name is for.
         what: &'static str,
         /// What was given.
         name: String,
-        /// The names there are.
-        expected: &'static str,
+        /// The names there are, in backticks.
+        expected: String,
     },
     /// A tensor could not be read back from the device.
     #[error("cannot read from the device")]
@@ -427,14 +427,14 @@ mod tests {
         let io = || std::io::Error::other("the cause");
         let json = || serde_json::Error::custom("the cause");
         let header = safetensors::SafeTensorError::HeaderTooSmall;
-        let (model, file) = ("owner/name".to_owned(), "config.json".to_owned());
+        let (model, file) = ("owner/name".to_string(), "config.json".to_string());
         let errors = [
             LlamaError::ConfigJson { path: path.clone(), source: json() },
             LlamaError::WeightsFile { path: path.clone(), source: header },
             LlamaError::ReadText { path: path.clone(), source: io(), hint },
             LlamaError::WriteText { path: path.clone(), source: io() },
             LlamaError::TokenizerJson { path, source: json() },
-            LlamaError::Tokenizer { action: "train".to_owned(), source: "the cause".into() },
+            LlamaError::Tokenizer { action: "train".to_string(), source: "the cause".into() },
             LlamaError::ChatTemplate { source: "the cause".into() },
             LlamaError::DeviceRead { source: "the cause".into() },
             LlamaError::Hub { model, file, source: "the cause".into(), hint },

@@ -1,22 +1,20 @@
 //! Reading and writing the small text files of a model directory.
 
-use std::{
-    fs,
-    io::{Error, ErrorKind, Write},
-    path::{Path, PathBuf},
-};
+use std::fs;
+use std::io::{Error, ErrorKind, Write};
+use std::path::{Path, PathBuf};
 
 use burn_peft_files::{DirectoryReader, DirectoryWriter, StagedFile, WrongFile};
 use serde::de::DeserializeOwned;
 
-use crate::LlamaError;
+use crate::error::LlamaError;
 
 /// Reads a text file; `hint` says what it is for.
 fn read(path: &Path, hint: &'static str) -> Result<String, LlamaError> {
-    let failed = |source| LlamaError::ReadText { path: path.to_owned(), source, hint };
+    let failed = |source| LlamaError::ReadText { path: path.into(), source, hint };
     String::from_utf8(fs::read(path).map_err(failed)?).map_err(|error| {
         match WrongFile::detect(error.as_bytes()) {
-            Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
+            Some(found) => LlamaError::WrongFile { path: path.into(), found },
             None => failed(Error::new(ErrorKind::InvalidData, error.utf8_error())),
         }
     })
@@ -43,8 +41,8 @@ pub(crate) fn parse<T: DeserializeOwned>(
     malformed: impl FnOnce(PathBuf, serde_json::Error) -> LlamaError,
 ) -> Result<T, LlamaError> {
     serde_json::from_str(text).map_err(|source| match WrongFile::detect(text.as_bytes()) {
-        Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
-        None => malformed(path.to_owned(), source),
+        Some(found) => LlamaError::WrongFile { path: path.into(), found },
+        None => malformed(path.into(), source),
     })
 }
 
@@ -105,17 +103,17 @@ pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(
 /// Waits until nobody writes to a model directory, and keeps writers out while the value lives.
 pub(crate) fn lock(dir: &Path) -> Result<DirectoryReader, LlamaError> {
     let hint = "is another program saving a model there?";
-    DirectoryReader::open(dir).map_err(|source| LlamaError::ReadText { path: dir.to_owned(), source, hint })
+    DirectoryReader::open(dir).map_err(|source| LlamaError::ReadText { path: dir.into(), source, hint })
 }
 
 /// Waits until nobody reads from or writes to a model directory, which is made if there is none.
 pub(crate) fn writer(dir: &Path) -> Result<DirectoryWriter, LlamaError> {
-    DirectoryWriter::open(dir).map_err(|source| LlamaError::WriteText { path: dir.to_owned(), source })
+    DirectoryWriter::open(dir).map_err(|source| LlamaError::WriteText { path: dir.into(), source })
 }
 
 /// Writes a text file that [`put`] moves to its place.
 pub(crate) fn stage(writer: &DirectoryWriter, path: &Path, text: &str) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
+    let failed = |source| LlamaError::WriteText { path: path.into(), source };
     let mut file = writer.stage(&name(path)).map_err(failed)?;
     file.write_all(text.as_bytes()).map_err(failed)?;
     Ok(file)
@@ -123,12 +121,12 @@ pub(crate) fn stage(writer: &DirectoryWriter, path: &Path, text: &str) -> Result
 
 /// Moves a file to its place.
 pub(crate) fn put(file: StagedFile, path: &Path) -> Result<(), LlamaError> {
-    file.put().map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+    file.put().map_err(|source| LlamaError::WriteText { path: path.into(), source })
 }
 
 /// Removes a file, if there is one.
 pub(crate) fn remove(writer: &DirectoryWriter, path: &Path) -> Result<(), LlamaError> {
-    writer.remove(&name(path)).map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+    writer.remove(&name(path)).map_err(|source| LlamaError::WriteText { path: path.into(), source })
 }
 
 /// The last part of a path.

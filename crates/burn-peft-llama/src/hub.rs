@@ -1,17 +1,13 @@
 //! Model directories from the Hugging Face Hub.
 
-use std::{
-    env, fmt,
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::{env, fmt};
 
-use hf_hub::{
-    Cache, Repo, RepoType,
-    api::sync::{ApiBuilder, ApiError},
-};
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
 
-use crate::LlamaError;
+use crate::error::LlamaError;
 
 /// Files that are fetched where the model has them, beside its weights.
 const FILES: [&str; 6] = [
@@ -60,9 +56,9 @@ impl FromStr for ModelId {
         let valid_name = name.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name));
         let valid_revision = revision.is_none_or(|revision| revision.split('/').all(part));
         if !(valid_name && valid_revision) {
-            return Err(LlamaError::ModelId { model: text.to_owned() });
+            return Err(LlamaError::ModelId { model: text.to_string() });
         }
-        Ok(Self { name: name.to_owned(), revision: revision.map(str::to_owned) })
+        Ok(Self { name: name.to_string(), revision: revision.map(str::to_string) })
     }
 }
 
@@ -81,7 +77,6 @@ impl fmt::Display for ModelId {
 /// The environment variables `HF_TOKEN`, `HF_HOME` and `HF_ENDPOINT` mean what they mean to those tools.
 ///
 /// # Errors
-///
 /// - [`LlamaError::ModelId`] if `model` is neither a directory nor an id,
 /// - [`LlamaError::Hub`] if it cannot be fetched, or has no safetensors weights.
 pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
@@ -93,12 +88,12 @@ pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
     if env::var_os("HF_HOME").is_none() && env::home_dir().is_none_or(|home| home.as_os_str().is_empty()) {
         let source = "there is no home directory for the cache".into();
         let hint = "name a folder for it in the environment variable `HF_HOME`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: "config.json".to_owned(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: "config.json".to_string(), source, hint });
     }
     let cache = Cache::from_env();
     let mut api = ApiBuilder::from_env();
     if let Some(token) = env::var("HF_TOKEN").ok().filter(|token| !token.trim().is_empty()) {
-        api = api.with_token(Some(token.trim().to_owned()));
+        api = api.with_token(Some(token.trim().to_string()));
     }
     fetch(&id, api, &cache)
 }
@@ -106,10 +101,10 @@ pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
 fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaError> {
     let failed = |file: &str, source: ApiError| {
         let hint = hint(&source.to_string());
-        LlamaError::Hub { model: id.to_string(), file: file.to_owned(), source: source.into(), hint }
+        LlamaError::Hub { model: id.to_string(), file: file.to_string(), source: source.into(), hint }
     };
     let revision = id.revision.as_deref().unwrap_or("main");
-    let repo = |revision: &str| Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_owned());
+    let repo = |revision: &str| Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_string());
     let api = api.with_progress(false).build().map_err(|error| failed("config.json", error))?;
     let info = match api.repo(repo(revision)).info() {
         Ok(info) => info,
@@ -121,14 +116,14 @@ fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaE
     if !wanted.iter().any(|file| file.ends_with(".safetensors")) {
         let source = format!("the model has {} files, none of them safetensors weights", found.len()).into();
         let hint = "convert the weights with transformers' `save_pretrained`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS.to_owned(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS.to_string(), source, hint });
     }
     // By its commit, so that a change on the Hub in between cannot mix two versions.
     let pinned = api.repo(repo(&info.sha));
     let mut dir = None;
     for file in wanted {
         let path = pinned.get(file).map_err(|error| failed(file, error))?;
-        dir = path.parent().map(Path::to_owned);
+        dir = path.parent().map(Path::to_path_buf);
     }
     // Remembers what the branch pointed to, for the time without a network.
     let remembered = cache.repo(repo(revision)).create_ref(&info.sha);
@@ -152,7 +147,7 @@ fn cached(cache: &Cache, repo: Repo) -> Option<PathBuf> {
     let repo = cache.repo(repo);
     repo.get("tokenizer.json")?;
     repo.get(WEIGHTS).or_else(|| repo.get(WEIGHTS_INDEX))?;
-    repo.get("config.json")?.parent().map(Path::to_owned)
+    repo.get("config.json")?.parent().map(Path::to_path_buf)
 }
 
 /// What to try, by the words of the client's error.
@@ -173,7 +168,7 @@ mod tests {
 
     /// An endpoint that nothing listens at.
     fn offline(cache: &Cache) -> ApiBuilder {
-        ApiBuilder::from_cache(cache.clone()).with_endpoint("http://127.0.0.1:1".to_owned())
+        ApiBuilder::from_cache(cache.clone()).with_endpoint("http://127.0.0.1:1".to_string())
     }
 
     #[test]
@@ -223,7 +218,7 @@ mod tests {
     #[test]
     fn without_a_network_the_error_names_the_model_and_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = Cache::new(dir.path().to_string());
         let id: ModelId = "owner/name".parse().unwrap();
         let error = fetch(&id, offline(&cache), &cache).unwrap_err();
         assert!(matches!(&error, LlamaError::Hub { model, .. } if model == "owner/name"), "{error}");
@@ -234,7 +229,7 @@ mod tests {
     #[test]
     fn without_a_network_a_complete_cached_copy_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = Cache::new(dir.path().to_string());
         let id: ModelId = "owner/name".parse().unwrap();
         let root = dir.path().join("models--owner--name");
         let snapshot = root.join("snapshots/abc");

@@ -1,9 +1,30 @@
 //! From logits to the next token.
 
 use burn::tensor::{DType, Tensor};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
-use crate::{LlamaError, Sampling};
+use crate::error::LlamaError;
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Sampling {
+    /// The most probable one.
+    #[default]
+    Greedy,
+    /// Drawn at random from `softmax(logits / temperature)`, cut to the most probable tokens: the `top_k` first, and
+    /// of them as many as it takes to reach the probability `top_p`.
+    TopP {
+        /// Positive; below 1 favours the probable tokens.
+        temperature: f64,
+        /// Above 0, up to 1. 1 cuts nothing.
+        top_p: f64,
+        /// `None` cuts nothing.
+        top_k: Option<usize>,
+        /// The same seed gives the same continuation of the same batch.
+        seed: u64,
+    },
+}
 
 /// Chooses tokens; owns the random numbers of one generation.
 pub(crate) enum Sampler {
@@ -26,7 +47,7 @@ impl Sampler {
                     return refuse("top_p", "a number above 0 and up to 1", top_p.to_string());
                 }
                 if top_k == Some(0) {
-                    return refuse("top_k", "at least 1", "0".to_owned());
+                    return refuse("top_k", "at least 1", "0".to_string());
                 }
                 Ok(Self::TopP { temperature, top_p, top_k, rng: Box::new(StdRng::seed_from_u64(seed)) })
             }

@@ -4,7 +4,6 @@ mod checkpoint;
 mod index;
 mod loader;
 mod parameter;
-mod problem;
 mod transpose;
 mod writer;
 
@@ -12,17 +11,20 @@ use std::path::Path;
 
 use burn::tensor::{DType, Device, FloatDType};
 
-use self::{checkpoint::Checkpoint, index::WEIGHTS_FILE, loader::Loader, parameter::parameters};
-use crate::{LlamaConfig, LlamaError, LlamaForCausalLm, config::CONFIG_FILE, file};
-
-pub use problem::WeightProblem;
+use self::checkpoint::Checkpoint;
+use self::index::WEIGHTS_FILE;
+use self::loader::Loader;
+use self::parameter::parameters;
+use crate::config::{CONFIG_FILE, LlamaConfig};
+use crate::error::LlamaError;
+use crate::file;
+use crate::model::LlamaForCausalLm;
 
 impl LlamaForCausalLm {
     /// Loads a model directory in the Hugging Face layout in f32; see
     /// [`from_pretrained_as`](Self::from_pretrained_as).
     ///
     /// # Errors
-    ///
     /// As [`from_pretrained_as`](Self::from_pretrained_as).
     pub fn from_pretrained(dir: impl AsRef<Path>, device: &Device) -> Result<Self, LlamaError> {
         Self::from_pretrained_as(dir, device, FloatDType::F32)
@@ -43,7 +45,6 @@ impl LlamaForCausalLm {
     /// Waits while another process saves to the directory with this crate: all files are of one model.
     ///
     /// # Errors
-    ///
     /// - as [`LlamaConfig::load`],
     /// - [`LlamaError::ReadText`] if a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
@@ -78,7 +79,6 @@ impl LlamaForCausalLm {
     /// beside the `config.json` of other ones: if it differs, it is removed before and written last.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::AdaptersAttached`] if the model has adapters: they belong in files of their own,
     /// - [`LlamaError::WriteText`] if a file cannot be written,
     /// - [`LlamaError::WeightsFile`] if the weights have a type that the format does not know,
@@ -117,10 +117,8 @@ mod tests {
     use burn::tensor::{Int, Tensor};
     use safetensors::Dtype;
 
-    use super::{
-        checkpoint::tests::{read, write},
-        *,
-    };
+    use super::checkpoint::tests::{read, write};
+    use super::*;
 
     pub(super) fn config() -> LlamaConfig {
         let config = LlamaConfig::new(11, 8, 2).with_heads(4, 2).with_intermediate_size(12);
@@ -148,8 +146,8 @@ mod tests {
             assert_eq!(logits(&loaded), logits(&model));
             let names: Vec<_> =
                 read(&dir.path().join(WEIGHTS_FILE)).into_iter().map(|tensor| tensor.0).collect();
-            assert_eq!(names.contains(&"lm_head.weight".to_owned()), !tied);
-            assert!(names.contains(&"model.layers.1.self_attn.q_proj.bias".to_owned()), "{names:?}");
+            assert_eq!(names.contains(&"lm_head.weight".to_string()), !tied);
+            assert!(names.contains(&"model.layers.1.self_attn.q_proj.bias".to_string()), "{names:?}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
         }
     }

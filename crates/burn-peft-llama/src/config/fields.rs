@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::ConfigProblem;
+use crate::problem::ConfigProblem;
 
 /// The fields of a JSON object and what is wrong with those read so far.
 pub(super) struct Fields<'a> {
@@ -12,12 +12,21 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(json: &'a Map<String, Value>) -> Self {
-        Self { json, problems: Vec::new() }
+        Self { json, problems: vec![] }
     }
 
     /// A field that is there and not `null`.
     fn get(&self, field: &str) -> Option<&'a Value> {
         self.json.get(field).filter(|value| !value.is_null())
+    }
+
+    pub(super) fn problem(
+        &mut self,
+        field: &'static str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) {
+        self.problems.push(ConfigProblem::new(field, expected, found));
     }
 
     fn refuse(&mut self, field: &'static str, expected: &str, found: &Value) {
@@ -27,8 +36,7 @@ impl<'a> Fields<'a> {
             found.truncate(end);
             found += "..";
         }
-        let found = format!("`{found}`");
-        self.problems.push(ConfigProblem { field, expected: expected.to_owned(), found });
+        self.problem(field, expected, format!("`{found}`"));
     }
 
     fn read<T>(

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::normalizers::Precompiled;
 
-use crate::{LlamaError, file};
+use crate::error::LlamaError;
+use crate::file;
 
 /// Reads `tokenizer.json`.
 ///

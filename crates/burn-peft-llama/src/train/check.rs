@@ -1,13 +1,12 @@
 //! What must hold before the first step.
 
-use burn::{
-    module::{Module, ModuleVisitor, Param},
-    tensor::{DType, Device, Tensor},
-};
-
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Tensor};
 use burn_peft::PeftModel;
 
-use crate::{Collator, Example, LlamaError};
+use crate::batch::Collator;
+use crate::conversation::Example;
+use crate::error::LlamaError;
 
 pub(super) fn check_examples(
     examples: &[Example],
@@ -87,7 +86,7 @@ struct Trainable {
 
 impl ModuleVisitor for Trainable {
     fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_owned());
+        self.path.push(name.to_string());
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {
@@ -110,10 +109,8 @@ mod tests {
     use std::ops::ControlFlow;
 
     use super::*;
-    use crate::{
-        StepReport, fit,
-        train::tests::{Bigram, autodiff, config, examples},
-    };
+    use crate::train::tests::{Bigram, autodiff, config, examples};
+    use crate::train::{StepReport, fit};
 
     #[test]
     fn what_cannot_be_trained_is_an_error_before_the_first_step() {
@@ -139,7 +136,9 @@ mod tests {
 
     #[test]
     fn adapters_that_are_not_trained_are_an_error_that_names_the_cause() {
-        use crate::{LlamaForCausalLm, evaluate, model::tests::model};
+        use crate::model::LlamaForCausalLm;
+        use crate::testing::model;
+        use crate::train::evaluate;
         use burn_peft::{InitLoraWeights, LoraConfig};
         let mut model = model(&autodiff(), false);
         let config = LoraConfig::new(2)
@@ -179,7 +178,7 @@ mod tests {
         assert!(train(&model).is_ok());
     }
 
-    fn config_of_one_step() -> crate::TrainingConfig {
+    fn config_of_one_step() -> crate::train::TrainingConfig {
         config().with_max_steps(Some(1))
     }
 

@@ -1,12 +1,11 @@
 //! The options of a training.
 
-use burn::{
-    config::Config,
-    module::ParamGroup,
-    optim::{AdamWConfig, ModuleOptimizer},
-};
+use burn::config::Config;
+use burn::module::ParamGroup;
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 
-use crate::{LlamaError, Schedule};
+use crate::error::LlamaError;
+use crate::schedule::Schedule;
 
 /// How to train. The defaults are those of transformers' `Trainer`, but for `log_every`.
 ///
@@ -67,7 +66,7 @@ impl TrainingConfig {
                 return Err(LlamaError::TrainingOption {
                     option,
                     expected: "1 or more",
-                    found: "0".to_owned(),
+                    found: "0".to_string(),
                 });
             }
         }
@@ -82,7 +81,7 @@ impl TrainingConfig {
             return Err(LlamaError::TrainingOption {
                 option: "max_grad_norm",
                 expected,
-                found: "0".to_owned(),
+                found: "0".to_string(),
             });
         }
         for (option, value) in numbers {
@@ -106,10 +105,8 @@ impl TrainingConfig {
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        optim::GradientsParams,
-        tensor::{Device, Tensor},
-    };
+    use burn::optim::GradientsParams;
+    use burn::tensor::{Device, Tensor};
 
     use super::*;
     use crate::train::tests::{Bigram, autodiff, config, weights};
@@ -139,9 +136,10 @@ mod tests {
                 grads.register(model.head.bias.as_ref().unwrap().id, Tensor::<1>::full([8], g, &plain));
                 model = optimizer.step(0.1, model, grads);
             }
-            let actual = match path_decays {
-                true => weights(&model)[0],
-                false => model.head.bias.unwrap().val().into_data().iter::<f32>().next().unwrap(),
+            let actual = if path_decays {
+                weights(&model)[0]
+            } else {
+                model.head.bias.unwrap().val().into_data().iter::<f32>().next().unwrap()
             };
             assert!((f64::from(actual) - expected).abs() < 2e-6, "{actual} != {expected} at decay {decay}");
         }

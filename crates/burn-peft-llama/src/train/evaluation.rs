@@ -2,12 +2,12 @@
 
 use std::cmp::Reverse;
 
-use super::{
-    CausalLmLoss, TrainingConfig,
-    check::{check_examples, device},
-    mean_loss::MeanLoss,
-};
-use crate::{Collator, Example, LlamaError};
+use super::check::{check_examples, device};
+use super::mean_loss::MeanLoss;
+use super::{CausalLmLoss, TrainingConfig};
+use crate::batch::Collator;
+use crate::conversation::Example;
+use crate::error::LlamaError;
 
 /// What [`evaluate`] measures.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +31,6 @@ impl Evaluation {
 /// A model that is being trained is evaluated as `model.valid()`: without gradients and dropout.
 ///
 /// # Errors
-///
 /// [`LlamaError::TrainingOption`] if `batch_size` is 0, those of [`Collator::collate`], and
 /// [`LlamaError::DeviceRead`] if the loss cannot be read.
 pub fn evaluate<M: CausalLmLoss>(

@@ -1,25 +1,20 @@
 //! The tensors of a checkpoint: where they lie, whether they fit, what they hold.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    io::{Read, Seek, SeekFrom},
-    path::{Path, PathBuf},
-};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 
 use burn_peft_files::WrongFile;
 use half::{bf16, f16};
-use safetensors::{
-    Dtype, SafeTensorError,
-    tensor::{Metadata, TensorInfo},
-};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensorError};
 
-use super::{
-    WeightProblem,
-    index::{WEIGHTS_FILE, WeightFiles},
-    parameter::Parameter,
-};
-use crate::{LlamaError, file};
+use super::index::{WEIGHTS_FILE, WeightFiles};
+use super::parameter::Parameter;
+use crate::error::LlamaError;
+use crate::file;
+use crate::problem::WeightProblem;
 
 /// Longest header that is read, in bytes; the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
@@ -55,7 +50,7 @@ impl Checkpoint {
     }
 
     fn of(WeightFiles { path, files }: WeightFiles) -> Result<Self, LlamaError> {
-        let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new(), path };
+        let mut checkpoint = Self { files: vec![], tensors: BTreeMap::new(), path };
         for file in files {
             checkpoint.add(file)?;
         }
@@ -70,7 +65,7 @@ impl Checkpoint {
         let (metadata, start) = match read_header(&path, &mut file, hint) {
             Ok(header) => header,
             Err(error) => {
-                let mut beginning = Vec::new();
+                let mut beginning = vec![];
                 file.rewind()
                     .and_then(|()| file.take(512).read_to_end(&mut beginning))
                     .map_err(|source| LlamaError::ReadText { path: path.clone(), source, hint })?;
@@ -96,7 +91,7 @@ impl Checkpoint {
         let tied = match self.tensors.get(EMBEDDING).cloned() {
             Some(embedding) => self.are_equal(&head, &embedding)?,
             None => {
-                self.tensors.insert(EMBEDDING.to_owned(), head);
+                self.tensors.insert(EMBEDDING.to_string(), head);
                 true
             }
         };
@@ -126,7 +121,7 @@ impl Checkpoint {
     /// Compares the files with what the model needs.
     pub(super) fn check(&mut self, parameters: &[Parameter]) -> Result<(), LlamaError> {
         self.tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
-        let (mut problems, mut missing) = (Vec::new(), Vec::new());
+        let (mut problems, mut missing) = (vec![], vec![]);
         for Parameter { name, shape, .. } in parameters {
             let name = name.clone();
             match self.tensors.get(&name) {
@@ -149,16 +144,17 @@ impl Checkpoint {
             problems.push(WeightProblem::Unexpected { name: name.clone(), nearest });
         }
         problems.append(&mut missing);
-        match problems.is_empty() {
-            true => Ok(()),
-            false => Err(LlamaError::Weights { path: self.path.clone(), problems }),
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(LlamaError::Weights { path: self.path.clone(), problems })
         }
     }
 
     /// The numbers of a tensor that [`check`](Self::check) has seen.
     pub(super) fn read(&mut self, name: &str) -> Result<Vec<f32>, LlamaError> {
         let Some(entry) = self.tensors.get(name).cloned() else {
-            let problems = vec![WeightProblem::Missing { name: name.to_owned() }];
+            let problems = vec![WeightProblem::Missing { name: name.to_string() }];
             return Err(LlamaError::Weights { path: self.path.clone(), problems });
         };
         let count = entry.info.shape.iter().product();
@@ -186,8 +182,8 @@ impl Checkpoint {
 
 /// Reads the header of a safetensors file; the tensors begin at the position behind it.
 fn read_header(path: &Path, file: &mut File, hint: &'static str) -> Result<(Metadata, u64), LlamaError> {
-    let failed = |source| LlamaError::ReadText { path: path.to_owned(), source, hint };
-    let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
+    let failed = |source| LlamaError::ReadText { path: path.into(), source, hint };
+    let malformed = |source| LlamaError::WeightsFile { path: path.into(), source };
     let length = file.metadata().map_err(failed)?.len();
     let mut prefix = [0; 8];
     if length < 8 {
@@ -207,9 +203,10 @@ fn read_header(path: &Path, file: &mut File, hint: &'static str) -> Result<(Meta
         .map_err(|source| malformed(SafeTensorError::InvalidHeaderDeserialization(source)))?;
     let start = 8 + header_length;
     let expected = start.saturating_add(metadata.data_len() as u64);
-    match expected == length {
-        true => Ok((metadata, start)),
-        false => Err(LlamaError::WeightsLength { path: path.to_owned(), expected, found: length }),
+    if expected == length {
+        Ok((metadata, start))
+    } else {
+        Err(LlamaError::WeightsLength { path: path.into(), expected, found: length })
     }
 }
 
@@ -222,7 +219,7 @@ fn is_read(dtype: Dtype) -> bool {
 fn nearest(name: &str, names: &BTreeSet<&str>) -> Option<String> {
     let similarity = |other: &str| strsim::normalized_levenshtein(name, other);
     let best = names.iter().map(|other| (similarity(other), other)).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 > 0.6).then(|| (*best.1).to_owned())
+    (best.0 > 0.6).then(|| (*best.1).to_string())
 }
 
 #[cfg(test)]
@@ -232,14 +229,13 @@ pub(super) mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::{
-        LlamaConfig, LlamaForCausalLm,
-        weights::tests::{config, logits, saved},
-    };
+    use crate::config::LlamaConfig;
+    use crate::model::LlamaForCausalLm;
+    use crate::weights::tests::{config, logits, saved};
 
     /// The tensors of a file in f32, in file order.
     pub(in crate::weights) fn read(path: &Path) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-        let files = WeightFiles { path: path.to_owned(), files: vec![path.to_owned()] };
+        let files = WeightFiles { path: path.into(), files: vec![path.into()] };
         let mut checkpoint = Checkpoint::of(files).unwrap();
         let names: Vec<_> =
             checkpoint.tensors.iter().map(|(name, e)| (name.clone(), e.info.shape.clone())).collect();
@@ -274,7 +270,7 @@ pub(super) mod tests {
         for tensor in &mut tensors {
             match tensor.0.as_str() {
                 "model.layers.0.self_attn.q_proj.weight" => {
-                    tensor.0 = "model.layers.0.self_attn.q_prj.weight".to_owned();
+                    tensor.0 = "model.layers.0.self_attn.q_prj.weight".to_string();
                 }
                 "model.layers.1.mlp.up_proj.weight" => tensor.1 = vec![8, 12],
                 _ => {}
@@ -305,7 +301,7 @@ pub(super) mod tests {
         let (dir, model) = saved(&config());
         let path = dir.path().join(WEIGHTS_FILE);
         let mut tensors = read(&path);
-        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![1], vec![9.0]));
+        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_string(), vec![1], vec![9.0]));
         write(&path, &tensors, Dtype::F32);
         let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
         assert_eq!(logits(&loaded), logits(&model));
@@ -324,7 +320,7 @@ pub(super) mod tests {
         let head = |change: fn(&mut Vec<f32>)| {
             let mut values = tensors[embedding].2.clone();
             change(&mut values);
-            (HEAD.to_owned(), vec![11, 8], values)
+            (HEAD.to_string(), vec![11, 8], values)
         };
         let with = |head: (String, Vec<usize>, Vec<f32>)| [tensors.clone(), vec![head]].concat();
 
@@ -358,11 +354,11 @@ pub(super) mod tests {
 
         // A head alone is the embedding.
         let mut alone = tensors.clone();
-        alone[embedding].0 = HEAD.to_owned();
+        alone[embedding].0 = HEAD.to_string();
         assert_eq!(logits(&load(&alone, Dtype::F32).unwrap()), logits(&tied));
 
         let text =
-            load(&with((HEAD.to_owned(), vec![10, 8], vec![0.0; 80])), Dtype::F32).unwrap_err().to_string();
+            load(&with((HEAD.to_string(), vec![10, 8], vec![0.0; 80])), Dtype::F32).unwrap_err().to_string();
         assert!(text.contains("`lm_head.weight`: expected shape [11, 8], found [10, 8]"), "{text}");
     }
 

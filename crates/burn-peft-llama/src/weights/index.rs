@@ -1,13 +1,12 @@
 //! Which files hold the weights of a model directory: one, or the shards that an index lists.
 
-use std::{
-    collections::BTreeMap,
-    path::{Component, Path, PathBuf},
-};
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::{LlamaError, file};
+use crate::error::LlamaError;
+use crate::file;
 
 pub(super) const WEIGHTS_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -31,9 +30,10 @@ impl WeightFiles {
         let index = dir.join(INDEX_FILE);
         let single = dir.join(WEIGHTS_FILE);
         // Like transformers: the single file goes first.
-        let text = match single.exists() {
-            true => None,
-            false => file::read_optional(&index, "it lists the files of weights")?,
+        let text = if single.exists() {
+            None
+        } else {
+            file::read_optional(&index, "it lists the files of weights")?
         };
         let Some(text) = text else {
             return Ok(Self { path: single.clone(), files: vec![single] });
@@ -64,13 +64,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{
-        LlamaForCausalLm,
-        weights::{
-            checkpoint::tests::{read, write},
-            tests::{config, logits, saved},
-        },
-    };
+    use crate::model::LlamaForCausalLm;
+    use crate::weights::checkpoint::tests::{read, write};
+    use crate::weights::tests::{config, logits, saved};
 
     #[test]
     fn shards_load_and_may_not_leave_the_directory() {

@@ -1,12 +1,12 @@
 //! A model from the tensors of a checkpoint.
 
-use burn::{
-    module::Param,
-    tensor::{DType, Device, Tensor, TensorData},
-};
+use burn::module::Param;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::{checkpoint::Checkpoint, transpose::transpose};
-use crate::{LlamaError, model::ParameterSource};
+use super::checkpoint::Checkpoint;
+use super::transpose::transpose;
+use crate::error::LlamaError;
+use crate::source::ParameterSource;
 
 /// The parameters of a checkpoint.
 pub(super) struct Loader<'a> {

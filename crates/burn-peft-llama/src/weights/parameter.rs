@@ -1,11 +1,10 @@
 //! The parameters of a model, as its files name and shape them.
 
-use burn::{
-    module::{Module, ModuleVisitor, Param},
-    tensor::{DType, Tensor, TensorData},
-};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor, TensorData};
 
-use crate::{LlamaError, LlamaForCausalLm};
+use crate::error::LlamaError;
+use crate::model::LlamaForCausalLm;
 
 /// A parameter of a model.
 pub(super) struct Parameter {
@@ -32,8 +31,8 @@ pub(super) fn parameters(model: &LlamaForCausalLm) -> Vec<Parameter> {
 
     impl ModuleVisitor for Reader {
         fn enter_module(&mut self, name: &str, container: &str) {
-            self.path.push(name.to_owned());
-            self.containers.push(container.to_owned());
+            self.path.push(name.to_string());
+            self.containers.push(container.to_string());
         }
 
         fn exit_module(&mut self, _name: &str, _container: &str) {

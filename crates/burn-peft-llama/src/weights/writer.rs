@@ -1,20 +1,19 @@
 //! Writing `model.safetensors`.
 
-use std::{
-    collections::HashMap,
-    io::{self, Write},
-    path::Path,
-};
+use std::collections::HashMap;
+use std::io;
+use std::io::Write;
+use std::path::Path;
 
 use burn::tensor::DType;
 use burn_peft_files::{DirectoryWriter, StagedFile};
-use safetensors::{
-    Dtype, SafeTensorError,
-    tensor::{Metadata, TensorInfo},
-};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensorError};
 
-use super::{parameter::Parameter, transpose::transpose_bytes};
-use crate::{LlamaError, file};
+use super::parameter::Parameter;
+use super::transpose::transpose_bytes;
+use crate::error::LlamaError;
+use crate::file;
 
 /// Writes tensors one after the other into a file that has yet to be moved to `path`.
 pub(super) fn write(
@@ -22,8 +21,8 @@ pub(super) fn write(
     path: &Path,
     parameters: &[Parameter],
 ) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
-    let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
+    let failed = |source| LlamaError::WriteText { path: path.into(), source };
+    let malformed = |source| LlamaError::WeightsFile { path: path.into(), source };
     let mut offset = 0;
     let mut infos = Vec::with_capacity(parameters.len());
     for Parameter { name, shape, dtype, .. } in parameters {
@@ -38,7 +37,7 @@ pub(super) fn write(
         infos.push((name.clone(), TensorInfo { dtype, shape: shape.clone(), data_offsets: (offset, end) }));
         offset = end;
     }
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
     let metadata = Metadata::new(Some(format), infos).map_err(malformed)?;
     let mut header = serde_json::to_vec(&metadata).map_err(|error| failed(io::Error::from(error)))?;
     header.resize(header.len().next_multiple_of(8), b' ');
@@ -65,11 +64,9 @@ pub(super) fn write(
 mod tests {
     use std::fs;
 
-    use crate::weights::{
-        checkpoint::tests::read,
-        index::WEIGHTS_FILE,
-        tests::{config, saved},
-    };
+    use crate::weights::checkpoint::tests::read;
+    use crate::weights::index::WEIGHTS_FILE;
+    use crate::weights::tests::{config, saved};
 
     #[test]
     fn linear_weights_are_stored_transposed_with_the_format_of_torch() {
