@@ -73,12 +73,12 @@ impl Precision {
     }
 }
 
-/// A type as the command line names it, and as `config.json` does.
-pub fn names_of(dtype: FloatDType) -> (&'static str, &'static str) {
+/// A type as the command line names it.
+pub fn name_of(dtype: FloatDType) -> &'static str {
     match DType::from(dtype) {
-        DType::BF16 => ("bf16", "bfloat16"),
-        DType::F16 => ("f16", "float16"),
-        _ => ("f32", "float32"),
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        _ => "f32",
     }
 }
 
@@ -121,6 +121,6 @@ mod tests {
     fn keep_is_the_type_of_the_base() {
         assert_eq!(Precision::Keep.resolve(FloatDType::BF16), FloatDType::BF16);
         assert_eq!(Precision::F32.resolve(FloatDType::BF16), FloatDType::F32);
-        assert_eq!(names_of(FloatDType::F16), ("f16", "float16"));
+        assert_eq!(name_of(FloatDType::F16), "f16");
     }
 }

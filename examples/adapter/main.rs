@@ -11,7 +11,6 @@ mod failure;
 mod inspect;
 mod merge;
 mod numbers;
-mod output;
 mod table;
 #[cfg(test)]
 mod tests;

@@ -20,15 +20,13 @@ pub(crate) const STAGED: &str = ".staged-";
 /// whole; which of the files they see together is up to the order in which they are [put](StagedFile::put).
 ///
 /// ```
-/// use std::io::Write;
 /// use burn_peft_files::DirectoryWriter;
 ///
 /// # fn main() -> std::io::Result<()> {
 /// # let parent = tempfile::tempdir()?;
 /// # let directory = parent.path().join("new");
 /// let writer = DirectoryWriter::open(&directory)?;
-/// let mut file = writer.stage("config.json")?;
-/// file.write_all(b"{}")?;
+/// let file = writer.stage_bytes("config.json", "{}")?;
 /// assert!(!directory.join("config.json").exists());
 /// file.put()?;
 /// assert!(directory.join("config.json").exists());
@@ -70,6 +68,16 @@ impl DirectoryWriter {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(&self.directory)?;
         Ok(StagedFile { file, path: self.directory.join(name) })
+    }
+
+    /// A [staged](Self::stage) file of these bytes.
+    ///
+    /// # Errors
+    /// No file can be made in the directory, or it cannot be written.
+    pub fn stage_bytes(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<StagedFile> {
+        let mut file = self.stage(name)?;
+        file.write_all(bytes.as_ref())?;
+        Ok(file)
     }
 
     /// Removes the file `name`, if there is one.

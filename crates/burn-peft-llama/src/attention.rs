@@ -8,7 +8,7 @@ use crate::cache::LayerCache;
 use crate::config::LlamaConfig;
 use crate::ops::attention::attention;
 use crate::rope::RotaryTables;
-use crate::source::ParameterSource;
+use crate::source::Source;
 
 /// Grouped-query attention: `softmax(q kᵀ / sqrt(d) + mask) v`, where each key and value head serves
 /// `num_attention_heads / num_key_value_heads` query heads.
@@ -36,19 +36,15 @@ pub(crate) struct Context {
 }
 
 impl LlamaAttention {
-    pub(crate) fn build<S: ParameterSource>(
-        config: &LlamaConfig,
-        source: &mut S,
-        path: &str,
-    ) -> Result<Self, S::Error> {
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
         let (hidden, d) = (config.hidden_size, config.head_dim);
         let (queries, keys) = (config.num_attention_heads * d, config.num_key_value_heads * d);
         let (qkv_bias, o_bias) = (config.has_qkv_bias(), config.has_o_bias());
         Ok(Self {
-            q_proj: source.layer(&format!("{path}.q_proj"), [hidden, queries], qkv_bias)?,
-            k_proj: source.layer(&format!("{path}.k_proj"), [hidden, keys], qkv_bias)?,
-            v_proj: source.layer(&format!("{path}.v_proj"), [hidden, keys], qkv_bias)?,
-            o_proj: source.layer(&format!("{path}.o_proj"), [queries, hidden], o_bias)?,
+            q_proj: from.layer(&format!("{path}.q_proj"), [hidden, queries], qkv_bias)?,
+            k_proj: from.layer(&format!("{path}.k_proj"), [hidden, keys], qkv_bias)?,
+            v_proj: from.layer(&format!("{path}.v_proj"), [hidden, keys], qkv_bias)?,
+            o_proj: from.layer(&format!("{path}.o_proj"), [queries, hidden], o_bias)?,
             num_key_value_heads: config.num_key_value_heads,
             head_dim: d,
         })

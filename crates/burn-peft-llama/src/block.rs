@@ -8,7 +8,7 @@ use crate::cache::LayerCache;
 use crate::config::LlamaConfig;
 use crate::mlp::LlamaMlp;
 use crate::norm::RmsNorm;
-use crate::source::ParameterSource;
+use crate::source::Source;
 
 /// `x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
 #[derive(Module, Debug)]
@@ -24,17 +24,13 @@ pub struct LlamaBlock {
 }
 
 impl LlamaBlock {
-    pub(crate) fn build<S: ParameterSource>(
-        config: &LlamaConfig,
-        source: &mut S,
-        path: &str,
-    ) -> Result<Self, S::Error> {
-        let norm = |source: &mut S, name: &str| RmsNorm::build(config, source, &format!("{path}.{name}"));
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let norm = |from: &mut S, name: &str| RmsNorm::build(config, from, &format!("{path}.{name}"));
         Ok(Self {
-            self_attn: LlamaAttention::build(config, source, &format!("{path}.self_attn"))?,
-            mlp: LlamaMlp::build(config, source, &format!("{path}.mlp"))?,
-            input_layernorm: norm(source, "input_layernorm")?,
-            post_attention_layernorm: norm(source, "post_attention_layernorm")?,
+            self_attn: LlamaAttention::build(config, from, &format!("{path}.self_attn"))?,
+            mlp: LlamaMlp::build(config, from, &format!("{path}.mlp"))?,
+            input_layernorm: norm(from, "input_layernorm")?,
+            post_attention_layernorm: norm(from, "post_attention_layernorm")?,
         })
     }
 

@@ -20,7 +20,7 @@ pub enum LlamaError {
         /// What it is.
         found: burn_peft_files::WrongFile,
     },
-    /// `config.json`, `generation_config.json` or the index of the weights is malformed.
+    /// `config.json` or `generation_config.json` is malformed.
     #[error("cannot parse `{}`", path.display())]
     ConfigJson {
         /// The file.
@@ -37,35 +37,9 @@ pub enum LlamaError {
         /// All of them.
         problems: Vec<ConfigProblem>,
     },
-    /// The index of the weights names a file outside the model's directory.
-    #[error("`{}`: expected the name of a file beside it, found `{name}`", path.display())]
-    ShardName {
-        /// The index.
-        path: PathBuf,
-        /// The name it holds.
-        name: String,
-    },
-    /// A file of weights breaks the safetensors format.
-    #[error("malformed weights `{}`", path.display())]
-    WeightsFile {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        source: safetensors::SafeTensorError,
-    },
-    /// A file of weights is shorter or longer than its header says.
-    #[error(
-        "malformed weights `{}`: expected {expected} bytes, found {found}\nhint: was the download complete?",
-        path.display()
-    )]
-    WeightsLength {
-        /// The file.
-        path: PathBuf,
-        /// The length by the header, in bytes.
-        expected: u64,
-        /// The length, in bytes.
-        found: u64,
-    },
+    /// The index of the weights or a file of weights is malformed.
+    #[error(transparent)]
+    WeightsFile(burn_peft_files::TensorFileError),
     /// The weights do not fit the model that `config.json` describes.
     #[error("the weights in `{}` do not fit `config.json`:{}", path.display(), lines(problems))]
     Weights {
@@ -282,9 +256,17 @@ pub enum LlamaError {
         /// Number of prompts.
         prompts: usize,
     },
-    /// The adapters of a model are in a state that an operation on it cannot work with.
+    /// An operation on adapters failed.
     #[error(transparent)]
-    Adapters(burn_peft::PeftError),
+    Adapters(#[from] burn_peft::PeftError),
+    /// A value cannot be held in the type that a model was to be converted to.
+    #[error("a value of `{parameter}` is too large for {dtype:?}\nhint: bf16 and f32 hold larger ones")]
+    TooLarge {
+        /// The parameter.
+        parameter: String,
+        /// The type.
+        dtype: burn::tensor::FloatDType,
+    },
 
     // === Batches ===
     /// A batch of nothing.
@@ -417,6 +399,7 @@ fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
 mod tests {
     use std::error::Error as _;
 
+    use burn_peft_files::TensorFileError;
     use serde::de::Error as _;
 
     use super::*;
@@ -430,7 +413,7 @@ mod tests {
         let (model, file) = ("owner/name".to_string(), "config.json".to_string());
         let errors = [
             LlamaError::ConfigJson { path: path.clone(), source: json() },
-            LlamaError::WeightsFile { path: path.clone(), source: header },
+            LlamaError::WeightsFile(TensorFileError::Format { path: path.clone(), source: header }),
             LlamaError::ReadText { path: path.clone(), source: io(), hint },
             LlamaError::WriteText { path: path.clone(), source: io() },
             LlamaError::TokenizerJson { path, source: json() },

@@ -1,10 +1,12 @@
 //! Reading and writing the small text files of a model directory.
 
 use std::fs;
-use std::io::{Error, ErrorKind, Write};
+use std::io::{Error, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use burn_peft_files::{DirectoryReader, DirectoryWriter, StagedFile, WrongFile};
+use burn_peft_files::{
+    DirectoryReader, DirectoryWriter, StagedFile, TensorFileError, TensorFiles, WEIGHTS_FILE, WrongFile,
+};
 use serde::de::DeserializeOwned;
 
 use crate::error::LlamaError;
@@ -108,25 +110,41 @@ pub(crate) fn lock(dir: &Path) -> Result<DirectoryReader, LlamaError> {
 
 /// Waits until nobody reads from or writes to a model directory, which is made if there is none.
 pub(crate) fn writer(dir: &Path) -> Result<DirectoryWriter, LlamaError> {
-    DirectoryWriter::open(dir).map_err(|source| LlamaError::WriteText { path: dir.into(), source })
+    DirectoryWriter::open(dir).map_err(unwritten(dir))
 }
 
 /// Writes a text file that [`put`] moves to its place.
 pub(crate) fn stage(writer: &DirectoryWriter, path: &Path, text: &str) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.into(), source };
-    let mut file = writer.stage(&name(path)).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)?;
-    Ok(file)
+    writer.stage_bytes(&name(path), text).map_err(unwritten(path))
 }
 
 /// Moves a file to its place.
 pub(crate) fn put(file: StagedFile, path: &Path) -> Result<(), LlamaError> {
-    file.put().map_err(|source| LlamaError::WriteText { path: path.into(), source })
+    file.put().map_err(unwritten(path))
 }
 
 /// Removes a file, if there is one.
 pub(crate) fn remove(writer: &DirectoryWriter, path: &Path) -> Result<(), LlamaError> {
-    writer.remove(&name(path)).map_err(|source| LlamaError::WriteText { path: path.into(), source })
+    writer.remove(&name(path)).map_err(unwritten(path))
+}
+
+/// The error about a file that cannot be written.
+pub(crate) fn unwritten(path: &Path) -> impl Fn(Error) -> LlamaError {
+    move |source| LlamaError::WriteText { path: path.into(), source }
+}
+
+/// Opens the weights of a model directory.
+pub(crate) fn open_weights(dir: &Path) -> Result<TensorFiles, LlamaError> {
+    TensorFiles::open(dir).map_err(unread_weights(hint_for(dir, WEIGHTS_FILE)))
+}
+
+/// The error about weights that cannot be read, with what to do about it.
+pub(crate) fn unread_weights(hint: &'static str) -> impl Fn(TensorFileError) -> LlamaError {
+    move |error| match error {
+        TensorFileError::Io { path, source } => LlamaError::ReadText { path, source, hint },
+        TensorFileError::WrongFile { path, found } => LlamaError::WrongFile { path, found },
+        other => LlamaError::WeightsFile(other),
+    }
 }
 
 /// The last part of a path.

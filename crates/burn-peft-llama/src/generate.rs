@@ -134,7 +134,7 @@ impl LlamaForCausalLm {
                 let kept = going.iter().map(|&i| i as i64).collect();
                 cache.keep(&ints(kept, &device));
                 if is_mixed {
-                    model = model.select_rows(&going).map_err(LlamaError::Adapters)?;
+                    model = model.select_rows(&going)?;
                 }
                 rows = going.iter().map(|&i| rows[i]).collect();
             }

@@ -6,7 +6,7 @@ use burn_peft::LoraLinear;
 
 use crate::config::LlamaConfig;
 use crate::ops::swiglu::swiglu;
-use crate::source::ParameterSource;
+use crate::source::Source;
 
 /// SwiGLU: `down_proj(silu(gate_proj(x)) * up_proj(x))`.
 #[derive(Module, Debug)]
@@ -20,16 +20,12 @@ pub struct LlamaMlp {
 }
 
 impl LlamaMlp {
-    pub(crate) fn build<S: ParameterSource>(
-        config: &LlamaConfig,
-        source: &mut S,
-        path: &str,
-    ) -> Result<Self, S::Error> {
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
         let (hidden, ffn, bias) = (config.hidden_size, config.intermediate_size, config.has_mlp_bias());
         Ok(Self {
-            gate_proj: source.layer(&format!("{path}.gate_proj"), [hidden, ffn], bias)?,
-            up_proj: source.layer(&format!("{path}.up_proj"), [hidden, ffn], bias)?,
-            down_proj: source.layer(&format!("{path}.down_proj"), [ffn, hidden], bias)?,
+            gate_proj: from.layer(&format!("{path}.gate_proj"), [hidden, ffn], bias)?,
+            up_proj: from.layer(&format!("{path}.up_proj"), [hidden, ffn], bias)?,
+            down_proj: from.layer(&format!("{path}.down_proj"), [ffn, hidden], bias)?,
         })
     }
 

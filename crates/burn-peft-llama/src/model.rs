@@ -15,7 +15,7 @@ use crate::loss::mean_cross_entropy;
 use crate::mask::causal_bias;
 use crate::norm::RmsNorm;
 use crate::rope::Rope;
-use crate::source::{Fresh, ParameterSource};
+use crate::source::{Fresh, Kind, Source};
 
 /// A LLaMA without its output layer.
 #[derive(Module, Debug)]
@@ -63,11 +63,11 @@ impl LlamaConfig {
 }
 
 impl LlamaForCausalLm {
-    pub(crate) fn build<S: ParameterSource>(config: &LlamaConfig, source: &mut S) -> Result<Self, S::Error> {
-        let model = Llama::build(config, source, "model")?;
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S) -> Result<Self, S::Error> {
+        let model = Llama::build(config, from, "model")?;
         let shape = [config.hidden_size, config.vocab_size];
         let lm_head =
-            if config.tie_word_embeddings { None } else { Some(source.layer("lm_head", shape, false)?) };
+            if config.tie_word_embeddings { None } else { Some(from.layer("lm_head", shape, false)?) };
         Ok(Self { model, lm_head, config: config.clone() })
     }
 
@@ -215,14 +215,14 @@ impl LlamaForCausalLm {
 }
 
 impl Llama {
-    fn build<S: ParameterSource>(config: &LlamaConfig, source: &mut S, path: &str) -> Result<Self, S::Error> {
+    fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
         let shape = [config.vocab_size, config.hidden_size];
-        let weight = source.embedding(&format!("{path}.embed_tokens.weight"), shape)?;
+        let weight = from.parameter(&format!("{path}.embed_tokens.weight"), shape, Kind::Embedding)?;
         let mut embed_tokens = LoraEmbedding::from(Embedding { weight });
         embed_tokens.set_tied_output(config.tie_word_embeddings);
-        let layer = |i| LlamaBlock::build(config, source, &format!("{path}.layers.{i}"));
+        let layer = |i| LlamaBlock::build(config, from, &format!("{path}.layers.{i}"));
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?;
-        let norm = RmsNorm::build(config, source, &format!("{path}.norm"))?;
+        let norm = RmsNorm::build(config, from, &format!("{path}.norm"))?;
         Ok(Self { embed_tokens, layers, norm, rope: Rope::new(&config.rope, config.head_dim) })
     }
 

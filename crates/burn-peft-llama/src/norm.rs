@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::config::LlamaConfig;
 use crate::ops::rms_norm::rms_norm;
-use crate::source::ParameterSource;
+use crate::source::{Kind, Source};
 
 /// `y = x / sqrt(mean(x²) + eps) * weight` over the last axis.
 ///
@@ -18,12 +18,8 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    pub(crate) fn build<S: ParameterSource>(
-        config: &LlamaConfig,
-        source: &mut S,
-        path: &str,
-    ) -> Result<Self, S::Error> {
-        let weight = source.norm(&format!("{path}.weight"), config.hidden_size)?;
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let weight = from.parameter(&format!("{path}.weight"), [config.hidden_size], Kind::Norm)?;
         Ok(Self { weight, epsilon: config.rms_norm_eps })
     }
 

@@ -7,24 +7,37 @@ use burn::nn::{Initializer, Linear};
 use burn::tensor::{Device, Tensor};
 use burn_peft::LoraLinear;
 
-/// Where the parameters of a new model come from, by their path.
-pub(crate) trait ParameterSource {
+/// Gives the parameters of a new model, by their path.
+pub(crate) trait Source {
     type Error;
-    /// A matrix that multiplies from the right. `[d_in, d_out]`
-    fn linear(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
-    /// `[n, d]`
-    fn embedding(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
-    /// `[d]`
-    fn norm(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, Self::Error>;
-    /// `[d]`
-    fn bias(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, Self::Error>;
 
-    /// A linear layer from its weight and bias.
+    /// The parameter of that path.
+    fn parameter<const D: usize>(
+        &mut self,
+        path: &str,
+        shape: [usize; D],
+        kind: Kind,
+    ) -> Result<Param<Tensor<D>>, Self::Error>;
+
+    /// A linear layer from its weight and bias. `[d_in, d_out]`
     fn layer(&mut self, path: &str, shape: [usize; 2], with_bias: bool) -> Result<LoraLinear, Self::Error> {
-        let weight = self.linear(&format!("{path}.weight"), shape)?;
-        let bias = with_bias.then(|| self.bias(&format!("{path}.bias"), shape[1])).transpose()?;
-        Ok(Linear { weight, bias }.into())
+        let weight = self.parameter(&format!("{path}.weight"), shape, Kind::Linear)?;
+        let bias = || self.parameter(&format!("{path}.bias"), [shape[1]], Kind::Bias);
+        Ok(Linear { weight, bias: with_bias.then(bias).transpose()? }.into())
     }
+}
+
+/// What a parameter is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A matrix that multiplies from the right, `[d_in, d_out]`.
+    Linear,
+    /// A vector for each token, `[n, d]`.
+    Embedding,
+    /// `[d]`
+    Norm,
+    /// `[d]`
+    Bias,
 }
 
 /// Random parameters, made when they are first used.
@@ -33,22 +46,20 @@ pub(crate) struct Fresh<'a> {
     pub(crate) weights: Initializer,
 }
 
-impl ParameterSource for Fresh<'_> {
+impl Source for Fresh<'_> {
     type Error = Infallible;
 
-    fn linear(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.weights.init(shape, self.device))
-    }
-
-    fn embedding(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.weights.init(shape, self.device))
-    }
-
-    fn norm(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(Initializer::Ones.init([d], self.device))
-    }
-
-    fn bias(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(Initializer::Zeros.init([d], self.device))
+    fn parameter<const D: usize>(
+        &mut self,
+        _path: &str,
+        shape: [usize; D],
+        kind: Kind,
+    ) -> Result<Param<Tensor<D>>, Infallible> {
+        let initializer = match kind {
+            Kind::Linear | Kind::Embedding => &self.weights,
+            Kind::Norm => &Initializer::Ones,
+            Kind::Bias => &Initializer::Zeros,
+        };
+        Ok(initializer.init(shape, self.device))
     }
 }

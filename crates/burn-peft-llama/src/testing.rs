@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::config::LlamaConfig;
 use crate::model::LlamaForCausalLm;
-use crate::source::ParameterSource;
+use crate::source::{Kind, Source};
 
 pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter::<f32>().collect()
@@ -39,23 +39,20 @@ impl Drawn<'_> {
     }
 }
 
-impl ParameterSource for Drawn<'_> {
+impl Source for Drawn<'_> {
     type Error = Infallible;
 
-    fn linear(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.draw(shape, 0.0, 1.4))
-    }
-
-    fn embedding(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.draw(shape, 0.0, 1.4))
-    }
-
-    fn norm(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(self.draw([d], 1.0, 0.4))
-    }
-
-    fn bias(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(self.draw([d], 0.0, 0.4))
+    fn parameter<const D: usize>(
+        &mut self,
+        _path: &str,
+        shape: [usize; D],
+        kind: Kind,
+    ) -> Result<Param<Tensor<D>>, Infallible> {
+        Ok(match kind {
+            Kind::Linear | Kind::Embedding => self.draw(shape, 0.0, 1.4),
+            Kind::Norm => self.draw(shape, 1.0, 0.4),
+            Kind::Bias => self.draw(shape, 0.0, 0.4),
+        })
     }
 }
 

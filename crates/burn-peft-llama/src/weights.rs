@@ -1,24 +1,22 @@
 //! Model directories in the Hugging Face layout, both directions.
 
 mod checkpoint;
-mod index;
 mod loader;
-mod parameter;
 mod transpose;
 mod writer;
 
 use std::path::Path;
 
 use burn::tensor::{DType, Device, FloatDType};
+use burn_peft_files::WEIGHTS_FILE;
 
 use self::checkpoint::Checkpoint;
-use self::index::WEIGHTS_FILE;
 use self::loader::Loader;
-use self::parameter::parameters;
 use crate::config::{CONFIG_FILE, LlamaConfig};
 use crate::error::LlamaError;
 use crate::file;
 use crate::model::LlamaForCausalLm;
+use crate::parameters::parameters;
 
 impl LlamaForCausalLm {
     /// Loads a model directory in the Hugging Face layout in f32; see
@@ -48,9 +46,8 @@ impl LlamaForCausalLm {
     /// - as [`LlamaConfig::load`],
     /// - [`LlamaError::ReadText`] if a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::ConfigJson`] if the index is malformed,
-    /// - [`LlamaError::ShardName`] if the index leads out of the directory,
-    /// - [`LlamaError::WeightsFile`] and [`LlamaError::WeightsLength`] if a file of weights is malformed,
+    /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
+    ///   directory,
     /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors.
     pub fn from_pretrained_as(
         dir: impl AsRef<Path>,
@@ -91,12 +88,7 @@ impl LlamaForCausalLm {
         }
         // Wider types first keeps every tensor aligned.
         parameters.sort_by_key(|parameter| std::cmp::Reverse(parameter.dtype.size()));
-        let dtype = match self.model.embed_tokens.weight.base().dtype() {
-            DType::BF16 => "bfloat16",
-            DType::F16 => "float16",
-            DType::F64 => "float64",
-            _ => "float32",
-        };
+        let dtype = dtype_name(self.model.embed_tokens.weight.base().dtype());
         let config = format!("{:#}\n", self.config().to_json(dtype));
         let (weights_path, config_path) = (dir.join(WEIGHTS_FILE), dir.join(CONFIG_FILE));
         let directory = file::writer(dir)?;
@@ -110,12 +102,24 @@ impl LlamaForCausalLm {
     }
 }
 
+/// A type as `config.json` names it.
+pub(crate) fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F64 => "float64",
+        _ => "float32",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use burn::tensor::{Int, Tensor};
+    use burn_peft_files::TensorFileError;
     use safetensors::Dtype;
+    use serde_json::json;
 
     use super::checkpoint::tests::{read, write};
     use super::*;
@@ -245,5 +249,43 @@ mod tests {
         );
         model.merge_and_unload().unwrap();
         model.save_pretrained(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn shards_load_and_may_not_leave_the_directory() {
+        let (dir, model) = saved(&config());
+        let single = dir.path().join(WEIGHTS_FILE);
+        let tensors = read(&single);
+        fs::remove_file(&single).unwrap();
+        let (first, second) = tensors.split_at(9);
+        write(&dir.path().join("a.safetensors"), first, Dtype::F32);
+        write(&dir.path().join("b.safetensors"), second, Dtype::F32);
+        let mut map = json!({});
+        for (tensors, file) in [(first, "a.safetensors"), (second, "b.safetensors")] {
+            for (name, _, _) in tensors {
+                map[name] = json!(file);
+            }
+        }
+        let index = |map: &serde_json::Value| {
+            let text = json!({ "metadata": { "total_size": 1 }, "weight_map": map }).to_string();
+            fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        };
+        index(&map);
+        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
+        assert_eq!(logits(&loaded), logits(&model));
+
+        for name in ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "..", ""] {
+            map["model.norm.weight"] = json!(name);
+            index(&map);
+            let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+            assert!(
+                matches!(&error, LlamaError::WeightsFile(TensorFileError::ShardName { name: found, .. }) if found == name),
+                "{error}"
+            );
+        }
+        map["model.norm.weight"] = json!("c.safetensors");
+        index(&map);
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        assert!(error.to_string().contains("c.safetensors"), "{error}");
     }
 }

@@ -1,12 +1,13 @@
 //! What must hold before the first step.
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{DType, Device, Tensor};
+use burn::module::Module;
+use burn::tensor::{DType, Device};
 use burn_peft::PeftModel;
 
 use crate::batch::Collator;
 use crate::conversation::Example;
 use crate::error::LlamaError;
+use crate::parameters::parameters;
 
 pub(super) fn check_examples(
     examples: &[Example],
@@ -38,12 +39,11 @@ pub(super) fn check_trainable<M: Module>(model: &M, device: &Device) -> Result<(
         let hint = "the model is not on an autodiff device; load it on `device.autodiff()`";
         return Err(LlamaError::NotTrainable { hint });
     }
-    let mut trainable = Trainable::default();
-    model.visit(&mut trainable);
-    if let Some(parameter) = trainable.f16 {
-        return Err(LlamaError::TrainableF16 { parameter });
+    let trained: Vec<_> = parameters(model).into_iter().filter(|parameter| parameter.trained).collect();
+    if let Some(parameter) = trained.iter().find(|parameter| parameter.dtype == DType::F16) {
+        return Err(LlamaError::TrainableF16 { parameter: parameter.name.clone() });
     }
-    if !trainable.any || !takes_part(model) {
+    if trained.is_empty() || !takes_part(model) {
         return Err(LlamaError::NotTrainable { hint: hint(model) });
     }
     Ok(())
@@ -72,35 +72,6 @@ pub(crate) fn hint<M: Module>(model: &M) -> &'static str {
         "no adapter is active; call `set_adapter`"
     } else {
         "all parameters are frozen; add an adapter"
-    }
-}
-
-/// What a visit finds out about the trainable parameters.
-#[derive(Default)]
-struct Trainable {
-    path: Vec<String>,
-    any: bool,
-    /// The first one in f16.
-    f16: Option<String>,
-}
-
-impl ModuleVisitor for Trainable {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_string());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_require_grad() {
-            return;
-        }
-        self.any = true;
-        if param.dtype() == DType::F16 && self.f16.is_none() {
-            self.f16 = Some(self.path.join("."));
-        }
     }
 }
 

@@ -1,19 +1,18 @@
 //! Writing `model.safetensors`.
 
 use std::collections::HashMap;
-use std::io;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 use burn::tensor::DType;
-use burn_peft_files::{DirectoryWriter, StagedFile};
+use burn_peft_files::{DirectoryWriter, StagedFile, TensorFileError};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError};
 
-use super::parameter::Parameter;
 use super::transpose::transpose_bytes;
 use crate::error::LlamaError;
-use crate::file;
+use crate::file::{self, unwritten};
+use crate::parameters::Parameter;
 
 /// Writes tensors one after the other into a file that has yet to be moved to `path`.
 pub(super) fn write(
@@ -21,8 +20,8 @@ pub(super) fn write(
     path: &Path,
     parameters: &[Parameter],
 ) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.into(), source };
-    let malformed = |source| LlamaError::WeightsFile { path: path.into(), source };
+    let failed = unwritten(path);
+    let malformed = |source| LlamaError::WeightsFile(TensorFileError::Format { path: path.into(), source });
     let mut offset = 0;
     let mut infos = Vec::with_capacity(parameters.len());
     for Parameter { name, shape, dtype, .. } in parameters {
@@ -42,10 +41,10 @@ pub(super) fn write(
     let mut header = serde_json::to_vec(&metadata).map_err(|error| failed(io::Error::from(error)))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let mut file = directory.stage(&file::name(path)).map_err(failed)?;
+    let mut file = directory.stage(&file::name(path)).map_err(&failed)?;
     let mut writer = io::BufWriter::with_capacity(1 << 20, &mut file);
-    writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-    writer.write_all(&header).map_err(failed)?;
+    writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(&failed)?;
+    writer.write_all(&header).map_err(&failed)?;
     for parameter in parameters {
         let data = (parameter.read)()?;
         let size = parameter.dtype.size();
@@ -53,9 +52,9 @@ pub(super) fn write(
             (true, &[rows, columns]) => transpose_bytes(data.as_bytes(), [columns, rows], size),
             _ => data.as_bytes().to_vec(),
         };
-        writer.write_all(&bytes).map_err(failed)?;
+        writer.write_all(&bytes).map_err(&failed)?;
     }
-    writer.flush().map_err(failed)?;
+    writer.flush().map_err(&failed)?;
     drop(writer);
     Ok(file)
 }
@@ -65,8 +64,8 @@ mod tests {
     use std::fs;
 
     use crate::weights::checkpoint::tests::read;
-    use crate::weights::index::WEIGHTS_FILE;
     use crate::weights::tests::{config, saved};
+    use burn_peft_files::WEIGHTS_FILE;
 
     #[test]
     fn linear_weights_are_stored_transposed_with_the_format_of_torch() {
