@@ -31,7 +31,7 @@ pub struct InspectArgs {
 
 #[derive(Args, Debug, Clone)]
 pub struct MergeArgs {
-    /// Base model: a directory in the Hugging Face layout with the LLaMA architecture
+    /// Base model: a directory in the Hugging Face layout with the architecture of LLaMA or Qwen2
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// Adapters, separated by commas; the updates of several are summed

@@ -87,7 +87,7 @@ pub fn answer(
     // A directory may name its end token for the tokenizer only.
     let options = GenerateOptions::new()
         .with_max_new_tokens(max_new_tokens)
-        .with_stop_token_ids(tokenizer.eos_token_id());
+        .with_stop_token_ids(tokenizer.eos_token_id().into_iter().collect());
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|index| prompts[*index].len());
     let mut answers = vec![String::new(); prompts.len()];

@@ -21,5 +21,5 @@ pub use closest::{closest, closest_key};
 pub use directory::{DirectoryReader, DirectoryWriter, StagedFile, read_together};
 pub use float::{is_float, to_f32};
 pub use staged_directory::StagedDirectory;
-pub use tensor_files::{TensorFileError, TensorFiles, WEIGHTS_FILE};
+pub use tensor_files::{INDEX_FILE, TensorFileError, TensorFiles, WEIGHTS_FILE};
 pub use wrong_file::WrongFile;

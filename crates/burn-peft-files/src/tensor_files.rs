@@ -15,7 +15,8 @@ use crate::wrong_file::WrongFile;
 
 /// The file of weights in a model directory, unless there are several.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The file that lists the files of weights in a model directory, if there are several.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Longest header that is read, in bytes; the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;

@@ -6,8 +6,6 @@ mod rope;
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
-
 use self::json::GenerationJson;
 use crate::error::LlamaError;
 use crate::family::{FAMILIES, Family};
@@ -116,7 +114,7 @@ impl LlamaConfig {
         Self { intermediate_size: 4 * hidden_size, ..sized }.with_heads(heads, heads)
     }
 
-    /// The family's name in `config.json`: `llama` or `qwen2`.
+    /// The family's name in `config.json`, such as `llama`.
     pub fn model_type(&self) -> &'static str {
         self.family.model_type
     }
@@ -167,9 +165,9 @@ impl LlamaConfig {
     /// none.
     ///
     /// # Errors
-    /// - [`LlamaError::ReadText`] if `config.json` cannot be read,
+    /// - [`LlamaError::ReadFile`] if `config.json` cannot be read,
     /// - [`LlamaError::WrongFile`] if one of the files is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::ConfigJson`] if one of the files is malformed,
+    /// - [`LlamaError::Json`] if one of the files is malformed,
     /// - [`LlamaError::Config`] with every field that has another type, is not supported or makes no sense: an unknown
     ///   family, an activation other than `silu`, positions other than `default` and `llama3`, a window of attention,
     ///   quantized weights, dropout.
@@ -177,7 +175,7 @@ impl LlamaConfig {
         let dir = dir.as_ref();
         let path = dir.join(CONFIG_FILE);
         let text = file::read_in_model(dir, CONFIG_FILE)?;
-        let (mut config, mut problems) = json::read(&parse(&path, &text)?);
+        let (mut config, mut problems) = json::read(&file::parse(&path, &text)?);
         let unread: Vec<_> = problems.iter().map(|problem| problem.field).collect();
         problems.extend(config.problems().into_iter().filter(|problem| !unread.contains(&problem.field)));
         if !problems.is_empty() {
@@ -186,7 +184,7 @@ impl LlamaConfig {
 
         let path = dir.join(GENERATION_CONFIG_FILE);
         if let Some(text) = file::read_optional(&path, "it holds the end tokens")? {
-            let (generation, problems) = GenerationJson::read(&parse(&path, &text)?);
+            let (generation, problems) = GenerationJson::read(&file::parse(&path, &text)?);
             if !problems.is_empty() {
                 return Err(LlamaError::Config { path, problems });
             }
@@ -260,10 +258,6 @@ impl LlamaConfig {
     }
 }
 
-fn parse(path: &Path, text: &str) -> Result<Map<String, Value>, LlamaError> {
-    file::parse(path, text, |path, source| LlamaError::ConfigJson { path, source })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,12 +284,7 @@ mod tests {
 
     #[test]
     fn incomplete_or_senseless_files_are_errors() {
-        assert!(
-            read("{}", None)
-                .unwrap_err()
-                .to_string()
-                .contains("`model_type`: expected `llama` or `qwen2`, found none")
-        );
+        assert!(read("{}", None).unwrap_err().to_string().contains("`model_type`: expected `llama`"));
         let text = r#"{"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 0}}"#;
         let text = read(text, None).unwrap_err().to_string();
         assert!(text.contains("`factor`") && text.contains("`original_max_position_embeddings`"), "{text}");
@@ -304,8 +293,8 @@ mod tests {
         assert!(text.contains("`num_attention_heads`: expected a positive number, found 0"), "{text}");
         assert!(text.contains("`rms_norm_eps`"), "{text}");
         assert!(matches!(read(r#"{"vocab_size": -1}"#, None), Err(LlamaError::Config { .. })));
-        assert!(matches!(read("[]", None), Err(LlamaError::ConfigJson { .. })));
+        assert!(matches!(read("[]", None), Err(LlamaError::Json { .. })));
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(LlamaConfig::load(dir.path()), Err(LlamaError::ReadText { .. })));
+        assert!(matches!(LlamaConfig::load(dir.path()), Err(LlamaError::ReadFile { .. })));
     }
 }

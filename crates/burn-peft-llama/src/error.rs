@@ -12,6 +12,24 @@ use crate::problem::{ConfigProblem, WeightProblem};
 #[non_exhaustive]
 pub enum LlamaError {
     // === Model files ===
+    /// A file of the model directory could not be read.
+    #[error("cannot read `{}`\nhint: {hint}", path.display())]
+    ReadFile {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+        /// What the file is for and where it comes from.
+        hint: &'static str,
+    },
+    /// A file could not be written.
+    #[error("cannot write `{}`", path.display())]
+    WriteFile {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// A file is not what its name says, such as the pointer that Git LFS leaves.
     #[error("`{}` is {found}\nhint: {}", path.display(), found.hint())]
     WrongFile {
@@ -20,9 +38,9 @@ pub enum LlamaError {
         /// What it is.
         found: burn_peft_files::WrongFile,
     },
-    /// `config.json` or `generation_config.json` is malformed.
+    /// A JSON file of the model directory is malformed.
     #[error("cannot parse `{}`", path.display())]
-    ConfigJson {
+    Json {
         /// The file.
         path: PathBuf,
         /// Where and why parsing failed.
@@ -89,44 +107,8 @@ pub enum LlamaError {
         /// Number of tokens that the model knows.
         vocab_size: usize,
     },
-    /// An option of the sampling has a value that makes no sense.
-    #[error("`{option}`: expected {expected}, found {found}")]
-    SamplingOption {
-        /// The field of [`Sampling`](crate::Sampling).
-        option: &'static str,
-        /// What is allowed.
-        expected: &'static str,
-        /// What was given.
-        found: String,
-    },
 
-    // === Tokenizer files ===
-    /// A file of the model directory could not be read.
-    #[error("cannot read `{}`\nhint: {hint}", path.display())]
-    ReadText {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-        /// What the file is for and where it comes from.
-        hint: &'static str,
-    },
-    /// A file could not be written.
-    #[error("cannot write `{}`", path.display())]
-    WriteText {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
-    /// A JSON file of the tokenizer is malformed.
-    #[error("cannot parse `{}`", path.display())]
-    TokenizerJson {
-        /// The file.
-        path: PathBuf,
-        /// Where and why parsing failed.
-        source: serde_json::Error,
-    },
+    // === Tokenizer ===
     /// `tokenizer.json` was refused, or the tokenizer failed on a text.
     #[error("tokenizer failed to {action}")]
     Tokenizer {
@@ -310,16 +292,6 @@ pub enum LlamaError {
     },
 
     // === Training ===
-    /// An option of the training has a value that makes no sense.
-    #[error("`{option}`: expected {expected}, found {found}")]
-    TrainingOption {
-        /// The field of the configuration.
-        option: &'static str,
-        /// What is allowed.
-        expected: &'static str,
-        /// What was given.
-        found: String,
-    },
     /// Nothing would be trained.
     #[error("no parameter is trainable\nhint: {hint}")]
     NotTrainable {
@@ -345,6 +317,24 @@ pub enum LlamaError {
         /// The loss.
         loss: f64,
     },
+    /// A tensor could not be read back from the device.
+    #[error("cannot read from the device")]
+    DeviceRead {
+        /// What the backend said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    // === Options ===
+    /// An option has a value that makes no sense.
+    #[error("`{option}`: expected {expected}, found {found}")]
+    InvalidOption {
+        /// The option.
+        option: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
     /// A name is not one of a fixed set.
     #[error("unknown {what} `{name}`, expected {expected}")]
     UnknownName {
@@ -354,12 +344,6 @@ pub enum LlamaError {
         name: String,
         /// The names there are, in backticks.
         expected: String,
-    },
-    /// A tensor could not be read back from the device.
-    #[error("cannot read from the device")]
-    DeviceRead {
-        /// What the backend said.
-        source: Box<dyn std::error::Error + Send + Sync>,
     },
 
     // === Hub ===
@@ -412,11 +396,10 @@ mod tests {
         let header = safetensors::SafeTensorError::HeaderTooSmall;
         let (model, file) = ("owner/name".to_string(), "config.json".to_string());
         let errors = [
-            LlamaError::ConfigJson { path: path.clone(), source: json() },
+            LlamaError::Json { path: path.clone(), source: json() },
             LlamaError::WeightsFile(TensorFileError::Format { path: path.clone(), source: header }),
-            LlamaError::ReadText { path: path.clone(), source: io(), hint },
-            LlamaError::WriteText { path: path.clone(), source: io() },
-            LlamaError::TokenizerJson { path, source: json() },
+            LlamaError::ReadFile { path: path.clone(), source: io(), hint },
+            LlamaError::WriteFile { path, source: io() },
             LlamaError::Tokenizer { action: "train".to_string(), source: "the cause".into() },
             LlamaError::ChatTemplate { source: "the cause".into() },
             LlamaError::DeviceRead { source: "the cause".into() },

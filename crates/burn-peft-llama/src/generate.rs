@@ -1,5 +1,6 @@
 //! Continuing prompts.
 
+use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use burn_peft::PeftModel;
@@ -20,46 +21,18 @@ use crate::sampler::{Sampler, Sampling};
 /// assert!(options.stop_token_ids.is_empty());
 /// ```
 #[non_exhaustive]
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Config, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Largest number of tokens that are added to a prompt. Default: 128.
+    #[config(default = 128)]
     pub max_new_tokens: usize,
     /// Tokens that end a continuation, beside the model's own
     /// [`eos_token_ids`](crate::LlamaConfig::eos_token_ids). Default: none.
+    #[config(default = "vec![]")]
     pub stop_token_ids: Vec<u32>,
     /// How the next token is chosen. Default: the most probable one.
+    #[config(default = "Sampling::Greedy")]
     pub sampling: Sampling,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        Self { max_new_tokens: 128, stop_token_ids: vec![], sampling: Sampling::Greedy }
-    }
-}
-
-impl GenerateOptions {
-    /// The defaults: up to 128 of the most probable tokens.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Sets the largest number of tokens that are added to a prompt.
-    pub fn with_max_new_tokens(mut self, max_new_tokens: usize) -> Self {
-        self.max_new_tokens = max_new_tokens;
-        self
-    }
-
-    /// Sets the tokens that end a continuation beside the model's own.
-    pub fn with_stop_token_ids(mut self, stop_token_ids: impl IntoIterator<Item = u32>) -> Self {
-        self.stop_token_ids = stop_token_ids.into_iter().collect();
-        self
-    }
-
-    /// Sets how the next token is chosen.
-    pub fn with_sampling(mut self, sampling: Sampling) -> Self {
-        self.sampling = sampling;
-        self
-    }
 }
 
 /// A sequence that is not finished.
@@ -84,7 +57,7 @@ impl LlamaForCausalLm {
     /// - [`LlamaError::TokenOutOfRange`] for a token id that the model does not have,
     /// - [`LlamaError::BatchRows`] if rows of a batch name their adapters
     ///   ([`with_adapter_names`](PeftModel::with_adapter_names)) and there are not as many prompts,
-    /// - [`LlamaError::SamplingOption`] for a temperature, `top_p` or `top_k` that makes no sense,
+    /// - [`LlamaError::InvalidOption`] for a temperature, `top_p` or `top_k` that makes no sense,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn generate(
         &self,
@@ -237,7 +210,7 @@ mod tests {
         let free = model.generate(&prompts(), &greedy(8)).unwrap();
         let (of_config, of_options) = (free[0][2], free[1][3]);
         model.config_mut().eos_token_ids.push(of_config);
-        let options = greedy(8).with_stop_token_ids([of_options]);
+        let options = greedy(8).with_stop_token_ids(vec![of_options]);
         let found = model.generate(&prompts(), &options).unwrap();
         let expected: Vec<Vec<u32>> = free
             .iter()
@@ -287,6 +260,6 @@ mod tests {
         assert!(error(&[2, 13]).to_string().starts_with("prompt 1: expected token ids below 13, found 13"));
         let sampling = Sampling::TopP { temperature: -1.0, top_p: 1.0, top_k: None, seed: 0 };
         let options = greedy(1).with_sampling(sampling);
-        assert!(matches!(model.generate(&prompts(), &options), Err(LlamaError::SamplingOption { .. })));
+        assert!(matches!(model.generate(&prompts(), &options), Err(LlamaError::InvalidOption { .. })));
     }
 }

@@ -4,22 +4,22 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::{env, fmt};
 
+use burn_peft_files::{INDEX_FILE, WEIGHTS_FILE};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
+use crate::config::CONFIG_FILE;
 use crate::error::LlamaError;
 
 /// Files that are fetched where the model has them, beside its weights.
 const FILES: [&str; 6] = [
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
-const WEIGHTS: &str = "model.safetensors";
-const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
 /// The name of a model on the Hub: `owner/name`, or `owner/name@revision` for a branch, tag or commit.
 ///
@@ -32,6 +32,7 @@ const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 /// # Ok(())
 /// # }
 /// ```
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelId {
     /// Owner and name, with the slash between them.
@@ -88,7 +89,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
     if env::var_os("HF_HOME").is_none() && env::home_dir().is_none_or(|home| home.as_os_str().is_empty()) {
         let source = "there is no home directory for the cache".into();
         let hint = "name a folder for it in the environment variable `HF_HOME`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: "config.json".to_string(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: CONFIG_FILE.to_string(), source, hint });
     }
     let cache = Cache::from_env();
     let mut api = ApiBuilder::from_env();
@@ -105,10 +106,10 @@ fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaE
     };
     let revision = id.revision.as_deref().unwrap_or("main");
     let repo = |revision: &str| Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_string());
-    let api = api.with_progress(false).build().map_err(|error| failed("config.json", error))?;
+    let api = api.with_progress(false).build().map_err(|error| failed(CONFIG_FILE, error))?;
     let info = match api.repo(repo(revision)).info() {
         Ok(info) => info,
-        Err(error) => return cached(cache, repo(revision)).ok_or_else(|| failed("config.json", error)),
+        Err(error) => return cached(cache, repo(revision)).ok_or_else(|| failed(CONFIG_FILE, error)),
     };
 
     let found: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
@@ -116,7 +117,7 @@ fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaE
     if !wanted.iter().any(|file| file.ends_with(".safetensors")) {
         let source = format!("the model has {} files, none of them safetensors weights", found.len()).into();
         let hint = "convert the weights with transformers' `save_pretrained`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS.to_string(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS_FILE.to_string(), source, hint });
     }
     // By its commit, so that a change on the Hub in between cannot mix two versions.
     let pinned = api.repo(repo(&info.sha));
@@ -127,17 +128,17 @@ fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaE
     }
     // Remembers what the branch pointed to, for the time without a network.
     let remembered = cache.repo(repo(revision)).create_ref(&info.sha);
-    remembered.map_err(|error| failed("config.json", error.into()))?;
+    remembered.map_err(|error| failed(CONFIG_FILE, error.into()))?;
     dir.ok_or_else(|| LlamaError::ModelId { model: id.to_string() })
 }
 
 /// The files of a model that are of use here. Only those of its top folder: others hold other formats.
 fn wanted(found: &[String]) -> Vec<&str> {
-    let sharded = found.iter().any(|file| file == WEIGHTS_INDEX);
+    let sharded = found.iter().any(|file| file == INDEX_FILE);
     let is_wanted = |file: &&str| {
         let shard =
             file.starts_with("model-") && file.ends_with(".safetensors") && !file.contains(['/', '\\']);
-        FILES.contains(file) || if sharded { *file == WEIGHTS_INDEX || shard } else { *file == WEIGHTS }
+        FILES.contains(file) || if sharded { *file == INDEX_FILE || shard } else { *file == WEIGHTS_FILE }
     };
     found.iter().map(String::as_str).filter(is_wanted).collect()
 }
@@ -146,8 +147,8 @@ fn wanted(found: &[String]) -> Vec<&str> {
 fn cached(cache: &Cache, repo: Repo) -> Option<PathBuf> {
     let repo = cache.repo(repo);
     repo.get("tokenizer.json")?;
-    repo.get(WEIGHTS).or_else(|| repo.get(WEIGHTS_INDEX))?;
-    repo.get("config.json")?.parent().map(Path::to_path_buf)
+    repo.get(WEIGHTS_FILE).or_else(|| repo.get(INDEX_FILE))?;
+    repo.get(CONFIG_FILE)?.parent().map(Path::to_path_buf)
 }
 
 /// What to try, by the words of the client's error.
@@ -202,8 +203,8 @@ mod tests {
     fn only_the_configuration_tokenizer_and_safetensors_of_the_top_folder_are_wanted() {
         let files = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
         let single =
-            files(&["README.md", "config.json", "model.safetensors", "original/model.safetensors", "a.pth"]);
-        assert_eq!(wanted(&single), ["config.json", "model.safetensors"]);
+            files(&["README.md", CONFIG_FILE, "model.safetensors", "original/model.safetensors", "a.pth"]);
+        assert_eq!(wanted(&single), [CONFIG_FILE, "model.safetensors"]);
         let sharded = files(&[
             "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors",
@@ -235,7 +236,7 @@ mod tests {
         let snapshot = root.join("snapshots/abc");
         fs::create_dir_all(&snapshot).unwrap();
         cache.repo(Repo::model(id.name.clone())).create_ref("abc").unwrap();
-        for file in ["config.json", "tokenizer.json"] {
+        for file in [CONFIG_FILE, "tokenizer.json"] {
             fs::write(snapshot.join(file), "").unwrap();
         }
         assert!(fetch(&id, offline(&cache), &cache).is_err(), "the weights are missing");

@@ -10,6 +10,7 @@ use crate::model::LlamaForCausalLm;
 use crate::train::check::hint;
 
 /// What a training step gives to metrics: the loss.
+#[non_exhaustive]
 #[derive(Clone, Debug)]
 pub struct TrainingOutput {
     /// Mean loss per labelled token, `[1]`.
@@ -33,6 +34,7 @@ impl ItemLazy for TrainingOutput {
 }
 
 /// What a validation step gives to metrics: the loss, and which labelled tokens would be predicted greedily.
+#[non_exhaustive]
 #[derive(Clone, Debug)]
 pub struct ValidationOutput {
     /// Mean loss per labelled token, `[1]`.
@@ -88,7 +90,7 @@ impl InferenceStep for LlamaForCausalLm {
     type Output = ValidationOutput;
 
     fn step(&self, batch: Batch) -> ValidationOutput {
-        let logits = self.logits_of(self.labelled(&batch)).cast(FloatDType::F32);
+        let logits = self.head().logits_of(self.labelled(&batch)).cast(FloatDType::F32);
         let targets = batch.targets.unsqueeze_dim::<2>(1);
         let correct = logits.clone().argmax(1).equal(targets.clone()).int().flatten(0, 1);
         let loss = log_softmax(logits, 1).gather(1, targets).mean().neg();

@@ -58,7 +58,7 @@ pub struct MergedDirectory {
 /// when it is complete. There may be an empty directory in its place.
 ///
 /// # Errors
-/// - [`LlamaError::WriteText`] if there is something in `output`, or it cannot be written,
+/// - [`LlamaError::WriteFile`] if there is something in `output`, or it cannot be written,
 /// - as [`LlamaForCausalLm::from_pretrained_as`],
 /// - [`LlamaError::Adapters`] if an adapter is not usable, does not fit the model or has weights that are not finite, if
 ///   two adapters replace the same parameter, or if one that replaces a parameter has a weight other than 1,
@@ -117,7 +117,7 @@ pub fn merge_directory<P: AsRef<Path>>(
 /// made there.
 ///
 /// # Errors
-/// [`LlamaError::WriteText`].
+/// [`LlamaError::WriteFile`].
 pub fn check_output(output: impl AsRef<Path>) -> Result<(), LlamaError> {
     stage(output.as_ref()).map(drop)
 }
@@ -166,8 +166,7 @@ impl LlamaConfig {
 fn write_config(base: &Path, directory: &Path, dtype: FloatDType, tied: bool) -> Result<(), LlamaError> {
     let path = base.join(CONFIG_FILE);
     let text = file::read_in_model(base, CONFIG_FILE)?;
-    let mut config: Map<String, Value> =
-        file::parse(&path, &text, |path, source| LlamaError::ConfigJson { path, source })?;
+    let mut config: Map<String, Value> = file::parse(&path, &text)?;
     // Until transformers 5 the key was `torch_dtype`: whoever reads the base should read the merged model.
     let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
     config.insert(key.to_string(), json!(dtype_name(dtype.into())));

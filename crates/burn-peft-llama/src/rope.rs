@@ -8,6 +8,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use crate::ops::rope::rotate;
 
 /// How positions are encoded. The default is `rope_theta` 10000 without scaling.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// Base of the wavelengths. Default: 10000.
@@ -18,11 +19,12 @@ pub struct RopeConfig {
 
 impl Default for RopeConfig {
     fn default() -> Self {
-        Self { rope_theta: 10_000.0, scaling: RopeScaling::Default }
+        Self::new(10_000.0)
     }
 }
 
 /// Change of the wavelengths, `rope_type` in `config.json`.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum RopeScaling {
     /// None.
@@ -44,6 +46,17 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
+    /// Rotary embedding of this base, without scaling.
+    pub fn new(rope_theta: f64) -> Self {
+        Self { rope_theta, scaling: RopeScaling::Default }
+    }
+
+    /// Sets the change of the wavelengths.
+    pub fn with_scaling(mut self, scaling: RopeScaling) -> Self {
+        self.scaling = scaling;
+        self
+    }
+
     /// Frequency of each pair of a head of width `head_dim`, in radians per token:
     /// `rope_theta^(-2 i / head_dim)` for `i` in `0 .. head_dim / 2`, then scaled.
     fn frequencies(&self, head_dim: usize) -> Vec<f64> {
@@ -149,7 +162,7 @@ mod tests {
     fn the_halves_of_a_head_rotate_together() {
         // Width 4 and base 100: frequencies 1 and 0.1. Pairs are (x0, x2) and (x1, x3).
         let device = Device::flex();
-        let rope = Rope::new(&RopeConfig { rope_theta: 100.0, ..RopeConfig::default() }, 4);
+        let rope = Rope::new(&RopeConfig::new(100.0), 4);
         let tables = rope.tables(2..4, &device, DType::F32);
         let x = Tensor::<2>::from_data([[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.25, 2.0]], &device);
         let x = x.reshape([1, 2, 1, 1, 4]);
@@ -186,8 +199,8 @@ mod tests {
     #[test]
     fn llama3_divides_low_frequencies_keeps_high_ones_and_interpolates() {
         let (head_dim, rope_theta) = (16, 1000.0);
-        let plain = RopeConfig { rope_theta, scaling: RopeScaling::Default }.frequencies(head_dim);
-        let scaled = RopeConfig { rope_theta, scaling: LLAMA3 }.frequencies(head_dim);
+        let plain = RopeConfig::new(rope_theta).frequencies(head_dim);
+        let scaled = RopeConfig::new(rope_theta).with_scaling(LLAMA3).frequencies(head_dim);
         let mut kinds = [0; 3];
         for (i, (plain, scaled)) in plain.iter().zip(scaled).enumerate() {
             assert!((plain - 1.0 / 1000.0_f64.powf(2.0 * i as f64 / 16.0)).abs() < 1e-12);

@@ -3,11 +3,13 @@
 use burn::tensor::{DType, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
 
 use crate::error::LlamaError;
 
 /// How the next token is chosen.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub enum Sampling {
     /// The most probable one.
     #[default]
@@ -38,7 +40,7 @@ impl Sampler {
             Sampling::Greedy => Ok(Self::Greedy),
             Sampling::TopP { temperature, top_p, top_k, seed } => {
                 let refuse = |option, expected, found: String| {
-                    Err(LlamaError::SamplingOption { option, expected, found })
+                    Err(LlamaError::InvalidOption { option, expected, found })
                 };
                 if !(temperature > 0.0 && temperature.is_finite()) {
                     return refuse("temperature", "a positive number", temperature.to_string());

@@ -59,7 +59,7 @@ impl CausalLmLoss for LlamaForCausalLm {
 /// For checkpoints of the optimizer, several devices, or Burn's dashboard, use Burn's own learner (feature `train`).
 ///
 /// # Errors
-/// - [`LlamaError::TrainingOption`] for a configuration that makes no sense,
+/// - [`LlamaError::InvalidOption`] for a configuration that makes no sense,
 /// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or nothing in it is trained: all its
 ///   parameters are frozen, its adapters are merged or inactive, or rows of a batch name them,
 /// - [`LlamaError::TrainableF16`] if a parameter that would be trained is f16; a frozen base may be,

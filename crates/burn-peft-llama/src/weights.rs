@@ -44,7 +44,7 @@ impl LlamaForCausalLm {
     ///
     /// # Errors
     /// - as [`LlamaConfig::load`],
-    /// - [`LlamaError::ReadText`] if a file cannot be read,
+    /// - [`LlamaError::ReadFile`] if a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
     /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
     ///   directory,
@@ -77,7 +77,7 @@ impl LlamaForCausalLm {
     ///
     /// # Errors
     /// - [`LlamaError::AdaptersAttached`] if the model has adapters: they belong in files of their own,
-    /// - [`LlamaError::WriteText`] if a file cannot be written,
+    /// - [`LlamaError::WriteFile`] if a file cannot be written,
     /// - [`LlamaError::WeightsFile`] if the weights have a type that the format does not know,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), LlamaError> {
@@ -201,7 +201,7 @@ mod tests {
         fs::remove_file(dir.path().join(WEIGHTS_FILE)).unwrap();
         fs::create_dir_all(dir.path().join(WEIGHTS_FILE).join("x")).unwrap();
         let other = config().with_tie_word_embeddings(true).init(&Device::flex());
-        assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteText { .. })));
+        assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteFile { .. })));
         assert!(!names().iter().any(|name| name.to_string_lossy().starts_with(".staged-")));
         assert!(!names().contains(&CONFIG_FILE.into()), "no configuration stands beside other weights");
     }

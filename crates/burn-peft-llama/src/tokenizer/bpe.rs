@@ -19,7 +19,7 @@ impl Tokenizer {
     /// special tokens. `chat_template` is the source of a Jinja template.
     ///
     /// # Errors
-    /// - [`LlamaError::TrainingOption`] if `vocab_size` does not hold the special tokens and bytes,
+    /// - [`LlamaError::InvalidOption`] if `vocab_size` does not hold the special tokens and bytes,
     /// - [`LlamaError::ChatTemplate`] if the template is malformed,
     /// - [`LlamaError::Tokenizer`] if the trainer fails.
     pub fn train_bpe<I>(
@@ -34,7 +34,7 @@ impl Tokenizer {
         let failed = |source| LlamaError::Tokenizer { action: "train".to_string(), source };
         let tokens: Vec<String> = special.all().into_iter().map(str::to_string).collect();
         if vocab_size < tokens.len() + 256 {
-            return Err(LlamaError::TrainingOption {
+            return Err(LlamaError::InvalidOption {
                 option: "vocab_size",
                 expected: "room for 256 bytes and the special tokens",
                 found: vocab_size.to_string(),
@@ -103,6 +103,6 @@ mod tests {
     #[test]
     fn a_vocabulary_without_room_for_bytes_and_special_tokens_is_refused() {
         let small = Tokenizer::train_bpe(TEXTS, 257, SpecialTokens::new("<s>", "</s>"), None);
-        assert!(matches!(small, Err(LlamaError::TrainingOption { option: "vocab_size", .. })));
+        assert!(matches!(small, Err(LlamaError::InvalidOption { option: "vocab_size", .. })));
     }
 }

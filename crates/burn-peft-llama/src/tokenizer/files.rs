@@ -25,9 +25,9 @@ impl Tokenizer {
     /// changes that, and puts no `▁` behind a special token such as `</s>` where `tokenizer.json` puts one.
     ///
     /// # Errors
-    /// - [`LlamaError::ReadText`] if `tokenizer.json` is missing or a file cannot be read,
+    /// - [`LlamaError::ReadFile`] if `tokenizer.json` is missing or a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::TokenizerJson`] if a file is no JSON or has a field of another type,
+    /// - [`LlamaError::Json`] if a file is no JSON or has a field of another type,
     ///   [`LlamaError::Tokenizer`] if `tokenizer.json` is refused otherwise,
     /// - [`LlamaError::AddedTokenId`] if a file gives a token an id that it cannot have,
     /// - [`LlamaError::ChatTemplate`] if the chat template is malformed.
@@ -50,7 +50,7 @@ impl Tokenizer {
     /// Each file appears complete or not at all, and readers and writers of this crate wait for each other.
     ///
     /// # Errors
-    /// [`LlamaError::WriteText`] if a file cannot be written.
+    /// [`LlamaError::WriteFile`] if a file cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LlamaError> {
         let dir = dir.as_ref();
         let tokenizer = self.inner.to_string(true).map_err(|source| LlamaError::Tokenizer {
@@ -167,7 +167,7 @@ mod tests {
     fn bad_directories_give_errors_that_name_the_file_or_token() {
         let dir = tempfile::tempdir().unwrap();
         let error = Tokenizer::load(dir.path()).unwrap_err();
-        assert!(matches!(error, LlamaError::ReadText { .. }) && error.to_string().contains("tokenizer.json"));
+        assert!(matches!(error, LlamaError::ReadFile { .. }) && error.to_string().contains("tokenizer.json"));
         fs::write(dir.path().join(TOKENIZER_FILE), "{}").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Tokenizer { .. })));
         chatml().save(dir.path()).unwrap();
@@ -178,7 +178,7 @@ mod tests {
             "added, as transformers does"
         );
         fs::write(dir.path().join(CONFIG_FILE), "[").unwrap();
-        assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::TokenizerJson { .. })));
+        assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Json { .. })));
         chatml().save(dir.path()).unwrap();
         for name in [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE] {
             let path = dir.path().join(name);

@@ -93,7 +93,7 @@ mod tests {
         let unlabelled = [Example { input_ids: vec![1, 2], labels: vec![-100, -100] }];
         assert!(matches!(fit(model(), &unlabelled, config()), Err(LlamaError::NoLabels { index: 0 })));
         let option = |config| match fit(model(), &examples(), config) {
-            Err(LlamaError::TrainingOption { option, .. }) => option,
+            Err(LlamaError::InvalidOption { option, .. }) => option,
             other => panic!("{other:?}"),
         };
         assert_eq!(option(config().with_batch_size(0)), "batch_size");

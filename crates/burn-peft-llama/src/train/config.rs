@@ -54,6 +54,7 @@ pub struct TrainingConfig {
 
 impl TrainingConfig {
     pub(super) fn check(&self) -> Result<(), LlamaError> {
+        let refuse = |option, expected, found| Err(LlamaError::InvalidOption { option, expected, found });
         let counts = [
             ("batch_size", self.batch_size),
             ("grad_accumulation", self.grad_accumulation),
@@ -61,32 +62,20 @@ impl TrainingConfig {
             ("epochs", if self.max_steps.is_some() { 1 } else { self.epochs }),
             ("max_steps", self.max_steps.unwrap_or(1)),
         ];
-        for (option, value) in counts {
-            if value == 0 {
-                return Err(LlamaError::TrainingOption {
-                    option,
-                    expected: "1 or more",
-                    found: "0".to_string(),
-                });
-            }
+        if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return refuse(option, "1 or more", "0".to_string());
         }
-        let expected = "a finite number of 0 or more";
+        if self.max_grad_norm == Some(0.0) {
+            return refuse("max_grad_norm", "a number above 0, or none", "0".to_string());
+        }
         let numbers = [
             ("learning_rate", self.learning_rate),
             ("weight_decay", f64::from(self.weight_decay)),
             ("max_grad_norm", self.max_grad_norm.unwrap_or(1.0)),
         ];
-        if self.max_grad_norm == Some(0.0) {
-            let expected = "a number above 0, or none";
-            return Err(LlamaError::TrainingOption {
-                option: "max_grad_norm",
-                expected,
-                found: "0".to_string(),
-            });
-        }
         for (option, value) in numbers {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(LlamaError::TrainingOption { option, expected, found: value.to_string() });
+                return refuse(option, "a finite number of 0 or more", value.to_string());
             }
         }
         Ok(())

@@ -31,7 +31,7 @@ impl Evaluation {
 /// A model that is being trained is evaluated as `model.valid()`: without gradients and dropout.
 ///
 /// # Errors
-/// [`LlamaError::TrainingOption`] if `batch_size` is 0, those of [`Collator::collate`], and
+/// [`LlamaError::InvalidOption`] if `batch_size` is 0, those of [`Collator::collate`], and
 /// [`LlamaError::DeviceRead`] if the loss cannot be read.
 pub fn evaluate<M: CausalLmLoss>(
     model: &M,
@@ -72,6 +72,6 @@ mod tests {
             assert_eq!(parts.num_targets, whole.num_targets);
             assert!((parts.loss - whole.loss).abs() < 1e-5, "{parts:?} {whole:?}");
         }
-        assert!(matches!(at(0), Err(LlamaError::TrainingOption { option: "batch_size", .. })));
+        assert!(matches!(at(0), Err(LlamaError::InvalidOption { option: "batch_size", .. })));
     }
 }
