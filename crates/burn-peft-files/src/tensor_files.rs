@@ -251,3 +251,55 @@ fn read_header(path: &Path, file: &mut File) -> Result<(Metadata, u64), TensorFi
         Err(TensorFileError::Length { path: path.into(), expected, found: length })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    fn write(path: PathBuf, name: &str, dtype: Dtype, bytes: &[u8]) {
+        let view = TensorView::new(dtype, vec![bytes.len() * 8 / dtype.bitsize()], bytes).unwrap();
+        fs::write(path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn tensors_of_shards_are_read_piece_by_piece() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        write(path("1.safetensors"), "a", Dtype::F32, &[1.5f32, -2.0, 3.0].map(f32::to_le_bytes).concat());
+        write(path("2.safetensors"), "b", Dtype::I32, &[0; 4]);
+        let index = r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
+        fs::write(path(INDEX_FILE), index).unwrap();
+        let mut files = TensorFiles::open(directory.path()).unwrap();
+        assert_eq!(files.path(), path(INDEX_FILE));
+        assert_eq!(files.tensors().map(|(name, _)| name).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(files.read("a", 1..3).unwrap(), Some(vec![-2.0, 3.0]));
+        assert_eq!((files.read("b", 0..1).unwrap(), files.read("c", 0..1).unwrap()), (None, None));
+        assert!(matches!(files.read("a", 3..9), Err(TensorFileError::Io { .. })));
+        files.rename("a", "c");
+        files.retain(|name| name != "b");
+        assert_eq!(files.tensors().map(|(name, _)| name).collect::<Vec<_>>(), ["c"]);
+        // A single file goes before the index.
+        write(path(WEIGHTS_FILE), "d", Dtype::F32, &[0; 4]);
+        assert!(TensorFiles::open(directory.path()).unwrap().get("d").is_some());
+    }
+
+    #[test]
+    fn an_index_may_not_lead_out_of_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = directory.path().join(INDEX_FILE);
+        for name in ["../a", "/a", "sub/a", "sub\\\\a", "..", ""] {
+            fs::write(&index, format!(r#"{{"weight_map": {{"a": "{name}"}}}}"#)).unwrap();
+            let error = TensorFiles::open(directory.path()).err().unwrap();
+            assert!(matches!(error, TensorFileError::ShardName { .. }), "{error}");
+        }
+        fs::write(&index, "{}").unwrap();
+        let error = TensorFiles::open(directory.path()).err().unwrap();
+        assert!(matches!(error, TensorFileError::Index { .. }), "{error}");
+        fs::write(&index, "").unwrap();
+        let error = TensorFiles::open(directory.path()).err().unwrap();
+        assert!(matches!(error, TensorFileError::WrongFile { found: WrongFile::Empty, .. }), "{error}");
+    }
+}

@@ -5,6 +5,8 @@
 //! norms on queries and keys in `attention.rs`, another activation in `mlp.rs` and `ops`, `1 + weight` in `norm.rs`, a
 //! window of attention in `mask.rs`, a scaled embedding in `model.rs`.
 
+use std::fmt;
+
 /// Each name is a file that describes a family in a constant `FAMILY`.
 macro_rules! families {
     ($($name:ident),*) => {
@@ -18,7 +20,7 @@ macro_rules! families {
 families![llama, qwen2];
 
 /// What distinguishes a family from others.
-#[derive(Debug, PartialEq)]
+#[derive(PartialEq)]
 pub(crate) struct Family {
     /// `model_type` in `config.json`.
     pub(crate) model_type: &'static str,
@@ -38,7 +40,7 @@ pub(crate) struct Family {
 }
 
 /// Whether layers have a bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bias {
     /// In every model of the family.
     Always,
@@ -49,7 +51,7 @@ pub(crate) enum Bias {
 }
 
 /// The values of transformers for entries that `config.json` leaves out, where families differ.
-#[derive(Debug, PartialEq)]
+#[derive(PartialEq)]
 pub(crate) struct Defaults {
     pub(crate) vocab_size: usize,
     pub(crate) intermediate_size: usize,
@@ -66,6 +68,12 @@ impl Family {
     /// The family of that `model_type`.
     pub(crate) fn named(model_type: &str) -> Option<&'static Self> {
         FAMILIES.iter().copied().find(|family| family.model_type == model_type)
+    }
+}
+
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.model_type)
     }
 }
 

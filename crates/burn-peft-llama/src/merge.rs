@@ -50,12 +50,24 @@ pub struct MergedDirectory {
 
 /// Merges the adapters in some directories into the model in the directory `base`, and writes it to `output`.
 ///
-/// The updates are summed, each multiplied by its weight. Sums are formed in f32 where the type changes, and rounded once
-/// to `dtype`; `None` is the [type of the base](stored_dtype). An output layer that shares the embedding's table gets one of its own if
-/// [an adapter changes it](LlamaConfig::needs_untying).
+/// The updates are summed, each multiplied by its weight: `W + Σ weight * scaling * A B`. Where the type changes, sums
+/// are formed in f32 and rounded once to `dtype`; `None` is the [type of the base](stored_dtype). An output layer that
+/// shares the embedding's table gets one of its own if [an adapter changes it](LlamaConfig::needs_untying).
 ///
-/// The directory has the files of the base that are not weights, other entries of its `config.json` included. It appears
-/// when it is complete. There may be an empty directory in its place.
+/// The directory also gets the base's tokenizer and generation files, and its `config.json` with all entries. It
+/// appears when it is complete. There may be an empty directory in its place.
+///
+/// ```no_run
+/// use burn::tensor::{Device, FloatDType};
+/// use burn_peft_llama::merge_directory;
+///
+/// # fn main() -> Result<(), burn_peft_llama::LlamaError> {
+/// let adapters = [("my-adapter", 1.0)];
+/// let merged = merge_directory("base", &adapters, Some(FloatDType::BF16), "merged", &Device::flex())?;
+/// println!("{}", merged.report);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// - [`LlamaError::WriteFile`] if there is something in `output`, or it cannot be written,
@@ -213,5 +225,61 @@ impl ModuleMapper for Converter {
             }
             rounded
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_peft::{InitLoraWeights, LoraConfig};
+
+    use super::*;
+    use crate::testing::{assert_close, model, values};
+
+    #[test]
+    fn a_merged_directory_holds_the_adapted_model_in_the_type_that_was_asked_for() {
+        let parent = tempfile::tempdir().unwrap();
+        let place = |name: &str| parent.path().join(name);
+        let mut adapted = model(&Device::flex(), true);
+        adapted.save_pretrained(place("base")).unwrap();
+        fs::write(place("base").join("tokenizer.json"), "{}").unwrap();
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(6.0)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["embed_tokens", "q_proj"]);
+        adapted.add_adapter("default", &config).unwrap();
+        adapted.save_adapter("default", place("adapter")).unwrap();
+        let ids = || Tensor::from_data([[1, 5, 9, 2]], &Device::flex());
+        let expected = values(adapted.forward(ids(), None));
+
+        for (dtype, name, tolerance) in [(None, "float32", 1e-4), (Some(FloatDType::F16), "float16", 0.3)] {
+            let out = place(name);
+            let adapters = [(place("adapter"), 1.0)];
+            let merged = merge_directory(place("base"), &adapters, dtype, &out, &Device::flex()).unwrap();
+            assert_eq!(merged.report.largest_error > 0.0, dtype.is_some());
+            assert_eq!(stored_dtype(&out).unwrap(), dtype.unwrap_or(FloatDType::F32));
+            let text = fs::read_to_string(out.join(CONFIG_FILE)).unwrap();
+            assert!(text.contains(name) && text.contains("\"tie_word_embeddings\": false"), "{text}");
+            assert!(out.join("tokenizer.json").exists());
+            let found = LlamaForCausalLm::from_pretrained(&out, &Device::flex()).unwrap();
+            assert_close(&values(found.forward(ids(), None)), &expected, tolerance);
+            let again = merge_directory(place("base"), &adapters, dtype, &out, &Device::flex());
+            assert!(matches!(again, Err(LlamaError::WriteFile { .. })), "{again:?}");
+        }
+        let bare = model(&Device::flex(), true).forward(ids(), None);
+        assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
+    }
+
+    #[test]
+    fn a_value_that_is_too_large_for_a_type_is_named() {
+        let mut model = model(&Device::flex(), true);
+        let norm = model.model.norm.weight.clone();
+        model.model.norm.weight = norm.map(|weight| weight * 1e6);
+        let wide = model.clone().to_dtype(FloatDType::BF16).unwrap();
+        assert_eq!(wide.1.worst_parameter.as_deref(), Some("model.norm.weight"));
+        let error = model.to_dtype(FloatDType::F16).unwrap_err();
+        assert!(
+            matches!(&error, LlamaError::TooLarge { parameter, .. } if parameter == "model.norm.weight"),
+            "{error}"
+        );
     }
 }

@@ -75,22 +75,24 @@ pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem
 fn family(fields: &mut Fields<'_>) -> &'static Family {
     let (model_type, architectures) = (fields.text("model_type"), fields.texts("architectures"));
     let named = model_type.and_then(Family::named);
-    if named.is_none() && (fields.any("architectures").is_none() || model_type.is_some()) {
-        let found = model_type.map_or("none".to_string(), |model_type| format!("`{model_type}`"));
+    let is_unknown = match model_type {
+        Some(_) => named.is_none(),
         // A field that is no text is a problem already.
-        if model_type.is_some() || fields.any("model_type").is_none() {
-            let known = alternatives(FAMILIES.iter().map(|family| family.model_type));
-            fields.problem("model_type", known, found);
-        }
+        None => fields.any("model_type").is_none() && fields.any("architectures").is_none(),
+    };
+    if is_unknown {
+        let known = alternatives(FAMILIES.iter().map(|family| family.model_type));
+        let found = model_type.map_or("none".to_string(), |model_type| format!("`{model_type}`"));
+        fields.problem("model_type", known, found);
     }
-    let Some(architectures) = architectures else { return named.unwrap_or(Family::DEFAULT) };
-    let possible = named.as_slice();
-    let possible = if possible.is_empty() { FAMILIES } else { possible };
-    let found = possible.iter().copied().find(|family| architectures.contains(&family.architecture));
-    found.unwrap_or_else(|| {
-        let known = alternatives(possible.iter().map(|family| family.architecture));
+    let default = named.unwrap_or(Family::DEFAULT);
+    let Some(architectures) = architectures else { return default };
+    let is_possible = |family: &&&Family| named.is_none_or(|named| named == **family);
+    let possible = FAMILIES.iter().filter(is_possible).copied();
+    possible.clone().find(|family| architectures.contains(&family.architecture)).unwrap_or_else(|| {
+        let known = alternatives(possible.map(|family| family.architecture));
         fields.problem("architectures", known, format!("`{}`", architectures.join("`, `")));
-        named.unwrap_or(Family::DEFAULT)
+        default
     })
 }
 
