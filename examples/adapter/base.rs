@@ -1,4 +1,5 @@
 //! What the files of a base model say before any weight is read.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 

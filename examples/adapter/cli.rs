@@ -1,4 +1,5 @@
 //! The command line: what can be asked, and what is used where nothing is set.
+
 use std::path::PathBuf;
 
 use burn::tensor::{DType, FloatDType};

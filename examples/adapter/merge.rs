@@ -1,4 +1,5 @@
 //! `merge`: a model with adapters in its weights.
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;

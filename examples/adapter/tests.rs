@@ -1,4 +1,5 @@
 //! Both commands over the files that the real peft and transformers wrote.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Answers and their scores.
+
 use std::collections::{BTreeSet, HashSet};
 
 use anyhow::Result;

@@ -1,4 +1,5 @@
 //! `pretrain`: makes a base model as the embedded one from scratch with the same crates that fine-tune it.
+
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;

@@ -1,4 +1,5 @@
 //! What a person reads: the table on the terminal, and the files of the output directory.
+
 use std::fmt::Write as _;
 use std::path::Path;
 

@@ -14,7 +14,7 @@ use crate::staged_directory::LOCK;
 /// What the names of files begin with that are being written: `.staged-a1b2c3-NAME`, with the ending of `NAME`.
 pub(crate) const STAGED: &str = ".staged-";
 
-/// The right to write to a directory, which nobody else has while this value lives.
+/// The right to write to a directory. Only one program has it at a time, while this value lives.
 ///
 /// Others who write through this type, or read through [`read_together`], wait. Programs that do neither see each file
 /// whole; which of the files they see together is up to the order in which they are [put](StagedFile::put).
@@ -163,7 +163,7 @@ impl Write for StagedFile {
 
 /// The contents of several files of a directory, as they were at one moment. Each can be absent or unreadable by itself.
 ///
-/// Waits for a [`DirectoryWriter`] to finish. Whoever writes otherwise is noticed by the times of the files: they are
+/// Waits for a [`DirectoryWriter`] to finish. Other writers are noticed by the times of the files: they are
 /// read again until they stayed as they were meanwhile.
 ///
 /// # Errors

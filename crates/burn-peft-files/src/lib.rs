@@ -6,7 +6,7 @@
 //! - [`StagedDirectory`]: a directory that appears when it is complete.
 //! - [`TensorFiles`]: the weights of a model directory, in one safetensors file or in the shards that an index lists.
 //!   [`is_float`] and [`to_f32`] read numbers of 32 and 16 bits.
-//! - [`closest`] and [`closest_key`]: what somebody may have meant by a name that does not exist.
+//! - [`closest`] and [`closest_key`]: suggestions for names that do not exist.
 //! - [`WrongFile`]: what a file is that is not what its name says, such as the pointer that Git LFS leaves.
 
 mod closest;

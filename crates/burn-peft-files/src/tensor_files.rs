@@ -24,53 +24,58 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Why the weights of a model directory cannot be read.
 ///
 /// The cause is not part of the message; it is the [`source`](std::error::Error::source).
-#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
 pub enum TensorFileError {
     /// A file cannot be read.
-    #[error("cannot read `{}`", path.display())]
+    #[error("cannot read `{}`", .path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
         source: io::Error,
     },
+
     /// A file is not what its name says, such as the pointer that Git LFS leaves.
-    #[error("`{}` is {found}\nhint: {}", path.display(), found.hint())]
+    #[error("`{}` is {found}\nhint: {}", .path.display(), .found.hint())]
     WrongFile {
         /// The file.
         path: PathBuf,
         /// What it is.
         found: WrongFile,
     },
+
     /// The index is malformed.
-    #[error("cannot parse `{}`", path.display())]
+    #[error("cannot parse `{}`", .path.display())]
     Index {
         /// The file.
         path: PathBuf,
         /// Where and why parsing failed.
         source: serde_json::Error,
     },
+
     /// The index names a file outside its directory.
-    #[error("`{}`: expected the name of a file beside it, found `{name}`", path.display())]
+    #[error("`{}`: expected the name of a file beside it, found `{name}`", .path.display())]
     ShardName {
         /// The index.
         path: PathBuf,
         /// The name it holds.
         name: String,
     },
+
     /// A file breaks the safetensors format.
-    #[error("malformed weights `{}`", path.display())]
+    #[error("malformed weights `{}`", .path.display())]
     Format {
         /// The file.
         path: PathBuf,
         /// What is wrong.
         source: SafeTensorError,
     },
+
     /// A file is shorter or longer than its header says.
     #[error(
         "malformed weights `{}`: expected {expected} bytes, found {found}\nhint: was the download complete?",
-        path.display()
+        .path.display()
     )]
     Length {
         /// The file.

@@ -123,7 +123,7 @@ impl Collator {
     /// - [`LlamaError::LabelCount`] if an example has not one label per token,
     /// - [`LlamaError::InvalidLabel`] for a negative label other than [`IGNORE_INDEX`],
     /// - [`LlamaError::SequenceTooLong`] for more than `max_length` tokens without truncation,
-    /// - [`LlamaError::NoLabels`] for an example of which no token would be learnt.
+    /// - [`LlamaError::NoLabels`] for an example without a token to learn.
     pub fn collate(&self, examples: &[Example], device: &Device) -> Result<Batch, LlamaError> {
         if examples.is_empty() {
             return Err(LlamaError::EmptyBatch);

@@ -101,7 +101,7 @@ impl ChatTemplate {
     }
 
     /// Reads the template of a model directory: `chat_template.jinja`, otherwise `chat_template` in
-    /// `tokenizer_config.json`, which is a template or a list of named ones of which `default` is taken.
+    /// `tokenizer_config.json`, which is a template, or a list of named ones with a `default`.
     /// `None` if the directory has neither.
     pub(crate) fn load(
         dir: &Path,

@@ -6,7 +6,6 @@ mod rope;
 
 use std::path::Path;
 
-use self::json::GenerationJson;
 use crate::error::LlamaError;
 use crate::family::{FAMILIES, Family};
 use crate::file;
@@ -184,17 +183,10 @@ impl LlamaConfig {
 
         let path = dir.join(GENERATION_CONFIG_FILE);
         if let Some(text) = file::read_optional(&path, "it holds the end tokens")? {
-            let (generation, problems) = GenerationJson::read(&file::parse(&path, &text)?);
+            let problems = json::add_tokens(&mut config, &file::parse(&path, &text)?);
             if !problems.is_empty() {
                 return Err(LlamaError::Config { path, problems });
             }
-            for id in generation.eos_token_ids {
-                if !config.eos_token_ids.contains(&id) {
-                    config.eos_token_ids.push(id);
-                }
-            }
-            config.bos_token_id = config.bos_token_id.or(generation.bos_token_id);
-            config.pad_token_id = config.pad_token_id.or(generation.pad_token_id);
         }
         Ok(config)
     }

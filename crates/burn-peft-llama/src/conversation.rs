@@ -19,7 +19,7 @@ pub struct Example {
 }
 
 impl Example {
-    /// An example of which the tokens from `start` up to but not including `end` are learnt.
+    /// An example that teaches the tokens `start..end`.
     fn labelled(input_ids: Vec<u32>, start: usize, end: usize) -> Self {
         let label =
             |(i, &id): (usize, &u32)| if (start..end).contains(&i) { i64::from(id) } else { IGNORE_INDEX };

@@ -1,6 +1,11 @@
 //! What can go wrong, in one type.
 
+use std::fmt;
 use std::path::PathBuf;
+
+use burn::tensor::FloatDType;
+use burn_peft::PeftError;
+use burn_peft_files::{TensorFileError, WrongFile};
 
 use crate::problem::{ConfigProblem, WeightProblem};
 
@@ -8,12 +13,11 @@ use crate::problem::{ConfigProblem, WeightProblem};
 ///
 /// Where another error is the cause, the message does not repeat it: it is the
 /// [`source`](std::error::Error::source), to be printed behind the message, as `anyhow` and `Debug` do.
-#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
-    // === Model files ===
     /// A file of the model directory could not be read.
-    #[error("cannot read `{}`\nhint: {hint}", path.display())]
+    #[error("cannot read `{}`\nhint: {hint}", .path.display())]
     ReadFile {
         /// The file.
         path: PathBuf,
@@ -22,50 +26,57 @@ pub enum LlamaError {
         /// What the file is for and where it comes from.
         hint: &'static str,
     },
+
     /// A file could not be written.
-    #[error("cannot write `{}`", path.display())]
+    #[error("cannot write `{}`", .path.display())]
     WriteFile {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
         source: std::io::Error,
     },
+
     /// A file is not what its name says, such as the pointer that Git LFS leaves.
-    #[error("`{}` is {found}\nhint: {}", path.display(), found.hint())]
+    #[error("`{}` is {found}\nhint: {}", .path.display(), .found.hint())]
     WrongFile {
         /// The file.
         path: PathBuf,
         /// What it is.
-        found: burn_peft_files::WrongFile,
+        found: WrongFile,
     },
+
     /// A JSON file of the model directory is malformed.
-    #[error("cannot parse `{}`", path.display())]
+    #[error("cannot parse `{}`", .path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// Where and why parsing failed.
         source: serde_json::Error,
     },
+
     /// `config.json` or `generation_config.json` has a field of another type or asks for something unsupported or
     /// impossible.
-    #[error("`{}` does not describe a supported model:{}", path.display(), lines(problems))]
+    #[error("`{}` does not describe a supported model:{}", .path.display(), lines(.problems))]
     Config {
         /// The file.
         path: PathBuf,
         /// All of them.
         problems: Vec<ConfigProblem>,
     },
+
     /// The index of the weights or a file of weights is malformed.
     #[error(transparent)]
-    WeightsFile(burn_peft_files::TensorFileError),
+    WeightsFile(TensorFileError),
+
     /// The weights do not fit the model that `config.json` describes.
-    #[error("the weights in `{}` do not fit `config.json`:{}", path.display(), lines(problems))]
+    #[error("the weights in `{}` do not fit `config.json`:{}", .path.display(), lines(.problems))]
     Weights {
         /// The file of weights, or the index of several.
         path: PathBuf,
         /// All of them.
         problems: Vec<WeightProblem>,
     },
+
     /// A model with adapters was to be saved as if it had none.
     #[error(
         "the model has an adapter at `{path}`\n\
@@ -76,13 +87,13 @@ pub enum LlamaError {
         path: String,
     },
 
-    // === Generation ===
     /// A prompt has no tokens.
     #[error("prompt {index}: expected at least one token, found none")]
     EmptyPrompt {
         /// Number of the prompt.
         index: usize,
     },
+
     /// A prompt has a token that the model does not know.
     #[error(
         "prompt {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
@@ -95,6 +106,7 @@ pub enum LlamaError {
         /// Number of tokens that the model knows.
         vocab_size: usize,
     },
+
     /// An example has a token that the model does not know.
     #[error(
         "example {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
@@ -108,7 +120,6 @@ pub enum LlamaError {
         vocab_size: usize,
     },
 
-    // === Tokenizer ===
     /// `tokenizer.json` was refused, or the tokenizer failed on a text.
     #[error("tokenizer failed to {action}")]
     Tokenizer {
@@ -117,6 +128,7 @@ pub enum LlamaError {
         /// What the tokenizer said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
     /// A special token is named but is not in the vocabulary.
     #[error(
         "`{field}` is `{token}`, which is not in the vocabulary\nhint: add it to the `tokenizers` tokenizer first"
@@ -127,12 +139,13 @@ pub enum LlamaError {
         /// The token's text.
         token: String,
     },
+
     /// A file gives a token an id that it cannot have: the next free one is another.
     #[error(
         "`{token}`: expected id {expected} by the tokenizer's files, found {}\n\
          hint: do `tokenizer.json` and `tokenizer_config.json` belong together? Write them anew in Python: \
          `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`",
-        found.map_or("none".into(), |id| id.to_string())
+        .found.map_or("none".into(), |id| id.to_string())
     )]
     AddedTokenId {
         /// The token's text.
@@ -142,6 +155,7 @@ pub enum LlamaError {
         /// The id that it has, or would be given.
         found: Option<u32>,
     },
+
     /// A special token is needed but the tokenizer names none.
     #[error("the tokenizer has no `{field}`\nhint: name it in `tokenizer_config.json`")]
     NoSpecialToken {
@@ -149,7 +163,6 @@ pub enum LlamaError {
         field: &'static str,
     },
 
-    // === Chat ===
     /// The model directory has no chat template.
     #[error(
         "no chat template: expected `chat_template.jinja` or `chat_template` in `tokenizer_config.json`, found {found}\n\
@@ -159,18 +172,21 @@ pub enum LlamaError {
         /// What was found instead.
         found: String,
     },
+
     /// The chat template is malformed or failed on these messages.
     #[error("cannot parse or render the chat template")]
     ChatTemplate {
         /// What the template engine said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
     /// The chat template itself rejected the messages, with `raise_exception`.
     #[error("the chat template rejects these messages: {message}")]
     ChatTemplateRejected {
         /// The template's words.
         message: String,
     },
+
     /// The chat template does not finish.
     #[error(
         "the chat template did not finish within {steps} steps\n\
@@ -181,18 +197,21 @@ pub enum LlamaError {
         /// The steps that it had: instructions, and pieces of 64 bytes of text.
         steps: u64,
     },
+
     /// A date is not written as `year-month-day`.
     #[error("invalid date `{date}`, expected one like `2024-07-26`")]
     InvalidDate {
         /// What was given.
         date: String,
     },
+
     /// A conversation to learn from does not end with an answer.
     #[error("expected a conversation that ends with an `assistant` message, found {found}")]
     NoAnswer {
         /// The role of the last message, or "no messages".
         found: String,
     },
+
     /// The rendered conversation does not begin with the rendered prompt.
     #[error(
         "the rendered conversation does not start with its prompt: they part at byte {at}, `{prompt}` against `{full}`\n\
@@ -206,11 +225,12 @@ pub enum LlamaError {
         /// The conversation from there on.
         full: String,
     },
+
     /// A token reaches across the border between prompt and answer.
     #[error(
         "the prompt is tokenised differently with its answer: expected token {expected} at {at}, found {}\n\
          hint: the chat template should end the generation prompt with a special token or a line break",
-        found.map_or("none".into(), |id| id.to_string())
+        .found.map_or("none".into(), |id| id.to_string())
     )]
     TokenBoundary {
         /// Index of the token.
@@ -220,13 +240,13 @@ pub enum LlamaError {
         /// The conversation's token there; `None` past its end.
         found: Option<u32>,
     },
+
     /// No end token follows the answer, so the model would never learn to stop.
     #[error(
         "the chat template puts no end token after the answer\nhint: expected the `eos_token` or another special token there"
     )]
     NoEndToken,
 
-    // === Adapters ===
     /// The rows of a batch name their adapters, and there are more or fewer prompts.
     #[error(
         "expected a prompt for each of the {rows} rows that name adapters, found {prompts}\n\
@@ -238,23 +258,25 @@ pub enum LlamaError {
         /// Number of prompts.
         prompts: usize,
     },
+
     /// An operation on adapters failed.
     #[error(transparent)]
-    Adapters(#[from] burn_peft::PeftError),
+    Adapters(#[from] PeftError),
+
     /// A value cannot be held in the type that a model was to be converted to.
     #[error("a value of `{parameter}` is too large for {dtype:?}\nhint: bf16 and f32 hold larger ones")]
     TooLarge {
         /// The parameter.
         parameter: String,
         /// The type.
-        dtype: burn::tensor::FloatDType,
+        dtype: FloatDType,
     },
 
-    // === Batches ===
     /// A batch of nothing.
     #[error("expected at least one example, found none")]
     EmptyBatch,
-    /// An example has not one label per token.
+
+    /// The number of labels of an example differs from that of its tokens.
     #[error("example {index}: expected one label per token, found {labels} labels for {tokens} tokens")]
     LabelCount {
         /// Number of the example.
@@ -264,6 +286,7 @@ pub enum LlamaError {
         /// Number of its labels.
         labels: usize,
     },
+
     /// A label is neither a token id nor the mask.
     #[error("example {index}: expected a token id or -100 as label, found {label}")]
     InvalidLabel {
@@ -272,12 +295,14 @@ pub enum LlamaError {
         /// The label.
         label: i64,
     },
+
     /// An example has no labelled token that a position predicts.
     #[error("example {index}: no token is labelled\nhint: was its answer cut off by truncation?")]
     NoLabels {
         /// Number of the example.
         index: usize,
     },
+
     /// An example is longer than allowed.
     #[error(
         "example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate"
@@ -291,13 +316,13 @@ pub enum LlamaError {
         max_length: usize,
     },
 
-    // === Training ===
     /// Nothing would be trained.
     #[error("no parameter is trainable\nhint: {hint}")]
     NotTrainable {
         /// The cause and the remedy.
         hint: &'static str,
     },
+
     /// A parameter of type f16 would be trained.
     #[error(
         "`{parameter}` is trainable and f16, where AdamW's epsilon is 0 and small squares of gradients vanish\n\
@@ -307,6 +332,7 @@ pub enum LlamaError {
         /// The first such parameter.
         parameter: String,
     },
+
     /// The loss is infinite or not a number.
     #[error(
         "the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type"
@@ -317,6 +343,7 @@ pub enum LlamaError {
         /// The loss.
         loss: f64,
     },
+
     /// A tensor could not be read back from the device.
     #[error("cannot read from the device")]
     DeviceRead {
@@ -324,7 +351,6 @@ pub enum LlamaError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
-    // === Options ===
     /// An option has a value that makes no sense.
     #[error("`{option}`: expected {expected}, found {found}")]
     InvalidOption {
@@ -335,6 +361,7 @@ pub enum LlamaError {
         /// What was given.
         found: String,
     },
+
     /// A name is not one of a fixed set.
     #[error("unknown {what} `{name}`, expected {expected}")]
     UnknownName {
@@ -346,7 +373,6 @@ pub enum LlamaError {
         expected: String,
     },
 
-    // === Hub ===
     /// A model is named neither by a directory nor by a valid hub id.
     #[error(
         "`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`"
@@ -355,6 +381,7 @@ pub enum LlamaError {
         /// What was given.
         model: String,
     },
+
     /// A model could not be fetched.
     #[error("cannot fetch `{file}` of `{model}`\nhint: {hint}")]
     Hub {
@@ -370,7 +397,7 @@ pub enum LlamaError {
 }
 
 /// One line for each problem, as many as a reader will read.
-fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
+fn lines<T: fmt::Display>(problems: &[T]) -> String {
     const MOST: usize = 20;
     let mut text: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
     if problems.len() > MOST {
@@ -383,7 +410,6 @@ fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
 mod tests {
     use std::error::Error as _;
 
-    use burn_peft_files::TensorFileError;
     use serde::de::Error as _;
 
     use super::*;

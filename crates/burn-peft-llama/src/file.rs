@@ -98,13 +98,13 @@ pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(
     }
 }
 
-/// Waits until nobody writes to a model directory, and keeps writers out while the value lives.
+/// Waits until no program writes to a model directory, and keeps writers out while the value lives.
 pub(crate) fn lock(dir: &Path) -> Result<DirectoryReader, LlamaError> {
     let hint = "is another program saving a model there?";
     DirectoryReader::open(dir).map_err(|source| LlamaError::ReadFile { path: dir.into(), source, hint })
 }
 
-/// Waits until nobody reads from or writes to a model directory, which is made if there is none.
+/// Waits until no program reads from or writes to a model directory, which is made if there is none.
 pub(crate) fn writer(dir: &Path) -> Result<DirectoryWriter, LlamaError> {
     DirectoryWriter::open(dir).map_err(unwritten(dir))
 }

@@ -179,7 +179,7 @@ fn write_config(base: &Path, directory: &Path, dtype: FloatDType, tied: bool) ->
     let path = base.join(CONFIG_FILE);
     let text = file::read_in_model(base, CONFIG_FILE)?;
     let mut config: Map<String, Value> = file::parse(&path, &text)?;
-    // Until transformers 5 the key was `torch_dtype`: whoever reads the base should read the merged model.
+    // Until transformers 5 the key was `torch_dtype`: what reads the base should also read the merged model.
     let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
     config.insert(key.to_string(), json!(dtype_name(dtype.into())));
     config.insert("tie_word_embeddings".to_string(), json!(tied));

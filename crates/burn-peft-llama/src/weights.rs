@@ -72,8 +72,8 @@ impl LlamaForCausalLm {
     /// directory is made if it does not exist.
     ///
     /// Each file appears complete or not at all, and what was there before stays until all of the new one is on disk.
-    /// Readers and writers of this crate wait for each other. Others, and whoever comes after a crash, never find weights
-    /// beside the `config.json` of other ones: if it differs, it is removed before and written last.
+    /// Readers and writers of this crate wait for each other. Other programs, and any program after a crash, never find
+    /// weights beside the `config.json` of another model: if it differs, it is removed first and written last.
     ///
     /// # Errors
     /// - [`LlamaError::AdaptersAttached`] if the model has adapters: they belong in files of their own,

@@ -9,23 +9,18 @@ use crate::family::{Bias, FAMILIES, Family};
 use crate::problem::{ConfigProblem, alternatives};
 use crate::rope::RopeConfig;
 
-/// What of `generation_config.json` matters here.
-pub(super) struct GenerationJson {
-    pub(super) bos_token_id: Option<u32>,
-    pub(super) eos_token_ids: Vec<u32>,
-    pub(super) pad_token_id: Option<u32>,
-}
-
-impl GenerationJson {
-    pub(super) fn read(json: &Map<String, Value>) -> (Self, Vec<ConfigProblem>) {
-        let mut fields = Fields::new(json);
-        let generation = Self {
-            bos_token_id: fields.token("bos_token_id", None),
-            eos_token_ids: fields.tokens("eos_token_id", &[]),
-            pad_token_id: fields.token("pad_token_id", None),
-        };
-        (generation, fields.problems)
+/// Adds the tokens of `generation_config.json`.
+pub(super) fn add_tokens(config: &mut LlamaConfig, json: &Map<String, Value>) -> Vec<ConfigProblem> {
+    let mut fields = Fields::new(json);
+    for id in fields.tokens("eos_token_id", &[]) {
+        if !config.eos_token_ids.contains(&id) {
+            config.eos_token_ids.push(id);
+        }
     }
+    // The arguments are read, and their problems found, whether they are needed or not.
+    config.bos_token_id = config.bos_token_id.or(fields.token("bos_token_id", None));
+    config.pad_token_id = config.pad_token_id.or(fields.token("pad_token_id", None));
+    fields.problems
 }
 
 /// Reads `config.json`, the fields of both generations.

@@ -28,8 +28,8 @@ pub(crate) fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tenso
 /// [`cross_entropy`] of `logits = hidden W`, whose gradient with respect to `hidden` is computed at once, so that
 /// backward needs no logits: `(softmax(logits) - onehot(targets)) Wᵀ`. `W` gets no gradient.
 ///
-/// By hand and on plain tensors: a graph and a `backward` of its own would visit every other graph that exists, also
-/// those that nobody walks any more, whose number grows with every loss that is only read.
+/// Computed by hand on plain tensors: a `backward` here would visit every other graph that exists, and each loss that
+/// is only read leaves one behind.
 ///
 /// # Shapes
 /// - hidden: `[n, hidden_size]`

@@ -17,7 +17,7 @@ use crate::schedule::Schedule;
 /// ```
 #[derive(Config, Debug, PartialEq)]
 pub struct TrainingConfig {
-    /// Highest learning rate. LoRA wants about ten times that of full fine-tuning: 1e-4 to 1e-3. Default: 5e-5.
+    /// Highest learning rate. LoRA needs about ten times that of full fine-tuning: 1e-4 to 1e-3. Default: 5e-5.
     #[config(default = 5e-5)]
     pub learning_rate: f64,
     /// Passes over the examples. Default: 3.
@@ -47,7 +47,7 @@ pub struct TrainingConfig {
     /// Seed of the order of the examples. Default: 42.
     #[config(default = 42)]
     pub seed: u64,
-    /// The loss is read from the device once in so many optimizer steps. Default: 10.
+    /// How many optimizer steps lie between two readings of the loss from the device. Default: 10.
     #[config(default = 10)]
     pub log_every: usize,
 }

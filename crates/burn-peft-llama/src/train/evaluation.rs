@@ -10,8 +10,8 @@ use crate::conversation::Example;
 use crate::error::LlamaError;
 
 /// What [`evaluate`] measures.
-#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
     /// Mean loss per labelled token, in nats.
     pub loss: f64,

@@ -78,7 +78,7 @@ impl Checkpoint {
         let known: BTreeSet<&str> = parameters.iter().map(|parameter| parameter.name.as_str()).collect();
         let unexpected = self.files.tensors().filter(|(name, _)| !known.contains(name));
         for (i, (name, _)) in unexpected.enumerate() {
-            // Comparing every name with every other takes long, and nobody reads that many.
+            // Comparing every name with every other takes long, and a long list is not read.
             let nearest = if i < 20 { closest_key(name, known.iter().copied()) } else { None };
             problems.push(WeightProblem::Unexpected { name: name.to_string(), nearest });
         }
