@@ -3,11 +3,12 @@
 //! - [`LlamaForCausalLm`] is the model, loaded from and saved to Hugging Face directories
 //!   ([`from_pretrained`](LlamaForCausalLm::from_pretrained), [`save_pretrained`](LlamaForCausalLm::save_pretrained))
 //!   or made by [`LlamaConfig::init`]. Its parameters have the names of those checkpoints and its projections take the
-//!   adapters of [`burn_peft`].
+//!   adapters of [`burn_peft`]. Qwen2 is read as well; [`LlamaConfig::model_type`] tells the family.
 //! - [`Tokenizer`], [`ChatTemplate`] and [`Message`] turn conversations into tokens and labels, [`Collator`] turns
 //!   those into a [`Batch`].
 //! - [`LlamaForCausalLm::loss`] computes logits only where a label is; [`fit`] trains, [`evaluate`] measures.
 //! - [`LlamaForCausalLm::generate`] continues a batch of prompts.
+//! - [`merge_directory`] writes a model with adapters merged into its weights.
 //!
 //! # Example
 //!

@@ -54,35 +54,28 @@ impl<'a> Fields<'a> {
     }
 
     /// A field that may be absent but not `null`, as in transformers.
-    fn or<T>(&mut self, field: &'static str, default: T, read: impl FnOnce(&mut Self) -> Option<T>) -> T {
+    pub(super) fn or<T>(
+        &mut self,
+        field: &'static str,
+        default: T,
+        read: fn(&mut Self, &'static str) -> Option<T>,
+    ) -> T {
         if let Some(null @ Value::Null) = self.json.get(field) {
             self.refuse(field, "a value, or no such field", null);
         }
-        read(self).unwrap_or(default)
+        read(self, field).unwrap_or(default)
     }
 
     pub(super) fn size(&mut self, field: &'static str) -> Option<usize> {
         self.read(field, "a whole number", |value| value.as_u64()?.try_into().ok())
     }
 
-    pub(super) fn size_or(&mut self, field: &'static str, default: usize) -> usize {
-        self.or(field, default, |fields| fields.size(field))
-    }
-
     pub(super) fn number(&mut self, field: &'static str) -> Option<f64> {
         self.read(field, "a number", Value::as_f64)
     }
 
-    pub(super) fn number_or(&mut self, field: &'static str, default: f64) -> f64 {
-        self.or(field, default, |fields| fields.number(field))
-    }
-
     pub(super) fn flag(&mut self, field: &'static str) -> Option<bool> {
         self.read(field, "true or false", Value::as_bool)
-    }
-
-    pub(super) fn flag_or(&mut self, field: &'static str, default: bool) -> bool {
-        self.or(field, default, |fields| fields.flag(field))
     }
 
     pub(super) fn text(&mut self, field: &'static str) -> Option<&'a str> {

@@ -29,39 +29,37 @@ pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem
     let family = family(&mut fields);
     refuse_unsupported(&mut fields, family);
     let default = LlamaConfig::of(family);
-    let hidden_size = fields.size_or("hidden_size", default.hidden_size);
-    let num_attention_heads = fields.size_or("num_attention_heads", default.num_attention_heads);
+    let hidden_size = fields.or("hidden_size", default.hidden_size, Fields::size);
+    let num_attention_heads = fields.or("num_attention_heads", default.num_attention_heads, Fields::size);
     let per_head = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
     let scaling = fields.object("rope_scaling").map(|json| RopeJson::read(json, &mut fields.problems));
     let parameters = fields.object("rope_parameters").map(|json| RopeJson::read(json, &mut fields.problems));
     let rope_json = RopeJson::of(scaling, parameters);
-    let vocab_size = fields.size_or("vocab_size", default.vocab_size);
+    let rope_theta = rope_json.rope_theta.or(fields.number("rope_theta")).unwrap_or(default.rope.rope_theta);
     let config = LlamaConfig {
         family,
-        vocab_size,
+        vocab_size: fields.or("vocab_size", default.vocab_size, Fields::size),
         hidden_size,
-        intermediate_size: fields.size_or("intermediate_size", default.intermediate_size),
-        num_hidden_layers: fields.size_or("num_hidden_layers", default.num_hidden_layers),
+        intermediate_size: fields.or("intermediate_size", default.intermediate_size, Fields::size),
+        num_hidden_layers: fields.or("num_hidden_layers", default.num_hidden_layers, Fields::size),
         num_attention_heads,
         num_key_value_heads: fields.size("num_key_value_heads").unwrap_or(num_attention_heads),
         head_dim: fields.size("head_dim").unwrap_or(per_head),
-        max_position_embeddings: fields.size_or("max_position_embeddings", default.max_position_embeddings),
-        rms_norm_eps: fields.number_or("rms_norm_eps", default.rms_norm_eps),
-        rope: RopeConfig {
-            rope_theta: rope_json
-                .rope_theta
-                .or(fields.number("rope_theta"))
-                .unwrap_or(default.rope.rope_theta),
-            scaling: rope_json.scaling(&mut fields.problems),
-        },
-        tie_word_embeddings: fields.flag_or("tie_word_embeddings", default.tie_word_embeddings),
-        attention_bias: fields.flag_or("attention_bias", default.attention_bias),
-        mlp_bias: fields.flag_or("mlp_bias", default.mlp_bias),
+        max_position_embeddings: fields.or(
+            "max_position_embeddings",
+            default.max_position_embeddings,
+            Fields::size,
+        ),
+        rms_norm_eps: fields.or("rms_norm_eps", default.rms_norm_eps, Fields::number),
+        rope: RopeConfig::new(rope_theta).with_scaling(rope_json.scaling(&mut fields.problems)),
+        tie_word_embeddings: fields.or("tie_word_embeddings", default.tie_word_embeddings, Fields::flag),
+        attention_bias: fields.or("attention_bias", default.attention_bias, Fields::flag),
+        mlp_bias: fields.or("mlp_bias", default.mlp_bias, Fields::flag),
         // An absent field differs from `null`.
         bos_token_id: fields.token("bos_token_id", default.bos_token_id),
         eos_token_ids: fields.tokens("eos_token_id", &default.eos_token_ids),
         pad_token_id: fields.token("pad_token_id", default.pad_token_id),
-        initializer_range: fields.number_or("initializer_range", default.initializer_range),
+        initializer_range: fields.or("initializer_range", default.initializer_range, Fields::number),
     };
     (config, fields.problems)
 }
