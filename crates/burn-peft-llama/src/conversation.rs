@@ -34,6 +34,7 @@ impl Example {
 }
 
 /// Which tokens of a conversation are learnt.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Labels {
     /// The last message and the end token after it.

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use tokenizers::AddedToken;
 
 /// The special tokens of a tokenizer, by their text.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
     /// Begins a text. Default: none.

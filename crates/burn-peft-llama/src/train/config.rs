@@ -15,6 +15,7 @@ use crate::schedule::Schedule;
 /// let config = TrainingConfig::new().with_learning_rate(2e-4).with_schedule(Schedule::Cosine);
 /// assert_eq!((config.epochs, config.batch_size, config.max_grad_norm), (3, 8, Some(1.0)));
 /// ```
+#[non_exhaustive]
 #[derive(Config, Debug, PartialEq)]
 pub struct TrainingConfig {
     /// Highest learning rate. LoRA needs about ten times that of full fine-tuning: 1e-4 to 1e-3. Default: 5e-5.
