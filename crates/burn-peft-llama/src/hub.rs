@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn without_a_network_the_error_names_the_model_and_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_string());
+        let cache = Cache::new(dir.path().to_path_buf());
         let id: ModelId = "owner/name".parse().unwrap();
         let error = fetch(&id, offline(&cache), &cache).unwrap_err();
         assert!(matches!(&error, LlamaError::Hub { model, .. } if model == "owner/name"), "{error}");
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn without_a_network_a_complete_cached_copy_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_string());
+        let cache = Cache::new(dir.path().to_path_buf());
         let id: ModelId = "owner/name".parse().unwrap();
         let root = dir.path().join("models--owner--name");
         let snapshot = root.join("snapshots/abc");
@@ -240,7 +240,7 @@ mod tests {
             fs::write(snapshot.join(file), "").unwrap();
         }
         assert!(fetch(&id, offline(&cache), &cache).is_err(), "the weights are missing");
-        fs::write(snapshot.join(WEIGHTS), "").unwrap();
+        fs::write(snapshot.join(WEIGHTS_FILE), "").unwrap();
         assert_eq!(fetch(&id, offline(&cache), &cache).unwrap(), snapshot);
     }
 }
