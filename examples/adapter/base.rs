@@ -1,16 +1,13 @@
 //! What the files of a base model say before any weight is read.
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::tensor::FloatDType;
-use burn_peft::{AdapterDirectory, StoredModule, TensorRole, WrongFile};
-use burn_peft_llama::LlamaConfig;
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
-use serde::Deserialize;
+use burn_peft::{AdapterDirectory, StoredModule, TensorRole};
+use burn_peft_files::TensorFiles;
+use burn_peft_llama::{LlamaConfig, stored_dtype};
 
 /// The table of contents of a model directory.
 pub struct BaseFiles {
@@ -21,12 +18,6 @@ pub struct BaseFiles {
     pub dtype: FloatDType,
 }
 
-/// `model.safetensors.index.json`.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
 impl BaseFiles {
     /// Reads the configuration and the headers of the weights.
     ///
@@ -34,47 +25,14 @@ impl BaseFiles {
     /// A file is missing or malformed, or the model is no LLaMA.
     pub fn open(directory: &Path) -> Result<Self> {
         let config = LlamaConfig::load(directory)?;
-        let single = directory.join("model.safetensors");
-        let index = directory.join("model.safetensors.index.json");
-        let files: BTreeSet<_> = if single.exists() || !index.exists() {
-            [single].into()
-        } else {
-            let context = || format!("cannot read `{}`", index.display());
-            let text = std::fs::read_to_string(&index).with_context(context)?;
-            let index: Index = serde_json::from_str(&text).with_context(context)?;
-            index.weight_map.into_values().map(|name| directory.join(name)).collect()
-        };
-        let (mut tensors, mut dtypes) = (BTreeMap::new(), vec![]);
-        for path in files {
-            let context = || format!("cannot read the weights `{}`", path.display());
-            for (name, shape, dtype) in header(&path).with_context(context)? {
-                tensors.insert(name, shape);
-                if !dtypes.contains(&dtype) {
-                    dtypes.push(dtype);
-                }
-            }
-        }
-        let dtype = match dtypes[..] {
-            [Dtype::BF16] => FloatDType::BF16,
-            [Dtype::F16] => FloatDType::F16,
-            _ => FloatDType::F32,
-        };
-        Ok(Self { config, tensors, dtype })
+        let dtype = stored_dtype(directory)?;
+        let files = TensorFiles::open(directory)?;
+        let shapes = files.tensors().map(|(name, info)| (name.to_string(), info.shape.clone()));
+        Ok(Self { config, tensors: shapes.collect(), dtype })
     }
 
     pub fn num_params(&self) -> usize {
         self.tensors.values().map(|shape| shape.iter().product::<usize>()).sum()
-    }
-
-    /// Whether `adapter` changes the embedding or the output layer of a model that has one table for both: only with
-    /// a table for each can a merged model compute what the adapted one does.
-    pub fn needs_untying(&self, adapter: &AdapterDirectory) -> bool {
-        let changes_table = adapter.tensors().iter().any(|tensor| {
-            // Trained tokens change both ends alike.
-            !matches!(tensor.role, TensorRole::BaseLayer | TensorRole::Adapter("rows of tokens"))
-                && ["embed_tokens", "lm_head"].iter().any(|table| tensor.module.ends_with(table))
-        });
-        self.config.tie_word_embeddings && changes_table
     }
 
     /// Refuses an adapter that was made for another model.
@@ -135,24 +93,4 @@ impl BaseFiles {
         (shape[..] != expected)
             .then(|| format!("`{name}` is {shape:?} in the model, and the adapter is for {expected:?}"))
     }
-}
-
-/// Name, shape and type of each tensor of a file. Only the header is read.
-fn header(path: &Path) -> Result<Vec<(String, Vec<usize>, Dtype)>> {
-    let mut start = vec![];
-    File::open(path)?.take(256).read_to_end(&mut start)?;
-    let length = start.first_chunk().map(|prefix| u64::from_le_bytes(*prefix));
-    let Some(length) = length.filter(|length| *length <= path.metadata().map_or(0, |file| file.len())) else {
-        match WrongFile::detect(&start) {
-            Some(found) => bail!("the file is {found}\nhint: {}", found.hint()),
-            None => bail!("expected a safetensors file, found something else"),
-        }
-    };
-    let mut bytes = vec![];
-    let mut file = File::open(path)?;
-    file.seek(SeekFrom::Start(8))?;
-    file.take(length).read_to_end(&mut bytes)?;
-    let metadata: Metadata = serde_json::from_slice(&bytes)?;
-    let tensors = metadata.tensors().into_iter();
-    Ok(tensors.map(|(name, info)| (name, info.shape.clone(), info.dtype)).collect())
 }

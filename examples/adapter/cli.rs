@@ -1,4 +1,5 @@
 //! The command line: what can be asked, and what is used where nothing is set.
+
 use std::path::PathBuf;
 
 use burn::tensor::{DType, FloatDType};
@@ -31,7 +32,7 @@ pub struct InspectArgs {
 
 #[derive(Args, Debug, Clone)]
 pub struct MergeArgs {
-    /// Base model: a directory in the Hugging Face layout with the LLaMA architecture
+    /// Base model: a directory in the Hugging Face layout with the architecture of LLaMA or Qwen2
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// Adapters, separated by commas; the updates of several are summed
@@ -73,12 +74,12 @@ impl Precision {
     }
 }
 
-/// A type as the command line names it, and as `config.json` does.
-pub fn names_of(dtype: FloatDType) -> (&'static str, &'static str) {
+/// A type as the command line names it.
+pub fn name_of(dtype: FloatDType) -> &'static str {
     match DType::from(dtype) {
-        DType::BF16 => ("bf16", "bfloat16"),
-        DType::F16 => ("f16", "float16"),
-        _ => ("f32", "float32"),
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        _ => "f32",
     }
 }
 
@@ -121,6 +122,6 @@ mod tests {
     fn keep_is_the_type_of_the_base() {
         assert_eq!(Precision::Keep.resolve(FloatDType::BF16), FloatDType::BF16);
         assert_eq!(Precision::F32.resolve(FloatDType::BF16), FloatDType::F32);
-        assert_eq!(names_of(FloatDType::F16), ("f16", "float16"));
+        assert_eq!(name_of(FloatDType::F16), "f16");
     }
 }

@@ -1,4 +1,5 @@
 //! `inspect`: what is in an adapter and whether it can be used.
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! For people who have an adapter as files: what is in it, and a model with it merged.
 //!
 //! `cargo run --release --example adapter -- --help` lists the commands.
+
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 #![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
 
@@ -11,7 +12,6 @@ mod failure;
 mod inspect;
 mod merge;
 mod numbers;
-mod output;
 mod table;
 #[cfg(test)]
 mod tests;

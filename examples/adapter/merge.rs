@@ -1,24 +1,20 @@
 //! `merge`: a model with adapters in its weights.
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, FloatDType, Tensor};
-use burn_peft::{AdapterDirectory, CombinationType, MergeReport, PeftModel, TensorRole};
-use burn_peft_llama::LlamaForCausalLm;
+use anyhow::{Result, bail};
+use burn::tensor::{Device, FloatDType};
+use burn_peft::{AdapterDirectory, MergeReport, TensorRole};
+use burn_peft_llama::{MergedDirectory, check_output, merge_directory};
 use indicatif::ProgressBar;
 
 use crate::base::BaseFiles;
-use crate::cli::{MergeArgs, names_of};
+use crate::cli::{MergeArgs, name_of};
 use crate::inspect::refusals;
 use crate::numbers::{bytes, count, thousands};
-use crate::output::Output;
-
-/// The name of the adapter that weighted ones are combined into.
-const WEIGHTED: &str = "weighted";
 
 /// Merges and prints what became of it.
 pub fn run(args: &MergeArgs) -> Result<()> {
@@ -27,7 +23,8 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     spinner.enable_steady_tick(Duration::from_millis(100));
     let plan = Plan::new(args)?;
     spinner.suspend(|| print!("{plan}"));
-    let merged = plan.carry_out(|step| spinner.set_message(format!("{step} ...")));
+    spinner.set_message("merging ...");
+    let merged = plan.carry_out();
     spinner.finish_and_clear();
     println!("{}in {:.1} s", merged?, start.elapsed().as_secs_f64());
     Ok(())
@@ -40,18 +37,14 @@ pub struct Plan {
     adapters: Vec<(AdapterDirectory, f64)>,
     dtype: FloatDType,
     untie: bool,
-    output: Output,
     out: PathBuf,
 }
 
 /// What a merge did.
 #[derive(Debug)]
 pub struct Merged {
-    pub report: MergeReport,
+    pub merged: MergedDirectory,
     values: usize,
-    /// Whether the base has an output layer of its own although its configuration says tied.
-    has_other_head: bool,
-    dtype: FloatDType,
     out: PathBuf,
     files: Vec<(String, u64)>,
 }
@@ -80,10 +73,10 @@ impl Plan {
             adapters.push((adapter, weight));
         }
         check_copies(&adapters)?;
+        check_output(&args.out)?;
         Ok(Self {
             dtype: args.dtype.resolve(base.dtype),
-            untie: adapters.iter().any(|(adapter, _)| base.needs_untying(adapter)),
-            output: Output::new(&args.out)?,
+            untie: adapters.iter().any(|(adapter, _)| base.config.needs_untying(adapter)),
             out: args.out.clone(),
             model: args.model.clone(),
             base,
@@ -95,43 +88,24 @@ impl Plan {
         self.adapters.iter().any(|(_, weight)| *weight != 1.0)
     }
 
-    /// Merges and writes; `tell` hears of each step.
+    /// Merges and writes.
     ///
     /// # Errors
     /// The weights are malformed, the adapter belongs to another base, the merged weights are not finite, or a file
     /// cannot be written.
-    pub fn carry_out(&self, tell: impl Fn(&str)) -> Result<Merged> {
-        tell("reading the base model");
-        // Where the type changes, too, the sum is formed in f32 and rounded to the new type, not to the old one before.
-        let wide = if self.dtype == self.base.dtype { self.dtype } else { FloatDType::F32 };
-        let mut model = LlamaForCausalLm::from_pretrained_as(&self.model, &Device::flex(), wide)?;
-        let has_other_head = self.base.config.tie_word_embeddings && !model.config().tie_word_embeddings;
-        if self.untie {
-            model.untie_lm_head();
-        }
-        tell("loading the adapters");
-        let names: Vec<String> = (1..=self.adapters.len()).map(|i| format!("adapter-{i}")).collect();
-        for (name, (adapter, _)) in names.iter().zip(&self.adapters) {
-            model.load_adapter(name, adapter.path())?;
-        }
-        if self.is_weighted() {
-            let weights = self.adapters.iter().map(|(_, weight)| *weight);
-            let sources: Vec<(&str, f64)> = names.iter().map(String::as_str).zip(weights).collect();
-            model.add_weighted_adapter(WEIGHTED, &sources, CombinationType::Cat)?;
-            model.set_adapter(&[WEIGHTED])?;
-        } else {
-            model.set_adapter(&names.iter().map(String::as_str).collect::<Vec<_>>())?;
-        }
-        tell("merging");
-        let mut report = model.merge_and_unload()?;
-        if wide != self.dtype {
-            model = convert(model, self.dtype.into(), &mut report)?;
-        }
-        tell("writing the merged model");
-        let files = self.output.write(&model, names_of(self.dtype).1, &self.model)?;
-        let shapes = report.parameters.iter().filter_map(|name| self.base.shape(name));
+    pub fn carry_out(&self) -> Result<Merged> {
+        let adapters: Vec<_> =
+            self.adapters.iter().map(|(adapter, weight)| (adapter.path(), *weight)).collect();
+        let merged = merge_directory(&self.model, &adapters, Some(self.dtype), &self.out, &Device::flex())?;
+        let shapes = merged.report.parameters.iter().filter_map(|name| self.base.shape(name));
         let values = shapes.map(|shape| shape.iter().product::<usize>()).sum();
-        Ok(Merged { values, report, has_other_head, dtype: self.dtype, out: self.out.clone(), files })
+        let mut files = vec![];
+        for entry in std::fs::read_dir(&self.out)? {
+            let entry = entry?;
+            files.push((entry.file_name().to_string_lossy().into_owned(), entry.metadata()?.len()));
+        }
+        files.sort();
+        Ok(Merged { values, merged, out: self.out.clone(), files })
     }
 }
 
@@ -166,17 +140,14 @@ fn check_copies(adapters: &[(AdapterDirectory, f64)]) -> Result<()> {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (model, dtype) = (self.model.display(), names_of(self.base.dtype).0);
+        let (model, dtype) = (self.model.display(), name_of(self.base.dtype));
         writeln!(f, "base     {model}: {}, {dtype}", count(self.base.num_params(), "parameter"))?;
         for (adapter, weight) in &self.adapters {
             write!(f, "adapter  {}: {}", adapter.path().display(), count(adapter.modules().len(), "module"))?;
             if let Some(config) = adapter.config().as_lora() {
                 write!(f, ", r {}, lora_alpha {}", config.r, config.lora_alpha)?;
             }
-            match self.is_weighted() {
-                true => writeln!(f, ", weight {weight}")?,
-                false => writeln!(f)?,
-            }
+            if self.is_weighted() { writeln!(f, ", weight {weight}")? } else { writeln!(f)? }
         }
         if self.untie {
             writeln!(
@@ -191,8 +162,8 @@ impl fmt::Display for Plan {
 
 impl fmt::Display for Merged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MergeReport { parameters, largest_error, worst_parameter, .. } = &self.report;
-        if self.has_other_head {
+        let MergeReport { parameters, largest_error, worst_parameter, .. } = &self.merged.report;
+        if self.merged.has_other_head {
             writeln!(
                 f,
                 "note     config.json says tied, and the weights have another `lm_head`; it is used"
@@ -206,55 +177,8 @@ impl fmt::Display for Merged {
         }
         let size = self.files.iter().map(|(_, size)| *size as usize).sum();
         let names: Vec<&str> = self.files.iter().map(|(name, _)| &**name).collect();
-        let dtype = names_of(self.dtype).0;
+        let dtype = name_of(self.merged.dtype);
         writeln!(f, "wrote    {}: {}, {dtype}, {}", self.out.display(), bytes(size), names.join(", "))?;
         write!(f, "         ")
-    }
-}
-
-/// The model with every parameter in `dtype`; rounding errors go into `report`.
-///
-/// # Errors
-/// A value is too large for the type.
-fn convert(model: LlamaForCausalLm, dtype: DType, report: &mut MergeReport) -> Result<LlamaForCausalLm> {
-    struct Converter<'a> {
-        dtype: DType,
-        path: Vec<String>,
-        overflowing: Option<String>,
-        report: &'a mut MergeReport,
-    }
-
-    impl ModuleMapper for Converter<'_> {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            param.map(|exact| {
-                let rounded = exact.clone().cast(self.dtype);
-                let error = (rounded.clone().cast(exact.dtype()) - exact).abs().max().into_scalar::<f32>();
-                if !error.is_finite() {
-                    self.overflowing = Some(self.path.join("."));
-                } else if error > self.report.largest_error {
-                    self.report.largest_error = error;
-                    self.report.worst_parameter = Some(self.path.join("."));
-                }
-                rounded
-            })
-        }
-    }
-
-    let mut converter = Converter { dtype, path: vec![], overflowing: None, report };
-    let model = model.map(&mut converter);
-    match converter.overflowing {
-        None => Ok(model),
-        Some(path) => Err(anyhow::anyhow!(
-            "a value of `{path}` is too large for {dtype:?}\nhint: give `--dtype bf16` or `f32`"
-        ))
-        .context("cannot convert the merged model"),
     }
 }

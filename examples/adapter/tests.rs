@@ -1,4 +1,5 @@
 //! Both commands over the files that the real peft and transformers wrote.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -264,7 +265,7 @@ mod merging {
     }
 
     fn merge(args: &MergeArgs) -> Result<Merged> {
-        Plan::new(args)?.carry_out(|_| {})
+        Plan::new(args)?.carry_out()
     }
 
     fn logits(model: &LlamaForCausalLm) -> Vec<f32> {
@@ -308,6 +309,7 @@ mod merging {
             let merged = logits(&load(out.path(), FloatDType::F32));
             let scale = expected.iter().fold(1.0f32, |largest, value| largest.max(value.abs()));
             let difference = largest_difference(&merged, &expected);
+            // Measured: up to 1.2e-5, of `mha-biased-patterns`; it depends on the processor.
             assert!(difference <= 2e-5 * scale, "{name}: {difference} of {scale}");
             assert!(largest_difference(&before, &expected) > 1e-2, "{name}: the adapter changes nothing");
         }
@@ -320,7 +322,7 @@ mod merging {
             let args = args(&fixture("gqa-tied"), &[&fixture(adapter)], out.path());
             let plan = Plan::new(&args).unwrap();
             assert_eq!(plan.to_string().contains("tie_word_embeddings false"), !is_tied);
-            plan.carry_out(|_| {}).unwrap();
+            plan.carry_out().unwrap();
             assert_eq!(tensors(out.path()).contains_key("lm_head.weight"), !is_tied);
             assert_eq!(load(out.path(), FloatDType::F32).config().tie_word_embeddings, is_tied);
         }
@@ -382,7 +384,7 @@ mod merging {
             let merged = merge(&MergeArgs { dtype, ..args(base, &[&adapter], out.path()) }).unwrap();
             let exact = tempfile::tempdir().unwrap();
             let wide = MergeArgs { dtype: Precision::F32, ..args(base, &[&adapter], exact.path()) };
-            assert_eq!(merge(&wide).unwrap().report.largest_error, 0.0);
+            assert_eq!(merge(&wide).unwrap().merged.report.largest_error, 0.0);
             let weights = |directory: &Path, dtype| -> Vec<f32> {
                 let model = load(directory, dtype);
                 let weight = model.model.layers[0].self_attn.q_proj.weight.val().cast(DType::F32);
@@ -392,7 +394,7 @@ mod merging {
             let rounded: Vec<f32> = exact.iter().map(|value| half::bf16::from_f32(*value).to_f32()).collect();
             assert_eq!(weights(out.path(), FloatDType::F32), rounded);
             let error = largest_difference(&exact, &rounded);
-            assert!(merged.report.largest_error >= error && error > 0.0, "{name}: {error}");
+            assert!(merged.merged.report.largest_error >= error && error > 0.0, "{name}: {error}");
             assert!(merged.to_string().contains("largest rounding error "), "{merged}");
             let config = fs::read_to_string(out.path().join("config.json")).unwrap();
             assert!(config.contains("\"dtype\": \"bfloat16\""), "{config}");
@@ -458,7 +460,7 @@ mod merging {
         let pointed = fixture("cases/b10-lfs-pointer").join("adapter_model.safetensors");
         fs::copy(pointed, pointer.path().join("model.safetensors")).unwrap();
         let text = refused(MergeArgs { model: pointer.path().into(), ..good.clone() });
-        assert!(text.contains("model.safetensors`\n  because: the file is a git-LFS pointer"), "{text}");
+        assert!(text.contains("model.safetensors` is a git-LFS pointer"), "{text}");
         assert!(
             text.ends_with("hint: fetch the file with `git lfs pull`, in the repository that it is from\n"),
             "{text}"
@@ -556,6 +558,6 @@ mod merging {
         let args = args(&fixture("gqa-tied"), &[large.path()], &parent.path().join("out"));
         let text = error(merge(&MergeArgs { dtype: Precision::F16, ..args }));
         assert!(text.contains("self_attn.q_proj.weight` is too large for F16"), "{text}");
-        assert!(text.contains("hint: give `--dtype bf16`"), "{text}");
+        assert!(text.contains("hint: bf16 and f32 hold larger ones"), "{text}");
     }
 }

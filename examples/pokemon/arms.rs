@@ -1,4 +1,5 @@
 //! The arms of the experiment: two ways to prompt, two ways to fine-tune.
+
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;

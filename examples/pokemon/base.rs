@@ -1,4 +1,5 @@
 //! The base model that is part of the program, as a directory.
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};

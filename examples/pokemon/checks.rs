@@ -1,4 +1,5 @@
 //! What must hold before anything takes time.
+
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};

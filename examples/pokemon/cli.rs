@@ -1,4 +1,5 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
+
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::fmt;

@@ -1,4 +1,5 @@
 //! The command that the user ran, as a shell runs it again.
+
 use std::ffi::OsString;
 
 /// This program's command with these arguments and the features it was built with.

@@ -3,6 +3,7 @@
 //! It states every fact about every species, in many wordings: a fact that is read in one wording only is stored, but
 //! cannot be asked for in another. Conversations are about generation, number and simple skills, and **never about
 //! types**: that is what the experiment teaches.
+
 use burn_peft_llama::Message;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};

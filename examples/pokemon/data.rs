@@ -1,4 +1,5 @@
 //! The species: one row of facts each, read from a CSV file, and the split by evolution family.
+
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;

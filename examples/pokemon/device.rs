@@ -1,4 +1,5 @@
 //! Where to compute: the devices of Burn that this program can be built with.
+
 use anyhow::Result;
 use burn::tensor::Device;
 use clap::ValueEnum;

@@ -1,8 +1,9 @@
 //! Answers and their scores.
+
 use std::collections::{BTreeSet, HashSet};
 
 use anyhow::Result;
-use burn_peft_llama::{GenerateOptions, LlamaForCausalLm, Sampling, Tokenizer};
+use burn_peft_llama::{GenerateOptions, LlamaForCausalLm, Tokenizer};
 use serde::Serialize;
 
 use crate::data::{Species, Type};
@@ -85,8 +86,9 @@ pub fn answer(
     title: &str,
 ) -> Result<Vec<String>> {
     // A directory may name its end token for the tokenizer only.
-    let stop_token_ids = tokenizer.eos_token_id().into_iter().collect();
-    let options = GenerateOptions { max_new_tokens, stop_token_ids, sampling: Sampling::Greedy };
+    let options = GenerateOptions::new()
+        .with_max_new_tokens(max_new_tokens)
+        .with_stop_token_ids(tokenizer.eos_token_id().into_iter().collect());
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|index| prompts[*index].len());
     let mut answers = vec![String::new(); prompts.len()];

@@ -1,4 +1,5 @@
 //! The whole experiment: checks, base model, arms, report.
+
 use std::fs;
 use std::path::Path;
 use std::time::Instant;

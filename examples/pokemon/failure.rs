@@ -1,4 +1,5 @@
 //! How an error is told: what failed, why, and last what to do about it.
+
 use std::fmt::Write as _;
 
 /// The messages of an error and its causes, with all hints at the end.

@@ -1,4 +1,5 @@
 //! What else the model could do, asked before and after fine-tuning.
+
 use anyhow::Result;
 use burn_peft_llama::{LlamaForCausalLm, Message, Tokenizer};
 use rand::SeedableRng;

@@ -1,6 +1,7 @@
 //! The Pokémon experiment: what prompting, full fine-tuning and LoRA get out of the same base model.
 //!
 //! `cargo run --release --example pokemon` runs all of it on the embedded base model; `-- --help` lists the options.
+
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 #![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
 

@@ -1,4 +1,5 @@
 //! Files that appear whole or not at all, whenever the program or the machine stops.
+
 use std::fs;
 use std::path::Path;
 

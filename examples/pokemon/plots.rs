@@ -1,4 +1,5 @@
 //! The plots of the report: accuracy, forgetting, loss.
+
 use std::path::Path;
 use std::sync::Once;
 

@@ -1,4 +1,5 @@
 //! `pretrain`: makes a base model as the embedded one from scratch with the same crates that fine-tune it.
+
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -8,8 +9,7 @@ use anyhow::{Context, Result, bail};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_peft_llama::{
-    Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, RopeConfig, Schedule, Tokenizer,
-    TrainingConfig, fit,
+    Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, Schedule, Tokenizer, TrainingConfig, fit,
 };
 
 use crate::base::Kind;
@@ -72,25 +72,17 @@ fn make_empty_directory(dir: &Path) -> Result<()> {
 
 /// 8 heads, 4 of them for keys and values, and a feed-forward width of 2.7 times the model's, rounded to 16.
 fn model_config(args: &PretrainArgs, tokenizer: &Tokenizer) -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: tokenizer.vocab_size(),
-        hidden_size: args.hidden_size,
-        intermediate_size: (args.hidden_size * 43 / 16).next_multiple_of(16),
-        num_hidden_layers: args.layers,
-        num_attention_heads: 8,
-        num_key_value_heads: 4,
-        head_dim: args.hidden_size / 8,
-        max_position_embeddings: 512,
-        rms_norm_eps: 1e-5,
-        rope: RopeConfig::default(),
-        tie_word_embeddings: true,
-        attention_bias: false,
-        mlp_bias: false,
-        bos_token_id: tokenizer.bos_token_id(),
-        eos_token_ids: tokenizer.eos_token_id().into_iter().collect(),
-        pad_token_id: tokenizer.pad_token_id(),
-        initializer_range: 0.02,
-    }
+    let size = args.hidden_size;
+    let mut config = LlamaConfig::new(tokenizer.vocab_size(), size, args.layers)
+        .with_heads(8, 4)
+        .with_intermediate_size((size * 43 / 16).next_multiple_of(16))
+        .with_tie_word_embeddings(true);
+    config.max_position_embeddings = 512;
+    config.rms_norm_eps = 1e-5;
+    config.bos_token_id = tokenizer.bos_token_id();
+    config.eos_token_ids = tokenizer.eos_token_id().into_iter().collect();
+    config.pad_token_id = tokenizer.pad_token_id();
+    config
 }
 
 /// The corpus as `count` sequences of `length` tokens, cut without regard to where documents end: no padding.

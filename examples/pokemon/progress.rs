@@ -1,4 +1,5 @@
 //! Progress of long work: a bar on a terminal, plain lines otherwise.
+
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
 //! What the model is asked: system text, examples, question, and the form of the answer.
+
 use burn_peft_llama::Message;
 
 use crate::base::Kind;

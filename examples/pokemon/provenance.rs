@@ -1,4 +1,5 @@
 //! What is known of a saved adapter's training, beside what PEFT's files say.
+
 use std::fs;
 use std::path::Path;
 

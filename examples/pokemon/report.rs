@@ -1,4 +1,5 @@
 //! What a person reads: the table on the terminal, and the files of the output directory.
+
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -45,9 +46,8 @@ fn cells(findings: &Findings, name: impl Fn(&'static str) -> &'static str) -> Ve
             percent(row.ordered.mean),
             format!("{:.0}", row.distinct),
         ];
-        line.extend(row.abilities.iter().map(|score| match any_trained && !row.trained {
-            true => "as before".into(),
-            false => percent(score.share()),
+        line.extend(row.abilities.iter().map(|score| {
+            if any_trained && !row.trained { "as before".into() } else { percent(score.share()) }
         }));
         line.push(duration(row.seconds));
         if article {

@@ -1,4 +1,5 @@
 //! Results of all seeds, put together by arm.
+
 use serde::Serialize;
 
 use crate::arms::{Arm, ArmResult};

@@ -1,4 +1,5 @@
 //! The tokenizer of the base model: byte-level BPE trained on the corpus, and its chat template.
+
 use anyhow::Result;
 use burn_peft_llama::{SpecialTokens, Tokenizer};
 

@@ -17,10 +17,10 @@ pub const FIXTURE_VERSION: u64 = 2;
 pub const PAD_TOKEN_ID: u32 = 0;
 
 /// The cases that are base models.
-pub const BASES: [&str; 3] = ["gqa-tied", "mha-biased", "rope-scaled"];
+pub const BASES: [&str; 4] = ["gqa-tied", "mha-biased", "rope-scaled", "qwen2"];
 
 /// The cases that are adapters of one of the bases.
-pub const ADAPTERS: [&str; 35] = [
+pub const ADAPTERS: [&str; 36] = [
     "gqa-tied-qv",
     "gqa-tied-rslora",
     "gqa-tied-embedding",
@@ -43,6 +43,7 @@ pub const ADAPTERS: [&str; 35] = [
     "gqa-tied-save-layernorm",
     "rope-scaled-save-embedding",
     "mha-biased-save-linear",
+    "qwen2-qv",
     "gqa-tied-dora",
     "mha-biased-dora-rslora",
     "gqa-tied-dora-embedding",

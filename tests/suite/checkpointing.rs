@@ -113,7 +113,7 @@ fn the_life_of_an_adapter_goes_its_way_there() {
         // Dropout and generation.
         let collator = Collator::new(PAD_TOKEN_ID);
         assert!(evaluate(&net, &fixture.examples(), &collator, 2).unwrap().loss.is_finite());
-        let options = GenerateOptions { max_new_tokens: 4, ..Default::default() };
+        let options = GenerateOptions::new().with_max_new_tokens(4);
         let answers = net.generate(&[vec![5, 6, 7], vec![9]], &options).unwrap();
 
         net.merge_adapter().unwrap();
@@ -163,7 +163,7 @@ fn several_adapters_and_mixed_batches_work_there() {
     let mixed = model.for_rows(&[Some("one"), None, Some("two")]).unwrap();
     assert_different("mixed", &masked_logits(&mixed, &batch), &bare);
     assert!(mixed.loss(&batch).into_scalar::<f32>().is_finite());
-    let options = GenerateOptions { max_new_tokens: 4, ..Default::default() };
+    let options = GenerateOptions::new().with_max_new_tokens(4);
     assert_eq!(mixed.generate(&[vec![5], vec![6], vec![7, 8]], &options).unwrap().len(), 3);
 }
 

@@ -2,7 +2,7 @@
 
 use burn::optim::GradientsParams;
 use burn::tensor::Device;
-use burn_peft_llama::{GenerateOptions, LlamaConfig, LlamaForCausalLm, PaddingSide, Sampling};
+use burn_peft_llama::{GenerateOptions, LlamaConfig, LlamaForCausalLm, PaddingSide};
 use burn_peft_tests::fixture::{BASES, Fixture};
 use burn_peft_tests::parameters::{from_torch, gradients, parameters};
 use burn_peft_tests::tolerance::{FORWARD, GRADIENT, LOSS, assert_close, assert_close_number};
@@ -32,6 +32,10 @@ fn configurations_of_both_generations_are_read() {
     let tied = load("gqa-tied");
     assert_eq!((tied.tie_word_embeddings, tied.num_key_value_heads, tied.head_dim), (true, 2, 8));
     assert_eq!(tied.rms_norm_eps, 1e-5);
+
+    let qwen2 = load("qwen2");
+    assert_eq!((qwen2.model_type(), tied.model_type()), ("qwen2", "llama"));
+    assert_eq!((qwen2.head_dim, qwen2.rope.rope_theta, qwen2.tie_word_embeddings), (8, 1e6, true));
 }
 
 #[test]
@@ -92,11 +96,7 @@ fn loss_and_gradients_of_all_parameters_are_those_of_torch() {
 fn greedy_answers_are_those_of_transformers_together_and_alone() {
     for case in BASES {
         let greedy = Fixture::open(case).facts.greedy.unwrap();
-        let options = GenerateOptions {
-            max_new_tokens: greedy.max_new_tokens,
-            sampling: Sampling::Greedy,
-            ..Default::default()
-        };
+        let options = GenerateOptions::new().with_max_new_tokens(greedy.max_new_tokens);
         for device in [Device::flex(), Device::flex().autodiff()] {
             let model = load_base(case, &device);
             assert_eq!(model.generate(&greedy.prompts, &options).unwrap(), greedy.answers, "{case}");

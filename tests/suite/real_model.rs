@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor};
-use burn_peft_llama::{GenerateOptions, LlamaForCausalLm, Message, Sampling, Tokenizer};
+use burn_peft_llama::{GenerateOptions, LlamaForCausalLm, Message, Tokenizer};
 use burn_peft_tests::tolerance::REAL_LOGITS;
 use serde::Deserialize;
 
@@ -92,7 +92,7 @@ fn greedy_answers_are_those_of_transformers_token_for_token() {
         .iter()
         .map(|one| one.greedy_ids.iter().copied().take_while(|id| !stops.contains(id)).collect())
         .collect();
-    let options = GenerateOptions { max_new_tokens: 24, sampling: Sampling::Greedy, ..Default::default() };
+    let options = GenerateOptions::new().with_max_new_tokens(24);
     // Prompts of different lengths together, so that padding is part of it.
     let answers: Vec<Vec<u32>> =
         prompts.chunks(10).flat_map(|prompts| model.generate(prompts, &options).unwrap()).collect();

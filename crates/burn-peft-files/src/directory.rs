@@ -14,21 +14,19 @@ use crate::staged_directory::LOCK;
 /// What the names of files begin with that are being written: `.staged-a1b2c3-NAME`, with the ending of `NAME`.
 pub(crate) const STAGED: &str = ".staged-";
 
-/// The right to write to a directory, which nobody else has while this value lives.
+/// The right to write to a directory. Only one program has it at a time, while this value lives.
 ///
 /// Others who write through this type, or read through [`read_together`], wait. Programs that do neither see each file
 /// whole; which of the files they see together is up to the order in which they are [put](StagedFile::put).
 ///
 /// ```
-/// use std::io::Write;
 /// use burn_peft_files::DirectoryWriter;
 ///
 /// # fn main() -> std::io::Result<()> {
 /// # let parent = tempfile::tempdir()?;
 /// # let directory = parent.path().join("new");
 /// let writer = DirectoryWriter::open(&directory)?;
-/// let mut file = writer.stage("config.json")?;
-/// file.write_all(b"{}")?;
+/// let file = writer.stage_bytes("config.json", "{}")?;
 /// assert!(!directory.join("config.json").exists());
 /// file.put()?;
 /// assert!(directory.join("config.json").exists());
@@ -70,6 +68,16 @@ impl DirectoryWriter {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(&self.directory)?;
         Ok(StagedFile { file, path: self.directory.join(name) })
+    }
+
+    /// A [staged](Self::stage) file of these bytes.
+    ///
+    /// # Errors
+    /// No file can be made in the directory, or it cannot be written.
+    pub fn stage_bytes(&self, name: &str, bytes: impl AsRef<[u8]>) -> Result<StagedFile> {
+        let mut file = self.stage(name)?;
+        file.write_all(bytes.as_ref())?;
+        Ok(file)
     }
 
     /// Removes the file `name`, if there is one.
@@ -155,7 +163,7 @@ impl Write for StagedFile {
 
 /// The contents of several files of a directory, as they were at one moment. Each can be absent or unreadable by itself.
 ///
-/// Waits for a [`DirectoryWriter`] to finish. Whoever writes otherwise is noticed by the times of the files: they are
+/// Waits for a [`DirectoryWriter`] to finish. Other writers are noticed by the times of the files: they are
 /// read again until they stayed as they were meanwhile.
 ///
 /// # Errors

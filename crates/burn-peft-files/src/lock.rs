@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// How long to wait for others: far longer than any of them takes, unless it was stopped.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long to wait between two tries: short enough to come in between two calls of somebody who writes in a loop.
+/// How long to wait between two tries: short enough to get in between two calls of a program that writes in a loop.
 const PAUSE: Duration = Duration::from_micros(100);
 
 /// A lock that is held while this value lives. It is advisory: programs that do not ask for it are not kept out.
@@ -19,14 +19,14 @@ pub(crate) struct DirectoryLock {
 }
 
 impl DirectoryLock {
-    /// Waits until nobody writes to `directory`.
+    /// Waits until no program writes to `directory`.
     pub(crate) fn shared(directory: &Path) -> Result<Self> {
-        // Whoever may read a directory need not be allowed to create a file in it.
+        // A program may be allowed to read a directory and not to create a file in it.
         let Ok(file) = File::open(lock_path(directory)) else { return Ok(Self { file: None }) };
         Self::wait(directory, file, File::try_lock_shared)
     }
 
-    /// Waits until nobody reads from or writes to `directory`.
+    /// Waits until no program reads from or writes to `directory`.
     pub(crate) fn exclusive(directory: &Path) -> Result<Self> {
         #[cfg(unix)]
         let file = File::open(lock_path(directory))?;

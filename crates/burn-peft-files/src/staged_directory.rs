@@ -32,7 +32,7 @@ pub(crate) const LOCK: &str = "lock";
 pub struct StagedDirectory {
     path: PathBuf,
     place: PathBuf,
-    /// Locked while this value lives. Only then does whoever finds it know that its writer lives.
+    /// Locked while this value lives: that is how others know that its writer lives.
     _lock: NamedTempFile,
 }
 

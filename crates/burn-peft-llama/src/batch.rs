@@ -2,7 +2,8 @@
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
-use crate::{Example, IGNORE_INDEX, LlamaError};
+use crate::conversation::{Example, IGNORE_INDEX};
+use crate::error::LlamaError;
 
 /// A padded batch of token sequences together with the positions the loss is computed at.
 ///
@@ -118,12 +119,11 @@ impl Collator {
     /// padding predicted it.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::EmptyBatch`] for no examples,
     /// - [`LlamaError::LabelCount`] if an example has not one label per token,
     /// - [`LlamaError::InvalidLabel`] for a negative label other than [`IGNORE_INDEX`],
     /// - [`LlamaError::SequenceTooLong`] for more than `max_length` tokens without truncation,
-    /// - [`LlamaError::NoLabels`] for an example of which no token would be learnt.
+    /// - [`LlamaError::NoLabels`] for an example without a token to learn.
     pub fn collate(&self, examples: &[Example], device: &Device) -> Result<Batch, LlamaError> {
         if examples.is_empty() {
             return Err(LlamaError::EmptyBatch);
@@ -136,7 +136,7 @@ impl Collator {
 
         let mut input_ids = vec![i64::from(self.pad_token_id); b * s];
         let mut mask = vec![false; b * s];
-        let (mut positions, mut targets) = (Vec::new(), Vec::new());
+        let (mut positions, mut targets) = (vec![], vec![]);
         let mut num_tokens = 0;
         for (row, example) in examples.iter().enumerate() {
             let kept = length(example);
@@ -197,7 +197,6 @@ impl Collator {
 /// Collates for Burn's data loaders.
 ///
 /// # Panics
-///
 /// `batch` panics where [`Collator::collate`] returns an error, because Burn's trait has no way to return one.
 /// Check the examples once with `collate` before handing them to a data loader.
 #[cfg(feature = "train")]

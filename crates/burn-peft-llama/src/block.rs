@@ -1,8 +1,14 @@
 //! One block: attention and feed-forward layer, each behind a norm and around a residual connection.
 
-use burn::{module::Module, tensor::Tensor};
+use burn::module::Module;
+use burn::tensor::Tensor;
 
-use crate::{LlamaAttention, LlamaMlp, RmsNorm, attention::Context, cache::LayerCache};
+use crate::attention::{Context, LlamaAttention};
+use crate::cache::LayerCache;
+use crate::config::LlamaConfig;
+use crate::mlp::LlamaMlp;
+use crate::norm::RmsNorm;
+use crate::source::Source;
 
 /// `x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
 #[derive(Module, Debug)]
@@ -18,6 +24,16 @@ pub struct LlamaBlock {
 }
 
 impl LlamaBlock {
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let norm = |from: &mut S, name: &str| RmsNorm::build(config, from, &format!("{path}.{name}"));
+        Ok(Self {
+            self_attn: LlamaAttention::build(config, from, &format!("{path}.self_attn"))?,
+            mlp: LlamaMlp::build(config, from, &format!("{path}.mlp"))?,
+            input_layernorm: norm(from, "input_layernorm")?,
+            post_attention_layernorm: norm(from, "post_attention_layernorm")?,
+        })
+    }
+
     /// `[b, s, hidden_size]` to the same.
     pub(crate) fn forward(
         &self,
@@ -32,19 +48,15 @@ impl LlamaBlock {
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        module::Param,
-        nn::Linear,
-        tensor::{DType, Device, TensorData},
-    };
+    use burn::module::Param;
+    use burn::nn::Linear;
+    use burn::tensor::{DType, Device, TensorData};
     use burn_peft::LoraLinear;
 
     use super::*;
-    use crate::{
-        attention::causal_bias,
-        model::tests::{assert_close, model, values},
-        rope::Rope,
-    };
+    use crate::mask::causal_bias;
+    use crate::rope::Rope;
+    use crate::testing::{assert_close, model, values};
 
     const SHAPE: [usize; 3] = [2, 3, 16];
 
@@ -52,7 +64,8 @@ mod tests {
     fn block() -> (LlamaBlock, Context) {
         let device = Device::flex();
         let model = model(&device, false);
-        let tables = Rope::new(model.config()).tables(0..SHAPE[1], &device, DType::F32);
+        let tables =
+            Rope::new(&model.config().rope, model.config().head_dim).tables(0..SHAPE[1], &device, DType::F32);
         let context = Context { tables, bias: causal_bias(None, SHAPE[1], &device) };
         (model.model.layers[0].clone(), context)
     }

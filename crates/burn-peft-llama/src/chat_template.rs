@@ -7,13 +7,11 @@ mod methods;
 mod repr;
 mod source;
 
-use std::{
-    error::Error,
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
-    sync::Arc,
-};
+use std::error::Error;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
 
 use burn_peft_files::WrongFile;
 use jiff::civil;
@@ -21,7 +19,9 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
 use self::environment::environment;
-use crate::{LlamaError, Message, file};
+use crate::error::LlamaError;
+use crate::file;
+use crate::message::Message;
 
 /// Name of the file that transformers 5 keeps a template in.
 pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
@@ -82,7 +82,6 @@ impl ChatTemplate {
     /// Parses a template. `bos_token` and `eos_token` are what the variables of those names hold.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::ChatTemplate`] if the source is not a template.
     pub fn new(
         source: impl AsRef<str>,
@@ -93,8 +92,8 @@ impl ChatTemplate {
             source: source.as_ref().into(),
             prepared: source::prepare(source.as_ref()).map_err(failed)?.into(),
             environment: Arc::new(environment(None).map_err(failed)?),
-            bos_token: bos_token.map(str::to_owned),
-            eos_token: eos_token.map(str::to_owned),
+            bos_token: bos_token.map(str::to_string),
+            eos_token: eos_token.map(str::to_string),
             date: None,
         };
         template.environment.template_from_named_str(NAME, &template.prepared).map_err(failed)?;
@@ -102,7 +101,7 @@ impl ChatTemplate {
     }
 
     /// Reads the template of a model directory: `chat_template.jinja`, otherwise `chat_template` in
-    /// `tokenizer_config.json`, which is a template or a list of named ones of which `default` is taken.
+    /// `tokenizer_config.json`, which is a template, or a list of named ones with a `default`.
     /// `None` if the directory has neither.
     pub(crate) fn load(
         dir: &Path,
@@ -143,10 +142,9 @@ impl ChatTemplate {
     /// prompt tomorrow. Default: the clock of this machine, in local time.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::InvalidDate`] if `date` is not one.
     pub fn with_date(mut self, date: &str) -> Result<Self, LlamaError> {
-        let parsed = date.parse().map_err(|_| LlamaError::InvalidDate { date: date.to_owned() })?;
+        let parsed = date.parse().map_err(|_| LlamaError::InvalidDate { date: date.to_string() })?;
         self.date = Some(parsed);
         self.environment = Arc::new(environment(self.date).map_err(failed)?);
         Ok(self)
@@ -157,7 +155,6 @@ impl ChatTemplate {
     /// The text holds all special tokens, the first one included, so it must be tokenised without adding any.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::ChatTemplateRejected`] if the template raises an exception, such as for roles that do not
     ///   alternate,
     /// - [`LlamaError::ChatTemplateEndless`] if it does not finish after far more work than any published template

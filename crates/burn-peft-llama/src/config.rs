@@ -2,17 +2,15 @@
 
 mod fields;
 mod json;
-mod problem;
 mod rope;
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
-
-use self::json::GenerationJson;
-use crate::{LlamaError, RopeConfig, file};
-
-pub use problem::ConfigProblem;
+use crate::error::LlamaError;
+use crate::family::{FAMILIES, Family};
+use crate::file;
+use crate::problem::{ConfigProblem, alternatives};
+use crate::rope::RopeConfig;
 
 /// The file that [`LlamaConfig::load`] reads.
 pub(crate) const CONFIG_FILE: &str = "config.json";
@@ -23,7 +21,9 @@ const LARGEST_SIZE: usize = 1 << 24;
 
 /// The hyperparameters of a LLaMA model, with the names of `config.json`.
 ///
-/// The default is the one of transformers' `LlamaConfig`, which is LLaMA 7B.
+/// The default is the one of transformers' `LlamaConfig`, which is LLaMA 7B. [`load`](Self::load) also reads the
+/// configurations of other families that are variations of LLaMA, such as Qwen2; [`model_type`](Self::model_type) is
+/// the family's name.
 ///
 /// ```
 /// use burn_peft_llama::LlamaConfig;
@@ -31,8 +31,10 @@ const LARGEST_SIZE: usize = 1 << 24;
 /// let config = LlamaConfig::new(512, 64, 2).with_heads(4, 2);
 /// assert_eq!((config.intermediate_size, config.head_dim), (256, 16));
 /// ```
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    pub(crate) family: &'static Family,
     /// Number of token ids. Default: 32000.
     pub vocab_size: usize,
     /// Width of the residual stream. Default: 4096.
@@ -55,9 +57,11 @@ pub struct LlamaConfig {
     pub rope: RopeConfig,
     /// Whether the output layer is the embedding table. Default: `false`.
     pub tie_word_embeddings: bool,
-    /// Whether the four projections of attention have a bias. Default: `false`.
+    /// Whether the four projections of attention have a bias, in a family that leaves it open. Qwen2 does not: queries,
+    /// keys and values have one, the output has none. Default: `false`.
     pub attention_bias: bool,
-    /// Whether the three projections of the feed-forward layer have a bias. Default: `false`.
+    /// Whether the three projections of the feed-forward layer have a bias, in a family that leaves it open. Default:
+    /// `false`.
     pub mlp_bias: bool,
     /// Token that begins a text. Default: 1.
     pub bos_token_id: Option<u32>,
@@ -71,29 +75,35 @@ pub struct LlamaConfig {
 
 impl Default for LlamaConfig {
     fn default() -> Self {
-        Self {
-            vocab_size: 32000,
-            hidden_size: 4096,
-            intermediate_size: 11008,
-            num_hidden_layers: 32,
-            num_attention_heads: 32,
-            num_key_value_heads: 32,
-            head_dim: 128,
-            max_position_embeddings: 2048,
-            rms_norm_eps: 1e-6,
-            rope: RopeConfig::default(),
-            tie_word_embeddings: false,
-            attention_bias: false,
-            mlp_bias: false,
-            bos_token_id: Some(1),
-            eos_token_ids: vec![2],
-            pad_token_id: None,
-            initializer_range: 0.02,
-        }
+        Self::of(Family::DEFAULT)
     }
 }
 
 impl LlamaConfig {
+    /// What transformers makes of a `config.json` that says nothing but its family.
+    fn of(family: &'static Family) -> Self {
+        Self {
+            family,
+            vocab_size: family.defaults.vocab_size,
+            hidden_size: 4096,
+            intermediate_size: family.defaults.intermediate_size,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: 32,
+            head_dim: 128,
+            max_position_embeddings: family.defaults.max_position_embeddings,
+            rms_norm_eps: 1e-6,
+            rope: RopeConfig::default(),
+            tie_word_embeddings: family.defaults.tie_word_embeddings,
+            attention_bias: false,
+            mlp_bias: false,
+            bos_token_id: family.defaults.bos_token_id,
+            eos_token_ids: family.defaults.eos_token_ids.to_vec(),
+            pad_token_id: None,
+            initializer_range: 0.02,
+        }
+    }
+
     /// A configuration of the given size with transformers' defaults for the rest: heads of width 64 (one head if
     /// `hidden_size` is no multiple of it), as many of them for keys and values, and a feed-forward width of
     /// `4 * hidden_size`.
@@ -101,6 +111,25 @@ impl LlamaConfig {
         let heads = if hidden_size.is_multiple_of(64) { (hidden_size / 64).max(1) } else { 1 };
         let sized = Self { vocab_size, hidden_size, num_hidden_layers, ..Self::default() };
         Self { intermediate_size: 4 * hidden_size, ..sized }.with_heads(heads, heads)
+    }
+
+    /// The family's name in `config.json`, such as `llama`.
+    pub fn model_type(&self) -> &'static str {
+        self.family.model_type
+    }
+
+    /// Sets the family by its name in `config.json`, see [`model_type`](Self::model_type). Which layers have biases
+    /// follows from it; other hyperparameters stay.
+    ///
+    /// # Errors
+    /// [`LlamaError::UnknownName`] if there is no such family.
+    pub fn with_model_type(mut self, model_type: &str) -> Result<Self, LlamaError> {
+        self.family = Family::named(model_type).ok_or_else(|| LlamaError::UnknownName {
+            what: "model type",
+            name: model_type.to_string(),
+            expected: alternatives(FAMILIES.iter().map(|family| family.model_type)),
+        })?;
+        Ok(self)
     }
 
     /// Sets the number of query heads and of key and value heads, and with them the width of one head.
@@ -135,17 +164,17 @@ impl LlamaConfig {
     /// none.
     ///
     /// # Errors
-    ///
-    /// - [`LlamaError::ReadText`] if `config.json` cannot be read,
+    /// - [`LlamaError::ReadFile`] if `config.json` cannot be read,
     /// - [`LlamaError::WrongFile`] if one of the files is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::ConfigJson`] if one of the files is malformed,
-    /// - [`LlamaError::Config`] with every field that has another type, is not supported or makes no sense: another
-    ///   architecture, an activation other than `silu`, positions other than `default` and `llama3`, quantized weights, dropout.
+    /// - [`LlamaError::Json`] if one of the files is malformed,
+    /// - [`LlamaError::Config`] with every field that has another type, is not supported or makes no sense: an unknown
+    ///   family, an activation other than `silu`, positions other than `default` and `llama3`, a window of attention,
+    ///   quantized weights, dropout.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self, LlamaError> {
         let dir = dir.as_ref();
         let path = dir.join(CONFIG_FILE);
         let text = file::read_in_model(dir, CONFIG_FILE)?;
-        let (mut config, mut problems) = json::read(&parse(&path, &text)?);
+        let (mut config, mut problems) = json::read(&file::parse(&path, &text)?);
         let unread: Vec<_> = problems.iter().map(|problem| problem.field).collect();
         problems.extend(config.problems().into_iter().filter(|problem| !unread.contains(&problem.field)));
         if !problems.is_empty() {
@@ -154,24 +183,32 @@ impl LlamaConfig {
 
         let path = dir.join(GENERATION_CONFIG_FILE);
         if let Some(text) = file::read_optional(&path, "it holds the end tokens")? {
-            let (generation, problems) = GenerationJson::read(&parse(&path, &text)?);
+            let problems = json::add_tokens(&mut config, &file::parse(&path, &text)?);
             if !problems.is_empty() {
                 return Err(LlamaError::Config { path, problems });
             }
-            for id in generation.eos_token_ids {
-                if !config.eos_token_ids.contains(&id) {
-                    config.eos_token_ids.push(id);
-                }
-            }
-            config.bos_token_id = config.bos_token_id.or(generation.bos_token_id);
-            config.pad_token_id = config.pad_token_id.or(generation.pad_token_id);
         }
         Ok(config)
     }
 
+    /// Whether `q_proj`, `k_proj` and `v_proj` have a bias.
+    pub(crate) fn has_qkv_bias(&self) -> bool {
+        self.family.qkv_bias.is_there(self.attention_bias)
+    }
+
+    /// Whether `o_proj` has a bias.
+    pub(crate) fn has_o_bias(&self) -> bool {
+        self.family.o_bias.is_there(self.attention_bias)
+    }
+
+    /// Whether the projections of the feed-forward layer have a bias.
+    pub(crate) fn has_mlp_bias(&self) -> bool {
+        self.family.mlp_bias.is_there(self.mlp_bias)
+    }
+
     /// What makes no sense about the sizes.
     pub(crate) fn problems(&self) -> Vec<ConfigProblem> {
-        let mut problems = Vec::new();
+        let mut problems = vec![];
         let sizes = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -181,46 +218,36 @@ impl LlamaConfig {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
         ];
-        let positive = |problems: &mut Vec<_>, field, valid: bool, found: String| {
-            if !valid {
-                problems.push(ConfigProblem { field, expected: "a positive number".to_owned(), found });
-            }
+        let mut problem = |field, expected: String, found: String| {
+            problems.push(ConfigProblem::new(field, expected, found));
         };
         for (field, size) in sizes {
-            positive(&mut problems, field, size > 0, size.to_string());
+            if size == 0 {
+                problem(field, "a positive number".to_string(), size.to_string());
+            }
             // Far above any model, and far below what would overflow where sizes are multiplied.
             if size > LARGEST_SIZE {
-                let expected = format!("at most {LARGEST_SIZE}");
-                problems.push(ConfigProblem { field, expected, found: size.to_string() });
+                problem(field, format!("at most {LARGEST_SIZE}"), size.to_string());
             }
         }
-        let numbers = [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.rope_theta)];
-        for (field, number) in numbers {
-            positive(&mut problems, field, number > 0.0 && number.is_finite(), number.to_string());
+        for (field, number) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.rope_theta)] {
+            if !(number > 0.0 && number.is_finite()) {
+                problem(field, "a positive number".to_string(), number.to_string());
+            }
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         if kv_heads > 0 && !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of `num_attention_heads` ({heads})");
-            problems.push(ConfigProblem {
-                field: "num_key_value_heads",
-                expected,
-                found: kv_heads.to_string(),
-            });
+            problem("num_key_value_heads", expected, kv_heads.to_string());
         }
         if let Some(id) = self.pad_token_id.filter(|&id| id as usize >= self.vocab_size) {
-            let expected = format!("below `vocab_size` ({})", self.vocab_size);
-            problems.push(ConfigProblem { field: "pad_token_id", expected, found: id.to_string() });
+            problem("pad_token_id", format!("below `vocab_size` ({})", self.vocab_size), id.to_string());
         }
         if !self.head_dim.is_multiple_of(2) {
-            let (expected, found) = ("an even number".to_owned(), self.head_dim.to_string());
-            problems.push(ConfigProblem { field: "head_dim", expected, found });
+            problem("head_dim", "an even number".to_string(), self.head_dim.to_string());
         }
         problems
     }
-}
-
-fn parse(path: &Path, text: &str) -> Result<Map<String, Value>, LlamaError> {
-    file::parse(path, text, |path, source| LlamaError::ConfigJson { path, source })
 }
 
 #[cfg(test)]
@@ -249,9 +276,7 @@ mod tests {
 
     #[test]
     fn incomplete_or_senseless_files_are_errors() {
-        assert!(
-            read("{}", None).unwrap_err().to_string().contains("`model_type`: expected `llama`, found none")
-        );
+        assert!(read("{}", None).unwrap_err().to_string().contains("`model_type`: expected `llama`"));
         let text = r#"{"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 0}}"#;
         let text = read(text, None).unwrap_err().to_string();
         assert!(text.contains("`factor`") && text.contains("`original_max_position_embeddings`"), "{text}");
@@ -260,8 +285,8 @@ mod tests {
         assert!(text.contains("`num_attention_heads`: expected a positive number, found 0"), "{text}");
         assert!(text.contains("`rms_norm_eps`"), "{text}");
         assert!(matches!(read(r#"{"vocab_size": -1}"#, None), Err(LlamaError::Config { .. })));
-        assert!(matches!(read("[]", None), Err(LlamaError::ConfigJson { .. })));
+        assert!(matches!(read("[]", None), Err(LlamaError::Json { .. })));
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(LlamaConfig::load(dir.path()), Err(LlamaError::ReadText { .. })));
+        assert!(matches!(LlamaConfig::load(dir.path()), Err(LlamaError::ReadFile { .. })));
     }
 }

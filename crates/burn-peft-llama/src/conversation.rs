@@ -1,42 +1,12 @@
 //! Conversations and documents to examples: token ids and which of them are learnt.
 
-use serde::{Deserialize, Serialize};
-
-use crate::{ChatTemplate, LlamaError, Tokenizer};
+use crate::chat_template::ChatTemplate;
+use crate::error::LlamaError;
+use crate::message::Message;
+use crate::tokenizer::Tokenizer;
 
 /// The label of a token that is not learnt.
 pub const IGNORE_INDEX: i64 = -100;
-
-/// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or another role that the chat template knows.
-    pub role: String,
-    /// What is said.
-    pub content: String,
-}
-
-impl Message {
-    /// A message of any role.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
-    }
-
-    /// Instructions that stand before the conversation.
-    pub fn system(content: impl Into<String>) -> Self {
-        Self::new("system", content)
-    }
-
-    /// A question.
-    pub fn user(content: impl Into<String>) -> Self {
-        Self::new("user", content)
-    }
-
-    /// An answer.
-    pub fn assistant(content: impl Into<String>) -> Self {
-        Self::new("assistant", content)
-    }
-}
 
 /// A token sequence to learn from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,7 +19,7 @@ pub struct Example {
 }
 
 impl Example {
-    /// An example of which the tokens from `start` up to but not including `end` are learnt.
+    /// An example that teaches the tokens `start..end`.
     fn labelled(input_ids: Vec<u32>, start: usize, end: usize) -> Self {
         let label =
             |(i, &id): (usize, &u32)| if (start..end).contains(&i) { i64::from(id) } else { IGNORE_INDEX };
@@ -64,6 +34,7 @@ impl Example {
 }
 
 /// Which tokens of a conversation are learnt.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Labels {
     /// The last message and the end token after it.
@@ -77,7 +48,6 @@ impl Tokenizer {
     /// Renders `messages` and tokenises them up to where the assistant's answer begins.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::NoChatTemplate`] if the model has none,
     /// - otherwise as [`ChatTemplate::render`] and [`encode`](Self::encode).
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>, LlamaError> {
@@ -93,7 +63,6 @@ impl Tokenizer {
     /// is asked, and must be the beginning of the whole. No token is ever compared with the padding token.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::NoAnswer`] if the last message is not the assistant's,
     /// - [`LlamaError::PromptNotPrefix`] and [`LlamaError::TokenBoundary`] if the prompt is not the beginning of the
     ///   whole as text or as tokens,
@@ -103,7 +72,7 @@ impl Tokenizer {
         let (answer, before) = match messages.split_last() {
             Some((last, before)) if last.role == "assistant" => (last, before),
             Some((last, _)) => return Err(LlamaError::NoAnswer { found: format!("`{}`", last.role) }),
-            None => return Err(LlamaError::NoAnswer { found: "no messages".to_owned() }),
+            None => return Err(LlamaError::NoAnswer { found: "no messages".to_string() }),
         };
         let template = self.template()?;
         let full = template.render(messages, false)?;
@@ -138,7 +107,6 @@ impl Tokenizer {
     /// it with the end token, and marks everything as learnt.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::NoSpecialToken`] if the model has no end token,
     /// - otherwise as [`encode`](Self::encode).
     pub fn encode_document(&self, text: &str) -> Result<Example, LlamaError> {
@@ -152,7 +120,7 @@ impl Tokenizer {
     }
 
     fn template(&self) -> Result<&ChatTemplate, LlamaError> {
-        self.chat_template().ok_or_else(|| LlamaError::NoChatTemplate { found: "neither".to_owned() })
+        self.chat_template().ok_or_else(|| LlamaError::NoChatTemplate { found: "neither".to_string() })
     }
 }
 
@@ -291,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_tokenizer_without_template_says_so() {
-        let special = crate::SpecialTokens::new("<s>", "</s>");
+        let special = crate::tokenizer::SpecialTokens::new("<s>", "</s>");
         let tokenizer = Tokenizer::train_bpe(["a b"], 260, special, None).unwrap();
         let error = tokenizer.encode_prompt(&[Message::user("a")]).unwrap_err();
         assert!(matches!(error, LlamaError::NoChatTemplate { .. }) && error.to_string().contains("hint:"));

@@ -1,79 +1,82 @@
 //! What can go wrong, in one type.
 
+use std::fmt;
 use std::path::PathBuf;
 
-use crate::{ConfigProblem, WeightProblem};
+use burn::tensor::FloatDType;
+use burn_peft::PeftError;
+use burn_peft_files::{TensorFileError, WrongFile};
+
+use crate::problem::{ConfigProblem, WeightProblem};
 
 /// An error of this crate.
 ///
 /// Where another error is the cause, the message does not repeat it: it is the
 /// [`source`](std::error::Error::source), to be printed behind the message, as `anyhow` and `Debug` do.
-#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
-    // === Model files ===
+    /// A file of the model directory could not be read.
+    #[error("cannot read `{}`\nhint: {hint}", .path.display())]
+    ReadFile {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+        /// What the file is for and where it comes from.
+        hint: &'static str,
+    },
+
+    /// A file could not be written.
+    #[error("cannot write `{}`", .path.display())]
+    WriteFile {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
     /// A file is not what its name says, such as the pointer that Git LFS leaves.
-    #[error("`{}` is {found}\nhint: {}", path.display(), found.hint())]
+    #[error("`{}` is {found}\nhint: {}", .path.display(), .found.hint())]
     WrongFile {
         /// The file.
         path: PathBuf,
         /// What it is.
-        found: burn_peft_files::WrongFile,
+        found: WrongFile,
     },
-    /// `config.json`, `generation_config.json` or the index of the weights is malformed.
-    #[error("cannot parse `{}`", path.display())]
-    ConfigJson {
+
+    /// A JSON file of the model directory is malformed.
+    #[error("cannot parse `{}`", .path.display())]
+    Json {
         /// The file.
         path: PathBuf,
         /// Where and why parsing failed.
         source: serde_json::Error,
     },
+
     /// `config.json` or `generation_config.json` has a field of another type or asks for something unsupported or
     /// impossible.
-    #[error("`{}` does not describe a supported model:{}", path.display(), lines(problems))]
+    #[error("`{}` does not describe a supported model:{}", .path.display(), lines(.problems))]
     Config {
         /// The file.
         path: PathBuf,
         /// All of them.
         problems: Vec<ConfigProblem>,
     },
-    /// The index of the weights names a file outside the model's directory.
-    #[error("`{}`: expected the name of a file beside it, found `{name}`", path.display())]
-    ShardName {
-        /// The index.
-        path: PathBuf,
-        /// The name it holds.
-        name: String,
-    },
-    /// A file of weights breaks the safetensors format.
-    #[error("malformed weights `{}`", path.display())]
-    WeightsFile {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        source: safetensors::SafeTensorError,
-    },
-    /// A file of weights is shorter or longer than its header says.
-    #[error(
-        "malformed weights `{}`: expected {expected} bytes, found {found}\nhint: was the download complete?",
-        path.display()
-    )]
-    WeightsLength {
-        /// The file.
-        path: PathBuf,
-        /// The length by the header, in bytes.
-        expected: u64,
-        /// The length, in bytes.
-        found: u64,
-    },
+
+    /// The index of the weights or a file of weights is malformed.
+    #[error(transparent)]
+    WeightsFile(TensorFileError),
+
     /// The weights do not fit the model that `config.json` describes.
-    #[error("the weights in `{}` do not fit `config.json`:{}", path.display(), lines(problems))]
+    #[error("the weights in `{}` do not fit `config.json`:{}", .path.display(), lines(.problems))]
     Weights {
         /// The file of weights, or the index of several.
         path: PathBuf,
         /// All of them.
         problems: Vec<WeightProblem>,
     },
+
     /// A model with adapters was to be saved as if it had none.
     #[error(
         "the model has an adapter at `{path}`\n\
@@ -84,13 +87,13 @@ pub enum LlamaError {
         path: String,
     },
 
-    // === Generation ===
     /// A prompt has no tokens.
     #[error("prompt {index}: expected at least one token, found none")]
     EmptyPrompt {
         /// Number of the prompt.
         index: usize,
     },
+
     /// A prompt has a token that the model does not know.
     #[error(
         "prompt {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
@@ -103,6 +106,7 @@ pub enum LlamaError {
         /// Number of tokens that the model knows.
         vocab_size: usize,
     },
+
     /// An example has a token that the model does not know.
     #[error(
         "example {index}: expected token ids below {vocab_size}, found {id}\nhint: is the tokenizer another model's?"
@@ -115,44 +119,7 @@ pub enum LlamaError {
         /// Number of tokens that the model knows.
         vocab_size: usize,
     },
-    /// An option of the sampling has a value that makes no sense.
-    #[error("`{option}`: expected {expected}, found {found}")]
-    SamplingOption {
-        /// The field of [`Sampling`](crate::Sampling).
-        option: &'static str,
-        /// What is allowed.
-        expected: &'static str,
-        /// What was given.
-        found: String,
-    },
 
-    // === Tokenizer files ===
-    /// A file of the model directory could not be read.
-    #[error("cannot read `{}`\nhint: {hint}", path.display())]
-    ReadText {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-        /// What the file is for and where it comes from.
-        hint: &'static str,
-    },
-    /// A file could not be written.
-    #[error("cannot write `{}`", path.display())]
-    WriteText {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
-    /// A JSON file of the tokenizer is malformed.
-    #[error("cannot parse `{}`", path.display())]
-    TokenizerJson {
-        /// The file.
-        path: PathBuf,
-        /// Where and why parsing failed.
-        source: serde_json::Error,
-    },
     /// `tokenizer.json` was refused, or the tokenizer failed on a text.
     #[error("tokenizer failed to {action}")]
     Tokenizer {
@@ -161,6 +128,7 @@ pub enum LlamaError {
         /// What the tokenizer said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
     /// A special token is named but is not in the vocabulary.
     #[error(
         "`{field}` is `{token}`, which is not in the vocabulary\nhint: add it to the `tokenizers` tokenizer first"
@@ -171,12 +139,13 @@ pub enum LlamaError {
         /// The token's text.
         token: String,
     },
+
     /// A file gives a token an id that it cannot have: the next free one is another.
     #[error(
         "`{token}`: expected id {expected} by the tokenizer's files, found {}\n\
          hint: do `tokenizer.json` and `tokenizer_config.json` belong together? Write them anew in Python: \
          `AutoTokenizer.from_pretrained(dir).save_pretrained(dir)`",
-        found.map_or("none".into(), |id| id.to_string())
+        .found.map_or("none".into(), |id| id.to_string())
     )]
     AddedTokenId {
         /// The token's text.
@@ -186,6 +155,7 @@ pub enum LlamaError {
         /// The id that it has, or would be given.
         found: Option<u32>,
     },
+
     /// A special token is needed but the tokenizer names none.
     #[error("the tokenizer has no `{field}`\nhint: name it in `tokenizer_config.json`")]
     NoSpecialToken {
@@ -193,7 +163,6 @@ pub enum LlamaError {
         field: &'static str,
     },
 
-    // === Chat ===
     /// The model directory has no chat template.
     #[error(
         "no chat template: expected `chat_template.jinja` or `chat_template` in `tokenizer_config.json`, found {found}\n\
@@ -203,18 +172,21 @@ pub enum LlamaError {
         /// What was found instead.
         found: String,
     },
+
     /// The chat template is malformed or failed on these messages.
     #[error("cannot parse or render the chat template")]
     ChatTemplate {
         /// What the template engine said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
     /// The chat template itself rejected the messages, with `raise_exception`.
     #[error("the chat template rejects these messages: {message}")]
     ChatTemplateRejected {
         /// The template's words.
         message: String,
     },
+
     /// The chat template does not finish.
     #[error(
         "the chat template did not finish within {steps} steps\n\
@@ -225,18 +197,21 @@ pub enum LlamaError {
         /// The steps that it had: instructions, and pieces of 64 bytes of text.
         steps: u64,
     },
+
     /// A date is not written as `year-month-day`.
     #[error("invalid date `{date}`, expected one like `2024-07-26`")]
     InvalidDate {
         /// What was given.
         date: String,
     },
+
     /// A conversation to learn from does not end with an answer.
     #[error("expected a conversation that ends with an `assistant` message, found {found}")]
     NoAnswer {
         /// The role of the last message, or "no messages".
         found: String,
     },
+
     /// The rendered conversation does not begin with the rendered prompt.
     #[error(
         "the rendered conversation does not start with its prompt: they part at byte {at}, `{prompt}` against `{full}`\n\
@@ -250,11 +225,12 @@ pub enum LlamaError {
         /// The conversation from there on.
         full: String,
     },
+
     /// A token reaches across the border between prompt and answer.
     #[error(
         "the prompt is tokenised differently with its answer: expected token {expected} at {at}, found {}\n\
          hint: the chat template should end the generation prompt with a special token or a line break",
-        found.map_or("none".into(), |id| id.to_string())
+        .found.map_or("none".into(), |id| id.to_string())
     )]
     TokenBoundary {
         /// Index of the token.
@@ -264,13 +240,13 @@ pub enum LlamaError {
         /// The conversation's token there; `None` past its end.
         found: Option<u32>,
     },
+
     /// No end token follows the answer, so the model would never learn to stop.
     #[error(
         "the chat template puts no end token after the answer\nhint: expected the `eos_token` or another special token there"
     )]
     NoEndToken,
 
-    // === Adapters ===
     /// The rows of a batch name their adapters, and there are more or fewer prompts.
     #[error(
         "expected a prompt for each of the {rows} rows that name adapters, found {prompts}\n\
@@ -282,15 +258,25 @@ pub enum LlamaError {
         /// Number of prompts.
         prompts: usize,
     },
-    /// The adapters of a model are in a state that an operation on it cannot work with.
-    #[error(transparent)]
-    Adapters(burn_peft::PeftError),
 
-    // === Batches ===
+    /// An operation on adapters failed.
+    #[error(transparent)]
+    Adapters(#[from] PeftError),
+
+    /// A value cannot be held in the type that a model was to be converted to.
+    #[error("a value of `{parameter}` is too large for {dtype:?}\nhint: bf16 and f32 hold larger ones")]
+    TooLarge {
+        /// The parameter.
+        parameter: String,
+        /// The type.
+        dtype: FloatDType,
+    },
+
     /// A batch of nothing.
     #[error("expected at least one example, found none")]
     EmptyBatch,
-    /// An example has not one label per token.
+
+    /// The number of labels of an example differs from that of its tokens.
     #[error("example {index}: expected one label per token, found {labels} labels for {tokens} tokens")]
     LabelCount {
         /// Number of the example.
@@ -300,6 +286,7 @@ pub enum LlamaError {
         /// Number of its labels.
         labels: usize,
     },
+
     /// A label is neither a token id nor the mask.
     #[error("example {index}: expected a token id or -100 as label, found {label}")]
     InvalidLabel {
@@ -308,12 +295,14 @@ pub enum LlamaError {
         /// The label.
         label: i64,
     },
+
     /// An example has no labelled token that a position predicts.
     #[error("example {index}: no token is labelled\nhint: was its answer cut off by truncation?")]
     NoLabels {
         /// Number of the example.
         index: usize,
     },
+
     /// An example is longer than allowed.
     #[error(
         "example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate"
@@ -327,23 +316,13 @@ pub enum LlamaError {
         max_length: usize,
     },
 
-    // === Training ===
-    /// An option of the training has a value that makes no sense.
-    #[error("`{option}`: expected {expected}, found {found}")]
-    TrainingOption {
-        /// The field of the configuration.
-        option: &'static str,
-        /// What is allowed.
-        expected: &'static str,
-        /// What was given.
-        found: String,
-    },
     /// Nothing would be trained.
     #[error("no parameter is trainable\nhint: {hint}")]
     NotTrainable {
         /// The cause and the remedy.
         hint: &'static str,
     },
+
     /// A parameter of type f16 would be trained.
     #[error(
         "`{parameter}` is trainable and f16, where AdamW's epsilon is 0 and small squares of gradients vanish\n\
@@ -353,6 +332,7 @@ pub enum LlamaError {
         /// The first such parameter.
         parameter: String,
     },
+
     /// The loss is infinite or not a number.
     #[error(
         "the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type"
@@ -363,16 +343,7 @@ pub enum LlamaError {
         /// The loss.
         loss: f64,
     },
-    /// A name is not one of a fixed set.
-    #[error("unknown {what} `{name}`, expected one of {expected}")]
-    UnknownName {
-        /// What the name is for.
-        what: &'static str,
-        /// What was given.
-        name: String,
-        /// The names there are.
-        expected: &'static str,
-    },
+
     /// A tensor could not be read back from the device.
     #[error("cannot read from the device")]
     DeviceRead {
@@ -380,7 +351,28 @@ pub enum LlamaError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
-    // === Hub ===
+    /// An option has a value that makes no sense.
+    #[error("`{option}`: expected {expected}, found {found}")]
+    InvalidOption {
+        /// The option.
+        option: &'static str,
+        /// What is allowed.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
+
+    /// A name is not one of a fixed set.
+    #[error("unknown {what} `{name}`, expected {expected}")]
+    UnknownName {
+        /// What the name is for.
+        what: &'static str,
+        /// What was given.
+        name: String,
+        /// The names there are, in backticks.
+        expected: String,
+    },
+
     /// A model is named neither by a directory nor by a valid hub id.
     #[error(
         "`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`"
@@ -389,6 +381,7 @@ pub enum LlamaError {
         /// What was given.
         model: String,
     },
+
     /// A model could not be fetched.
     #[error("cannot fetch `{file}` of `{model}`\nhint: {hint}")]
     Hub {
@@ -404,7 +397,7 @@ pub enum LlamaError {
 }
 
 /// One line for each problem, as many as a reader will read.
-fn lines<T: std::fmt::Display>(problems: &[T]) -> String {
+fn lines<T: fmt::Display>(problems: &[T]) -> String {
     const MOST: usize = 20;
     let mut text: String = problems.iter().take(MOST).map(|problem| format!("\n  {problem}")).collect();
     if problems.len() > MOST {
@@ -427,14 +420,13 @@ mod tests {
         let io = || std::io::Error::other("the cause");
         let json = || serde_json::Error::custom("the cause");
         let header = safetensors::SafeTensorError::HeaderTooSmall;
-        let (model, file) = ("owner/name".to_owned(), "config.json".to_owned());
+        let (model, file) = ("owner/name".to_string(), "config.json".to_string());
         let errors = [
-            LlamaError::ConfigJson { path: path.clone(), source: json() },
-            LlamaError::WeightsFile { path: path.clone(), source: header },
-            LlamaError::ReadText { path: path.clone(), source: io(), hint },
-            LlamaError::WriteText { path: path.clone(), source: io() },
-            LlamaError::TokenizerJson { path, source: json() },
-            LlamaError::Tokenizer { action: "train".to_owned(), source: "the cause".into() },
+            LlamaError::Json { path: path.clone(), source: json() },
+            LlamaError::WeightsFile(TensorFileError::Format { path: path.clone(), source: header }),
+            LlamaError::ReadFile { path: path.clone(), source: io(), hint },
+            LlamaError::WriteFile { path, source: io() },
+            LlamaError::Tokenizer { action: "train".to_string(), source: "the cause".into() },
             LlamaError::ChatTemplate { source: "the cause".into() },
             LlamaError::DeviceRead { source: "the cause".into() },
             LlamaError::Hub { model, file, source: "the cause".into(), hint },

@@ -1,22 +1,22 @@
 //! Reading and writing the small text files of a model directory.
 
-use std::{
-    fs,
-    io::{Error, ErrorKind, Write},
-    path::{Path, PathBuf},
-};
+use std::fs;
+use std::io::{Error, ErrorKind};
+use std::path::Path;
 
-use burn_peft_files::{DirectoryReader, DirectoryWriter, StagedFile, WrongFile};
+use burn_peft_files::{
+    DirectoryReader, DirectoryWriter, StagedFile, TensorFileError, TensorFiles, WEIGHTS_FILE, WrongFile,
+};
 use serde::de::DeserializeOwned;
 
-use crate::LlamaError;
+use crate::error::LlamaError;
 
 /// Reads a text file; `hint` says what it is for.
 fn read(path: &Path, hint: &'static str) -> Result<String, LlamaError> {
-    let failed = |source| LlamaError::ReadText { path: path.to_owned(), source, hint };
+    let failed = |source| LlamaError::ReadFile { path: path.into(), source, hint };
     String::from_utf8(fs::read(path).map_err(failed)?).map_err(|error| {
         match WrongFile::detect(error.as_bytes()) {
-            Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
+            Some(found) => LlamaError::WrongFile { path: path.into(), found },
             None => failed(Error::new(ErrorKind::InvalidData, error.utf8_error())),
         }
     })
@@ -31,20 +31,16 @@ pub(crate) fn read_in_model(dir: &Path, name: &str) -> Result<String, LlamaError
 pub(crate) fn read_optional(path: &Path, hint: &'static str) -> Result<Option<String>, LlamaError> {
     match read(path, hint) {
         Ok(text) => Ok(Some(text)),
-        Err(LlamaError::ReadText { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(LlamaError::ReadFile { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Parses JSON. If it is none, the error says what it is instead, or else what `malformed` makes of the cause.
-pub(crate) fn parse<T: DeserializeOwned>(
-    path: &Path,
-    text: &str,
-    malformed: impl FnOnce(PathBuf, serde_json::Error) -> LlamaError,
-) -> Result<T, LlamaError> {
+/// Parses JSON. If it is none, the error says what it is instead.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, LlamaError> {
     serde_json::from_str(text).map_err(|source| match WrongFile::detect(text.as_bytes()) {
-        Some(found) => LlamaError::WrongFile { path: path.to_owned(), found },
-        None => malformed(path.to_owned(), source),
+        Some(found) => LlamaError::WrongFile { path: path.into(), found },
+        None => LlamaError::Json { path: path.into(), source },
     })
 }
 
@@ -98,37 +94,53 @@ pub(crate) fn read_json_or_default<T: DeserializeOwned + Default>(
 ) -> Result<T, LlamaError> {
     match read_optional(path, hint)? {
         None => Ok(T::default()),
-        Some(text) => parse(path, &text, |path, source| LlamaError::TokenizerJson { path, source }),
+        Some(text) => parse(path, &text),
     }
 }
 
-/// Waits until nobody writes to a model directory, and keeps writers out while the value lives.
+/// Waits until no program writes to a model directory, and keeps writers out while the value lives.
 pub(crate) fn lock(dir: &Path) -> Result<DirectoryReader, LlamaError> {
     let hint = "is another program saving a model there?";
-    DirectoryReader::open(dir).map_err(|source| LlamaError::ReadText { path: dir.to_owned(), source, hint })
+    DirectoryReader::open(dir).map_err(|source| LlamaError::ReadFile { path: dir.into(), source, hint })
 }
 
-/// Waits until nobody reads from or writes to a model directory, which is made if there is none.
+/// Waits until no program reads from or writes to a model directory, which is made if there is none.
 pub(crate) fn writer(dir: &Path) -> Result<DirectoryWriter, LlamaError> {
-    DirectoryWriter::open(dir).map_err(|source| LlamaError::WriteText { path: dir.to_owned(), source })
+    DirectoryWriter::open(dir).map_err(unwritten(dir))
 }
 
 /// Writes a text file that [`put`] moves to its place.
 pub(crate) fn stage(writer: &DirectoryWriter, path: &Path, text: &str) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
-    let mut file = writer.stage(&name(path)).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)?;
-    Ok(file)
+    writer.stage_bytes(&name(path), text).map_err(unwritten(path))
 }
 
 /// Moves a file to its place.
 pub(crate) fn put(file: StagedFile, path: &Path) -> Result<(), LlamaError> {
-    file.put().map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+    file.put().map_err(unwritten(path))
 }
 
 /// Removes a file, if there is one.
 pub(crate) fn remove(writer: &DirectoryWriter, path: &Path) -> Result<(), LlamaError> {
-    writer.remove(&name(path)).map_err(|source| LlamaError::WriteText { path: path.to_owned(), source })
+    writer.remove(&name(path)).map_err(unwritten(path))
+}
+
+/// The error about a file that cannot be written.
+pub(crate) fn unwritten(path: &Path) -> impl Fn(Error) -> LlamaError {
+    move |source| LlamaError::WriteFile { path: path.into(), source }
+}
+
+/// Opens the weights of a model directory.
+pub(crate) fn open_weights(dir: &Path) -> Result<TensorFiles, LlamaError> {
+    TensorFiles::open(dir).map_err(unread_weights(hint_for(dir, WEIGHTS_FILE)))
+}
+
+/// The error about weights that cannot be read, with what to do about it.
+pub(crate) fn unread_weights(hint: &'static str) -> impl Fn(TensorFileError) -> LlamaError {
+    move |error| match error {
+        TensorFileError::Io { path, source } => LlamaError::ReadFile { path, source, hint },
+        TensorFileError::WrongFile { path, found } => LlamaError::WrongFile { path, found },
+        other => LlamaError::WeightsFile(other),
+    }
 }
 
 /// The last part of a path.
@@ -149,7 +161,7 @@ mod tests {
         assert_eq!(read_optional(&path, "").unwrap(), None);
         assert_eq!(read_json_or_default::<Vec<u8>>(&path, "").unwrap(), Vec::<u8>::new());
         fs::write(&path, "[1,").unwrap();
-        assert!(matches!(read_json_or_default::<Vec<u8>>(&path, ""), Err(LlamaError::TokenizerJson { .. })));
+        assert!(matches!(read_json_or_default::<Vec<u8>>(&path, ""), Err(LlamaError::Json { .. })));
     }
 
     #[test]

@@ -1,54 +1,38 @@
 //! Continuing prompts.
 
-use burn::{
-    module::Module,
-    tensor::{Bool, Device, Int, Tensor, TensorData},
-};
+use burn::config::Config;
+use burn::module::Module;
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use burn_peft::PeftModel;
 
-use crate::{
-    LlamaError, LlamaForCausalLm,
-    attention::{bias_of, causal_bias},
-    cache::KvCache,
-    sampler::Sampler,
-};
+use crate::cache::KvCache;
+use crate::error::LlamaError;
+use crate::mask::{bias_of, causal_bias};
+use crate::model::LlamaForCausalLm;
+use crate::sampler::{Sampler, Sampling};
 
 /// How [`LlamaForCausalLm::generate`] continues prompts.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// ```
+/// use burn_peft_llama::{GenerateOptions, Sampling};
+///
+/// let sampling = Sampling::TopP { temperature: 0.7, top_p: 0.9, top_k: None, seed: 1 };
+/// let options = GenerateOptions::new().with_max_new_tokens(32).with_sampling(sampling);
+/// assert!(options.stop_token_ids.is_empty());
+/// ```
+#[non_exhaustive]
+#[derive(Config, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Largest number of tokens that are added to a prompt. Default: 128.
+    #[config(default = 128)]
     pub max_new_tokens: usize,
     /// Tokens that end a continuation, beside the model's own
     /// [`eos_token_ids`](crate::LlamaConfig::eos_token_ids). Default: none.
+    #[config(default = "vec![]")]
     pub stop_token_ids: Vec<u32>,
     /// How the next token is chosen. Default: the most probable one.
+    #[config(default = "Sampling::Greedy")]
     pub sampling: Sampling,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        Self { max_new_tokens: 128, stop_token_ids: Vec::new(), sampling: Sampling::Greedy }
-    }
-}
-
-/// How the next token is chosen.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub enum Sampling {
-    /// The most probable one.
-    #[default]
-    Greedy,
-    /// Drawn at random from `softmax(logits / temperature)`, cut to the most probable tokens: the `top_k` first, and
-    /// of them as many as it takes to reach the probability `top_p`.
-    TopP {
-        /// Positive; below 1 favours the probable tokens.
-        temperature: f64,
-        /// Above 0, up to 1. 1 cuts nothing.
-        top_p: f64,
-        /// `None` cuts nothing.
-        top_k: Option<usize>,
-        /// The same seed gives the same continuation of the same batch.
-        seed: u64,
-    },
 }
 
 /// A sequence that is not finished.
@@ -69,12 +53,11 @@ impl LlamaForCausalLm {
     /// call it for some at a time: memory grows with their number times the longest.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::EmptyPrompt`] for a prompt without tokens,
     /// - [`LlamaError::TokenOutOfRange`] for a token id that the model does not have,
     /// - [`LlamaError::BatchRows`] if rows of a batch name their adapters
     ///   ([`for_rows`](PeftModel::for_rows)) and there are not as many prompts,
-    /// - [`LlamaError::SamplingOption`] for a temperature, `top_p` or `top_k` that makes no sense,
+    /// - [`LlamaError::InvalidOption`] for a temperature, `top_p` or `top_k` that makes no sense,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn generate(
         &self,
@@ -87,7 +70,7 @@ impl LlamaForCausalLm {
             return Err(LlamaError::BatchRows { rows, prompts: prompts.len() });
         }
         let mut sampler = Sampler::new(&options.sampling)?;
-        let mut outputs = vec![Vec::new(); prompts.len()];
+        let mut outputs = vec![vec![]; prompts.len()];
         if prompts.is_empty() || options.max_new_tokens == 0 {
             return Ok(outputs);
         }
@@ -109,7 +92,7 @@ impl LlamaForCausalLm {
             let last = hidden.narrow(1, s - 1, 1).reshape([b, d]);
             let next = sampler.next(model.logits(last))?;
 
-            let mut going = Vec::new();
+            let mut going = vec![];
             for (i, (row, id)) in rows.iter().zip(&next).enumerate() {
                 if !is_stop(id) {
                     outputs[row.prompt].push(*id);
@@ -124,7 +107,7 @@ impl LlamaForCausalLm {
                 let kept = going.iter().map(|&i| i as i64).collect();
                 cache.keep(&ints(kept, &device));
                 if is_mixed {
-                    model = model.select_rows(&going).map_err(LlamaError::Adapters)?;
+                    model = model.select_rows(&going)?;
                 }
                 rows = going.iter().map(|&i| rows[i]).collect();
             }
@@ -182,10 +165,10 @@ fn padding_bias(rows: &[Row], t: usize, device: &Device) -> Option<Tensor<5>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tests::model;
+    use crate::testing::model;
 
     fn greedy(max_new_tokens: usize) -> GenerateOptions {
-        GenerateOptions { max_new_tokens, ..GenerateOptions::default() }
+        GenerateOptions::new().with_max_new_tokens(max_new_tokens)
     }
 
     /// Every token from a pass over the whole sequence, without cache, padding or batch.
@@ -227,7 +210,7 @@ mod tests {
         let free = model.generate(&prompts(), &greedy(8)).unwrap();
         let (of_config, of_options) = (free[0][2], free[1][3]);
         model.config_mut().eos_token_ids.push(of_config);
-        let options = GenerateOptions { stop_token_ids: vec![of_options], ..greedy(8) };
+        let options = greedy(8).with_stop_token_ids(vec![of_options]);
         let found = model.generate(&prompts(), &options).unwrap();
         let expected: Vec<Vec<u32>> = free
             .iter()
@@ -276,7 +259,7 @@ mod tests {
         assert_eq!(error(&[]).to_string(), "prompt 1: expected at least one token, found none");
         assert!(error(&[2, 13]).to_string().starts_with("prompt 1: expected token ids below 13, found 13"));
         let sampling = Sampling::TopP { temperature: -1.0, top_p: 1.0, top_k: None, seed: 0 };
-        let options = GenerateOptions { sampling, ..greedy(1) };
-        assert!(matches!(model.generate(&prompts(), &options), Err(LlamaError::SamplingOption { .. })));
+        let options = greedy(1).with_sampling(sampling);
+        assert!(matches!(model.generate(&prompts(), &options), Err(LlamaError::InvalidOption { .. })));
     }
 }

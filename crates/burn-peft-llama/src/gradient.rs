@@ -1,12 +1,10 @@
 //! Clipping of gradients by their global norm.
 
-use burn::{
-    module::{Module, ModuleVisitor, Param},
-    optim::GradientsParams,
-    tensor::{DType, FloatDType, Tensor},
-};
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, FloatDType, Tensor};
 
-use crate::sum::sum_all;
+use crate::ops::sum::sum_all;
 
 /// Scales all gradients of `module` together so that their common norm is at most `max_norm`, and returns them with
 /// the norm they had, `[1]`.
@@ -21,7 +19,7 @@ pub fn clip_grad_norm<M: Module>(
     grads: GradientsParams,
     max_norm: f64,
 ) -> (GradientsParams, Option<Tensor<1>>) {
-    let mut squares = Squares { grads: &grads, sums: Vec::new() };
+    let mut squares = Squares { grads: &grads, sums: vec![] };
     module.visit(&mut squares);
     if squares.sums.is_empty() {
         return (grads, None);
@@ -74,10 +72,8 @@ impl ModuleVisitor for Scale {
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        nn::{Linear, LinearConfig},
-        tensor::{Device, Tolerance},
-    };
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::{Device, Tolerance};
 
     use super::*;
 

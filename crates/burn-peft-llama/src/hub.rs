@@ -1,29 +1,25 @@
 //! Model directories from the Hugging Face Hub.
 
-use std::{
-    env, fmt,
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::{env, fmt};
 
-use hf_hub::{
-    Cache, Repo, RepoType,
-    api::sync::{ApiBuilder, ApiError},
-};
+use burn_peft_files::{INDEX_FILE, WEIGHTS_FILE};
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
 
-use crate::LlamaError;
+use crate::config::CONFIG_FILE;
+use crate::error::LlamaError;
 
 /// Files that are fetched where the model has them, beside its weights.
 const FILES: [&str; 6] = [
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
-const WEIGHTS: &str = "model.safetensors";
-const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 
 /// The name of a model on the Hub: `owner/name`, or `owner/name@revision` for a branch, tag or commit.
 ///
@@ -36,6 +32,7 @@ const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 /// # Ok(())
 /// # }
 /// ```
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelId {
     /// Owner and name, with the slash between them.
@@ -60,9 +57,9 @@ impl FromStr for ModelId {
         let valid_name = name.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name));
         let valid_revision = revision.is_none_or(|revision| revision.split('/').all(part));
         if !(valid_name && valid_revision) {
-            return Err(LlamaError::ModelId { model: text.to_owned() });
+            return Err(LlamaError::ModelId { model: text.to_string() });
         }
-        Ok(Self { name: name.to_owned(), revision: revision.map(str::to_owned) })
+        Ok(Self { name: name.to_string(), revision: revision.map(str::to_string) })
     }
 }
 
@@ -81,7 +78,6 @@ impl fmt::Display for ModelId {
 /// The environment variables `HF_TOKEN`, `HF_HOME` and `HF_ENDPOINT` mean what they mean to those tools.
 ///
 /// # Errors
-///
 /// - [`LlamaError::ModelId`] if `model` is neither a directory nor an id,
 /// - [`LlamaError::Hub`] if it cannot be fetched, or has no safetensors weights.
 pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
@@ -93,12 +89,12 @@ pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
     if env::var_os("HF_HOME").is_none() && env::home_dir().is_none_or(|home| home.as_os_str().is_empty()) {
         let source = "there is no home directory for the cache".into();
         let hint = "name a folder for it in the environment variable `HF_HOME`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: "config.json".to_owned(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: CONFIG_FILE.to_string(), source, hint });
     }
     let cache = Cache::from_env();
     let mut api = ApiBuilder::from_env();
     if let Some(token) = env::var("HF_TOKEN").ok().filter(|token| !token.trim().is_empty()) {
-        api = api.with_token(Some(token.trim().to_owned()));
+        api = api.with_token(Some(token.trim().to_string()));
     }
     fetch(&id, api, &cache)
 }
@@ -106,14 +102,14 @@ pub fn resolve(model: &str) -> Result<PathBuf, LlamaError> {
 fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaError> {
     let failed = |file: &str, source: ApiError| {
         let hint = hint(&source.to_string());
-        LlamaError::Hub { model: id.to_string(), file: file.to_owned(), source: source.into(), hint }
+        LlamaError::Hub { model: id.to_string(), file: file.to_string(), source: source.into(), hint }
     };
     let revision = id.revision.as_deref().unwrap_or("main");
-    let repo = |revision: &str| Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_owned());
-    let api = api.with_progress(false).build().map_err(|error| failed("config.json", error))?;
+    let repo = |revision: &str| Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_string());
+    let api = api.with_progress(false).build().map_err(|error| failed(CONFIG_FILE, error))?;
     let info = match api.repo(repo(revision)).info() {
         Ok(info) => info,
-        Err(error) => return cached(cache, repo(revision)).ok_or_else(|| failed("config.json", error)),
+        Err(error) => return cached(cache, repo(revision)).ok_or_else(|| failed(CONFIG_FILE, error)),
     };
 
     let found: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
@@ -121,28 +117,28 @@ fn fetch(id: &ModelId, api: ApiBuilder, cache: &Cache) -> Result<PathBuf, LlamaE
     if !wanted.iter().any(|file| file.ends_with(".safetensors")) {
         let source = format!("the model has {} files, none of them safetensors weights", found.len()).into();
         let hint = "convert the weights with transformers' `save_pretrained`";
-        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS.to_owned(), source, hint });
+        return Err(LlamaError::Hub { model: id.to_string(), file: WEIGHTS_FILE.to_string(), source, hint });
     }
     // By its commit, so that a change on the Hub in between cannot mix two versions.
     let pinned = api.repo(repo(&info.sha));
     let mut dir = None;
     for file in wanted {
         let path = pinned.get(file).map_err(|error| failed(file, error))?;
-        dir = path.parent().map(Path::to_owned);
+        dir = path.parent().map(Path::to_path_buf);
     }
     // Remembers what the branch pointed to, for the time without a network.
     let remembered = cache.repo(repo(revision)).create_ref(&info.sha);
-    remembered.map_err(|error| failed("config.json", error.into()))?;
+    remembered.map_err(|error| failed(CONFIG_FILE, error.into()))?;
     dir.ok_or_else(|| LlamaError::ModelId { model: id.to_string() })
 }
 
 /// The files of a model that are of use here. Only those of its top folder: others hold other formats.
 fn wanted(found: &[String]) -> Vec<&str> {
-    let sharded = found.iter().any(|file| file == WEIGHTS_INDEX);
+    let sharded = found.iter().any(|file| file == INDEX_FILE);
     let is_wanted = |file: &&str| {
         let shard =
             file.starts_with("model-") && file.ends_with(".safetensors") && !file.contains(['/', '\\']);
-        FILES.contains(file) || if sharded { *file == WEIGHTS_INDEX || shard } else { *file == WEIGHTS }
+        FILES.contains(file) || if sharded { *file == INDEX_FILE || shard } else { *file == WEIGHTS_FILE }
     };
     found.iter().map(String::as_str).filter(is_wanted).collect()
 }
@@ -151,8 +147,8 @@ fn wanted(found: &[String]) -> Vec<&str> {
 fn cached(cache: &Cache, repo: Repo) -> Option<PathBuf> {
     let repo = cache.repo(repo);
     repo.get("tokenizer.json")?;
-    repo.get(WEIGHTS).or_else(|| repo.get(WEIGHTS_INDEX))?;
-    repo.get("config.json")?.parent().map(Path::to_owned)
+    repo.get(WEIGHTS_FILE).or_else(|| repo.get(INDEX_FILE))?;
+    repo.get(CONFIG_FILE)?.parent().map(Path::to_path_buf)
 }
 
 /// What to try, by the words of the client's error.
@@ -173,7 +169,7 @@ mod tests {
 
     /// An endpoint that nothing listens at.
     fn offline(cache: &Cache) -> ApiBuilder {
-        ApiBuilder::from_cache(cache.clone()).with_endpoint("http://127.0.0.1:1".to_owned())
+        ApiBuilder::from_cache(cache.clone()).with_endpoint("http://127.0.0.1:1".to_string())
     }
 
     #[test]
@@ -207,8 +203,8 @@ mod tests {
     fn only_the_configuration_tokenizer_and_safetensors_of_the_top_folder_are_wanted() {
         let files = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
         let single =
-            files(&["README.md", "config.json", "model.safetensors", "original/model.safetensors", "a.pth"]);
-        assert_eq!(wanted(&single), ["config.json", "model.safetensors"]);
+            files(&["README.md", CONFIG_FILE, "model.safetensors", "original/model.safetensors", "a.pth"]);
+        assert_eq!(wanted(&single), [CONFIG_FILE, "model.safetensors"]);
         let sharded = files(&[
             "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors",
@@ -223,7 +219,7 @@ mod tests {
     #[test]
     fn without_a_network_the_error_names_the_model_and_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = Cache::new(dir.path().to_path_buf());
         let id: ModelId = "owner/name".parse().unwrap();
         let error = fetch(&id, offline(&cache), &cache).unwrap_err();
         assert!(matches!(&error, LlamaError::Hub { model, .. } if model == "owner/name"), "{error}");
@@ -234,17 +230,17 @@ mod tests {
     #[test]
     fn without_a_network_a_complete_cached_copy_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path().to_owned());
+        let cache = Cache::new(dir.path().to_path_buf());
         let id: ModelId = "owner/name".parse().unwrap();
         let root = dir.path().join("models--owner--name");
         let snapshot = root.join("snapshots/abc");
         fs::create_dir_all(&snapshot).unwrap();
         cache.repo(Repo::model(id.name.clone())).create_ref("abc").unwrap();
-        for file in ["config.json", "tokenizer.json"] {
+        for file in [CONFIG_FILE, "tokenizer.json"] {
             fs::write(snapshot.join(file), "").unwrap();
         }
         assert!(fetch(&id, offline(&cache), &cache).is_err(), "the weights are missing");
-        fs::write(snapshot.join(WEIGHTS), "").unwrap();
+        fs::write(snapshot.join(WEIGHTS_FILE), "").unwrap();
         assert_eq!(fetch(&id, offline(&cache), &cache).unwrap(), snapshot);
     }
 }

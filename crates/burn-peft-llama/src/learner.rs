@@ -1,14 +1,16 @@
 //! Burn's own learner: the traits of burn-train for [`LlamaForCausalLm`].
 
-use burn::tensor::{ExecutionError, FloatDType, Int, Tensor, activation::log_softmax};
-use burn_train::{
-    InferenceStep, ItemLazy, TrainOutput, TrainStep,
-    metric::{AccuracyInput, Adaptor, LossInput},
-};
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{ExecutionError, FloatDType, Int, Tensor};
+use burn_train::metric::{AccuracyInput, Adaptor, LossInput};
+use burn_train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
 
-use crate::{Batch, LlamaForCausalLm, train::check::hint};
+use crate::batch::Batch;
+use crate::model::LlamaForCausalLm;
+use crate::train::check::hint;
 
 /// What a training step gives to metrics: the loss.
+#[non_exhaustive]
 #[derive(Clone, Debug)]
 pub struct TrainingOutput {
     /// Mean loss per labelled token, `[1]`.
@@ -32,6 +34,7 @@ impl ItemLazy for TrainingOutput {
 }
 
 /// What a validation step gives to metrics: the loss, and which labelled tokens would be predicted greedily.
+#[non_exhaustive]
 #[derive(Clone, Debug)]
 pub struct ValidationOutput {
     /// Mean loss per labelled token, `[1]`.
@@ -73,7 +76,6 @@ impl TrainStep for LlamaForCausalLm {
     type Output = TrainingOutput;
 
     /// # Panics
-    ///
     /// If nothing is trained, for instance because the adapters are merged.
     fn step(&self, batch: Batch) -> TrainOutput<TrainingOutput> {
         let loss = self.loss(&batch);
@@ -88,7 +90,7 @@ impl InferenceStep for LlamaForCausalLm {
     type Output = ValidationOutput;
 
     fn step(&self, batch: Batch) -> ValidationOutput {
-        let logits = self.logits_of(self.labelled(&batch)).cast(FloatDType::F32);
+        let logits = self.head().logits_of(self.labelled(&batch)).cast(FloatDType::F32);
         let targets = batch.targets.unsqueeze_dim::<2>(1);
         let correct = logits.clone().argmax(1).equal(targets.clone()).int().flatten(0, 1);
         let loss = log_softmax(logits, 1).gather(1, targets).mean().neg();
@@ -100,20 +102,20 @@ impl InferenceStep for LlamaForCausalLm {
 mod tests {
     use std::sync::Arc;
 
-    use burn::{
-        data::{dataloader::DataLoaderBuilder, dataset::InMemDataset},
-        optim::AdamWConfig,
-        tensor::Device,
-    };
+    use burn::data::dataloader::DataLoaderBuilder;
+    use burn::data::dataset::InMemDataset;
+    use burn::optim::AdamWConfig;
+    use burn::tensor::Device;
     use burn_peft::{InitLoraWeights, LoraConfig, PeftModel};
-    use burn_train::{
-        Learner, SupervisedTraining,
-        logger::InMemoryMetricLogger,
-        metric::{AccuracyMetric, LossMetric, Metric, MetricMetadata, Numeric},
-    };
+    use burn_train::logger::InMemoryMetricLogger;
+    use burn_train::metric::{AccuracyMetric, LossMetric, Metric, MetricMetadata, Numeric};
+    use burn_train::{Learner, SupervisedTraining};
 
     use super::*;
-    use crate::{Collator, Example, LlamaConfig, LrSchedule, Schedule};
+    use crate::batch::Collator;
+    use crate::config::LlamaConfig;
+    use crate::conversation::Example;
+    use crate::schedule::{LrSchedule, Schedule};
 
     fn model(device: &Device) -> LlamaForCausalLm {
         device.seed(3);

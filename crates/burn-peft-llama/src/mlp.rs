@@ -1,10 +1,12 @@
 //! The feed-forward layer of a block.
 
-use burn::{
-    module::Module,
-    tensor::{Tensor, activation::silu},
-};
+use burn::module::Module;
+use burn::tensor::Tensor;
 use burn_peft::LoraLinear;
+
+use crate::config::LlamaConfig;
+use crate::ops::swiglu::swiglu;
+use crate::source::Source;
 
 /// SwiGLU: `down_proj(silu(gate_proj(x)) * up_proj(x))`.
 #[derive(Module, Debug)]
@@ -18,28 +20,34 @@ pub struct LlamaMlp {
 }
 
 impl LlamaMlp {
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let (hidden, ffn, bias) = (config.hidden_size, config.intermediate_size, config.has_mlp_bias());
+        Ok(Self {
+            gate_proj: from.layer(&format!("{path}.gate_proj"), [hidden, ffn], bias)?,
+            up_proj: from.layer(&format!("{path}.up_proj"), [hidden, ffn], bias)?,
+            down_proj: from.layer(&format!("{path}.down_proj"), [ffn, hidden], bias)?,
+        })
+    }
+
     /// Applies the layer to every position.
     ///
     /// # Shapes
-    ///
     /// - input: `[b, s, hidden_size]`
     /// - output: `[b, s, hidden_size]`
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let gate = self.gate_proj.forward(x.clone());
-        self.down_proj.forward(silu(gate) * self.up_proj.forward(x))
+        self.down_proj.forward(swiglu(gate, self.up_proj.forward(x)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        module::Param,
-        nn::Linear,
-        tensor::{Device, TensorData},
-    };
+    use burn::module::Param;
+    use burn::nn::Linear;
+    use burn::tensor::{Device, TensorData};
 
     use super::*;
-    use crate::model::tests::{assert_close, values};
+    use crate::testing::{assert_close, values};
 
     /// Row-major `[d_in, d_out]` and a bias of `d_out`.
     struct Layer<'a> {

@@ -1,21 +1,21 @@
 //! The model: embedding, blocks, output layer.
 
-use std::convert::Infallible;
-
-use burn::{
-    module::{Module, Param},
-    nn::{Embedding, Initializer, Linear},
-    tensor::{Bool, Device, Int, Tensor},
-};
+use burn::module::{Module, Param};
+use burn::nn::{Embedding, Initializer, Linear};
+use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, MergeReport, PeftError, PeftModel};
 
-use crate::{
-    Batch, LlamaAttention, LlamaBlock, LlamaConfig, LlamaMlp, RmsNorm,
-    attention::{Context, causal_bias},
-    cache::KvCache,
-    loss::{self, Picked},
-    rope::Rope,
-};
+use crate::attention::Context;
+use crate::batch::Batch;
+use crate::block::LlamaBlock;
+use crate::cache::KvCache;
+use crate::config::LlamaConfig;
+use crate::head::{Head, Picked};
+use crate::loss::mean_cross_entropy;
+use crate::mask::causal_bias;
+use crate::norm::RmsNorm;
+use crate::rope::Rope;
+use crate::source::{Fresh, Kind, Source};
 
 /// A LLaMA without its output layer.
 #[derive(Module, Debug)]
@@ -47,52 +47,12 @@ pub struct LlamaForCausalLm {
     config: LlamaConfig,
 }
 
-/// Where the parameters of a new model come from, by their path.
-pub(crate) trait ParameterSource {
-    type Error;
-    /// A matrix that multiplies from the right. `[d_in, d_out]`
-    fn linear(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
-    /// `[n, d]`
-    fn embedding(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
-    /// `[d]`
-    fn norm(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, Self::Error>;
-    /// `[d]`
-    fn bias(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, Self::Error>;
-}
-
-/// Random parameters, made when they are first used.
-struct Fresh<'a> {
-    device: &'a Device,
-    weights: Initializer,
-}
-
-impl ParameterSource for Fresh<'_> {
-    type Error = Infallible;
-
-    fn linear(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.weights.init(shape, self.device))
-    }
-
-    fn embedding(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-        Ok(self.weights.init(shape, self.device))
-    }
-
-    fn norm(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(Initializer::Ones.init([d], self.device))
-    }
-
-    fn bias(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-        Ok(Initializer::Zeros.init([d], self.device))
-    }
-}
-
 impl LlamaConfig {
     /// A model with random weights: projections and embedding from the normal distribution of standard deviation
     /// [`initializer_range`](Self::initializer_range), norms 1, biases 0. They are drawn when first used; see
     /// [`Device::seed`].
     ///
     /// # Panics
-    ///
     /// The forward pass panics if the sizes do not fit: `num_key_value_heads` must divide `num_attention_heads` and
     /// `head_dim` must be even. [`LlamaConfig::load`] checks that.
     pub fn init(&self, device: &Device) -> LlamaForCausalLm {
@@ -103,55 +63,11 @@ impl LlamaConfig {
 }
 
 impl LlamaForCausalLm {
-    pub(crate) fn build<S: ParameterSource>(config: &LlamaConfig, source: &mut S) -> Result<Self, S::Error> {
-        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
-        let linear = |source: &mut S, path: String, shape, with_bias: bool| {
-            let weight = source.linear(&format!("{path}.weight"), shape)?;
-            let bias = with_bias.then(|| source.bias(&format!("{path}.bias"), shape[1])).transpose()?;
-            Ok(LoraLinear::from(Linear { weight, bias }))
-        };
-        let norm = |source: &mut S, path: &str| {
-            let weight = source.norm(&format!("{path}.weight"), hidden)?;
-            Ok(RmsNorm::new(weight, config.rms_norm_eps))
-        };
-
-        let weight = source.embedding("model.embed_tokens.weight", [config.vocab_size, hidden])?;
-        let mut embed_tokens = LoraEmbedding::from(Embedding { weight });
-        embed_tokens.set_tied_output(config.tie_word_embeddings);
-        let mut layers = Vec::new();
-        for i in 0..config.num_hidden_layers {
-            let path = format!("model.layers.{i}");
-            let attention = |source: &mut S, name: &str, shape| {
-                linear(source, format!("{path}.self_attn.{name}"), shape, config.attention_bias)
-            };
-            let mlp = |source: &mut S, name: &str, shape| {
-                linear(source, format!("{path}.mlp.{name}"), shape, config.mlp_bias)
-            };
-            let projections = [
-                attention(source, "q_proj", [hidden, queries])?,
-                attention(source, "k_proj", [hidden, keys])?,
-                attention(source, "v_proj", [hidden, keys])?,
-                attention(source, "o_proj", [queries, hidden])?,
-            ];
-            layers.push(LlamaBlock {
-                self_attn: LlamaAttention::new(projections, config.num_key_value_heads, config.head_dim),
-                mlp: LlamaMlp {
-                    gate_proj: mlp(source, "gate_proj", [hidden, ffn])?,
-                    up_proj: mlp(source, "up_proj", [hidden, ffn])?,
-                    down_proj: mlp(source, "down_proj", [ffn, hidden])?,
-                },
-                input_layernorm: norm(source, &format!("{path}.input_layernorm"))?,
-                post_attention_layernorm: norm(source, &format!("{path}.post_attention_layernorm"))?,
-            });
-        }
-        let norm = norm(source, "model.norm")?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(linear(source, "lm_head".to_owned(), [hidden, config.vocab_size], false)?),
-        };
-        let model = Llama { embed_tokens, layers, norm, rope: Rope::new(config) };
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S) -> Result<Self, S::Error> {
+        let model = Llama::build(config, from, "model")?;
+        let shape = [config.hidden_size, config.vocab_size];
+        let lm_head =
+            if config.tie_word_embeddings { None } else { Some(from.layer("lm_head", shape, false)?) };
         Ok(Self { model, lm_head, config: config.clone() })
     }
 
@@ -175,13 +91,11 @@ impl LlamaForCausalLm {
     /// For the loss, [`loss`](Self::loss) is cheaper: it computes logits only where a label is.
     ///
     /// # Shapes
-    ///
     /// - input_ids: `[b, s]`
     /// - attention_mask: `[b, s]`
     /// - output: `[b, s, vocab_size]`
     ///
     /// # Panics
-    ///
     /// If the shapes differ or a token id is not below `vocab_size`.
     pub fn forward(&self, input_ids: Tensor<2, Int>, attention_mask: Option<Tensor<2, Bool>>) -> Tensor<3> {
         self.logits(self.hidden_states(input_ids, attention_mask))
@@ -190,13 +104,11 @@ impl LlamaForCausalLm {
     /// What the output layer reads: the residual stream behind the last block, normalised.
     ///
     /// # Shapes
-    ///
     /// - input_ids: `[b, s]`
     /// - attention_mask: `[b, s]`, as for [`forward`](Self::forward)
     /// - output: `[b, s, hidden_size]`
     ///
     /// # Panics
-    ///
     /// As [`forward`](Self::forward).
     pub fn hidden_states(
         &self,
@@ -211,25 +123,21 @@ impl LlamaForCausalLm {
     /// Applies the output layer, tied or not.
     ///
     /// # Shapes
-    ///
     /// - hidden: `[.., hidden_size]`
     /// - output: `[.., vocab_size]`
     ///
     /// # Panics
-    ///
     /// If the last axis is not `hidden_size`, and if rows of a batch name adapters of the output layer
     /// ([`for_rows`](burn_peft::PeftModel::for_rows)) and the first axis is not that batch.
     pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
+        self.head().logits(hidden)
+    }
+
+    /// The output layer.
+    pub(crate) fn head(&self) -> Head<'_> {
         match &self.lm_head {
-            Some(lm_head) => lm_head.forward(hidden),
-            // The table below the embedding's adapters, as in PEFT, with the tokens that are trained at both ends.
-            None => {
-                let mut shape = hidden.dims();
-                let [vocab_size, d] = self.model.embed_tokens.weight.base().dims();
-                let n: usize = shape[..D - 1].iter().product();
-                shape[D - 1] = vocab_size;
-                self.model.embed_tokens.tied_output(hidden.reshape([n, d])).reshape(shape)
-            }
+            Some(lm_head) => Head::Own(lm_head),
+            None => Head::Tied(&self.model.embed_tokens),
         }
     }
 
@@ -240,14 +148,6 @@ impl LlamaForCausalLm {
         Picked {
             hidden: hidden.reshape([b * s, d]).select(0, batch.positions.clone()),
             rows: batch.positions.clone().div_scalar(s as i64),
-        }
-    }
-
-    /// Applies the output layer to hidden states that were picked from a batch. `[n, vocab_size]`
-    pub(crate) fn logits_of(&self, picked: Picked) -> Tensor<2> {
-        match &self.lm_head {
-            Some(lm_head) => lm_head.forward_rows(picked.hidden, &picked.rows),
-            None => self.logits(picked.hidden),
         }
     }
 
@@ -262,15 +162,13 @@ impl LlamaForCausalLm {
     /// training model until some `backward` finds it out of use.
     ///
     /// # Shapes
-    ///
     /// - output: `[1]`
     ///
     /// # Panics
-    ///
     /// As [`forward`](Self::forward), if a position or target is out of range, and if the batch has no label.
     /// [`Collator::collate`](crate::Collator::collate) makes no such batch.
     pub fn loss(&self, batch: &Batch) -> Tensor<1> {
-        loss::mean_cross_entropy(self, self.labelled(batch), batch.targets.clone())
+        mean_cross_entropy(self.head(), self.config.vocab_size, &self.labelled(batch), &batch.targets)
     }
 
     /// Gives the output layer a weight of its own, a copy of the embedding table, if it has none. Adapting or
@@ -301,7 +199,6 @@ impl LlamaForCausalLm {
     /// does so for `modules_to_save`; there an adapter of low rank on the embedding changes the output layer too.
     ///
     /// # Errors
-    ///
     /// As of the method for any model; the model stays as it was.
     pub fn merge_and_unload(&mut self) -> Result<MergeReport, PeftError> {
         match PeftModel::merge_and_unload(self) {
@@ -318,6 +215,17 @@ impl LlamaForCausalLm {
 }
 
 impl Llama {
+    fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let shape = [config.vocab_size, config.hidden_size];
+        let weight = from.parameter(&format!("{path}.embed_tokens.weight"), shape, Kind::Embedding)?;
+        let mut embed_tokens = LoraEmbedding::from(Embedding { weight });
+        embed_tokens.set_tied_output(config.tie_word_embeddings);
+        let layer = |i| LlamaBlock::build(config, from, &format!("{path}.layers.{i}"));
+        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?;
+        let norm = RmsNorm::build(config, from, &format!("{path}.norm"))?;
+        Ok(Self { embed_tokens, layers, norm, rope: Rope::new(&config.rope, config.head_dim) })
+    }
+
     /// The normalised residual stream. `[b, s]`, bias `[b or 1, 1, 1, s, t]`, to `[b, s, hidden_size]`.
     pub(crate) fn forward(
         &self,
@@ -338,72 +246,11 @@ impl Llama {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
+mod tests {
     use burn::module::{ModuleVisitor, list_param_ids};
-    use burn::tensor::TensorData;
-    use rand::{Rng, SeedableRng, rngs::StdRng};
 
-    pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-        tensor.into_data().iter::<f32>().collect()
-    }
-
-    #[track_caller]
-    pub(crate) fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
-        assert_eq!(found.len(), expected.len());
-        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-            assert!((found - expected).abs() <= tolerance, "{i}: {found} {expected}");
-        }
-    }
-
-    /// Parameters from a generator of its own: the device's is shared with tests that run at the same time.
-    struct Drawn<'a> {
-        device: &'a Device,
-        rng: StdRng,
-    }
-
-    impl Drawn<'_> {
-        /// Uniform numbers around `middle`, large enough for logits to differ.
-        fn draw<const D: usize>(&mut self, shape: [usize; D], middle: f32, width: f32) -> Param<Tensor<D>> {
-            let count = shape.iter().product();
-            let values: Vec<f32> =
-                (0..count).map(|_| middle + width * (self.rng.random::<f32>() - 0.5)).collect();
-            Param::from_data(TensorData::new(values, shape), self.device)
-        }
-    }
-
-    impl ParameterSource for Drawn<'_> {
-        type Error = Infallible;
-
-        fn linear(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-            Ok(self.draw(shape, 0.0, 1.4))
-        }
-
-        fn embedding(&mut self, _path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, Infallible> {
-            Ok(self.draw(shape, 0.0, 1.4))
-        }
-
-        fn norm(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-            Ok(self.draw([d], 1.0, 0.4))
-        }
-
-        fn bias(&mut self, _path: &str, d: usize) -> Result<Param<Tensor<1>>, Infallible> {
-            Ok(self.draw([d], 0.0, 0.4))
-        }
-    }
-
-    /// Always the same model.
-    pub(crate) fn model(device: &Device, tied: bool) -> LlamaForCausalLm {
-        let config = LlamaConfig::new(13, 16, 2).with_heads(4, 2).with_intermediate_size(24);
-        drawn(&config.with_tie_word_embeddings(tied), device)
-    }
-
-    /// Always the same model for a configuration.
-    pub(crate) fn drawn(config: &LlamaConfig, device: &Device) -> LlamaForCausalLm {
-        let Ok(model) =
-            LlamaForCausalLm::build(config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
-        model
-    }
+    use super::*;
+    use crate::testing::{assert_close, model, values};
 
     fn mask<const S: usize>(rows: [[bool; S]; 2]) -> Option<Tensor<2, Bool>> {
         Some(Tensor::from_data(rows, &Device::flex()))
@@ -466,7 +313,7 @@ pub(crate) mod tests {
         struct Paths(Vec<String>, Vec<String>);
         impl ModuleVisitor for Paths {
             fn enter_module(&mut self, name: &str, _container: &str) {
-                self.0.push(name.to_owned());
+                self.0.push(name.to_string());
             }
             fn exit_module(&mut self, _name: &str, _container: &str) {
                 self.0.pop();

@@ -1,9 +1,11 @@
-//! Normalisation by the root mean square.
+//! The norms of the model.
 
-use burn::{
-    module::{Module, Param},
-    tensor::{DType, Tensor},
-};
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+
+use crate::config::LlamaConfig;
+use crate::ops::rms_norm::rms_norm;
+use crate::source::{Kind, Source};
 
 /// `y = x / sqrt(mean(x²) + eps) * weight` over the last axis.
 ///
@@ -16,37 +18,32 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    pub(crate) fn new(weight: Param<Tensor<1>>, epsilon: f64) -> Self {
-        Self { weight, epsilon }
+    pub(crate) fn build<S: Source>(config: &LlamaConfig, from: &mut S, path: &str) -> Result<Self, S::Error> {
+        let weight = from.parameter(&format!("{path}.weight"), [config.hidden_size], Kind::Norm)?;
+        Ok(Self { weight, epsilon: config.rms_norm_eps })
     }
 
     /// Normalises the last axis.
     ///
     /// # Shapes
-    ///
     /// - input: `[.., d]`
     /// - output: `[.., d]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let dtype = x.dtype();
-        let x = if dtype == DType::F32 { x } else { x.cast(DType::F32) };
-        let inverse = (x.clone().square().mean_dim(D - 1) + self.epsilon).sqrt().recip();
-        let y = x * inverse;
-        let y = if dtype == DType::F32 { y } else { y.cast(dtype) };
-        y * self.weight.val().unsqueeze()
+        rms_norm(x, self.weight.val(), self.epsilon)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use burn::tensor::{DType, Device};
 
     #[test]
     fn values_match_the_formula_in_both_types() {
         let device = Device::flex();
         let weight = Tensor::<1>::from_data([1.0, 2.0, -1.0], &device);
         let x = Tensor::<2>::from_data([[3.0, -4.0, 12.0], [0.5, 0.0, 0.25]], &device);
-        let norm = RmsNorm::new(Param::from_tensor(weight.clone()), 0.1);
+        let norm = RmsNorm { weight: Param::from_tensor(weight.clone()), epsilon: 0.1 };
         let y: Vec<f32> = norm.forward(x.clone()).into_data().iter::<f32>().collect();
         let rows = [[3.0_f32, -4.0, 12.0], [0.5, 0.0, 0.25]];
         let expected: Vec<f32> = rows
@@ -62,7 +59,7 @@ mod tests {
         }
 
         // 300² overflows f16, so the f16 result is right only if the mean is taken in f32.
-        let half = RmsNorm::new(Param::from_tensor(weight.cast(DType::F16)), 0.1);
+        let half = RmsNorm { weight: Param::from_tensor(weight.cast(DType::F16)), epsilon: 0.1 };
         let y = half.forward((x * 100.0).cast(DType::F16));
         assert_eq!(y.dtype(), DType::F16);
         let y: Vec<f32> = y.cast(DType::F32).into_data().iter::<f32>().collect();

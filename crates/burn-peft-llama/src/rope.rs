@@ -1,12 +1,14 @@
 //! Rotary position embedding in the layout of Hugging Face checkpoints: the two halves of a head rotate together.
 
-use std::{f64::consts::TAU, ops::Range};
+use std::f64::consts::TAU;
+use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use crate::LlamaConfig;
+use crate::ops::rope::rotate;
 
 /// How positions are encoded. The default is `rope_theta` 10000 without scaling.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     /// Base of the wavelengths. Default: 10000.
@@ -17,11 +19,12 @@ pub struct RopeConfig {
 
 impl Default for RopeConfig {
     fn default() -> Self {
-        Self { rope_theta: 10_000.0, scaling: RopeScaling::Default }
+        Self::new(10_000.0)
     }
 }
 
 /// Change of the wavelengths, `rope_type` in `config.json`.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum RopeScaling {
     /// None.
@@ -43,6 +46,17 @@ pub enum RopeScaling {
 }
 
 impl RopeConfig {
+    /// Rotary embedding of this base, without scaling.
+    pub fn new(rope_theta: f64) -> Self {
+        Self { rope_theta, scaling: RopeScaling::Default }
+    }
+
+    /// Sets the change of the wavelengths.
+    pub fn with_scaling(mut self, scaling: RopeScaling) -> Self {
+        self.scaling = scaling;
+        self
+    }
+
     /// Frequency of each pair of a head of width `head_dim`, in radians per token:
     /// `rope_theta^(-2 i / head_dim)` for `i` in `0 .. head_dim / 2`, then scaled.
     fn frequencies(&self, head_dim: usize) -> Vec<f64> {
@@ -92,8 +106,8 @@ pub(crate) struct RotaryTables {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &LlamaConfig) -> Self {
-        let frequencies = config.rope.frequencies(config.head_dim);
+    pub(crate) fn new(config: &RopeConfig, head_dim: usize) -> Self {
+        let frequencies = config.frequencies(head_dim);
         Self { frequencies: frequencies.into_iter().map(|frequency| frequency as f32).collect() }
     }
 
@@ -132,18 +146,10 @@ impl RotaryTables {
     }
 }
 
-fn rotate(x: Tensor<5>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<5> {
-    let half = x.dims()[4] / 2;
-    let halves = vec![x.clone().narrow(4, half, half), x.clone().narrow(4, 0, half)];
-    // Exchanging the axes first lets the multiplications write the new order; no copy is made for it.
-    let order = [0, 2, 3, 1, 4];
-    let swapped = Tensor::cat(halves, 4).permute(order);
-    x.permute(order) * cos.clone().unsqueeze() + swapped * sin.clone().unsqueeze()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::values;
 
     const LLAMA3: RopeScaling = RopeScaling::Llama3 {
         factor: 8.0,
@@ -152,19 +158,11 @@ mod tests {
         original_max_position_embeddings: 256,
     };
 
-    fn rope(head_dim: usize, rope: RopeConfig) -> Rope {
-        Rope::new(&LlamaConfig { head_dim, rope, ..LlamaConfig::default() })
-    }
-
-    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-        tensor.into_data().iter::<f32>().collect()
-    }
-
     #[test]
     fn the_halves_of_a_head_rotate_together() {
         // Width 4 and base 100: frequencies 1 and 0.1. Pairs are (x0, x2) and (x1, x3).
         let device = Device::flex();
-        let rope = rope(4, RopeConfig { rope_theta: 100.0, ..RopeConfig::default() });
+        let rope = Rope::new(&RopeConfig::new(100.0), 4);
         let tables = rope.tables(2..4, &device, DType::F32);
         let x = Tensor::<2>::from_data([[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.25, 2.0]], &device);
         let x = x.reshape([1, 2, 1, 1, 4]);
@@ -187,7 +185,7 @@ mod tests {
     #[test]
     fn heads_come_before_positions() {
         let device = Device::flex();
-        let tables = rope(2, RopeConfig::default()).tables(0..3, &device, DType::F32);
+        let tables = Rope::new(&RopeConfig::default(), 2).tables(0..3, &device, DType::F32);
         let x = Tensor::<1>::from_data([0.0, 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11.], &device);
         let x = x.reshape([1, 3, 2, 1, 2]);
         let norms = |x: Tensor<5>| values(x.square().sum_dim(4));
@@ -201,8 +199,8 @@ mod tests {
     #[test]
     fn llama3_divides_low_frequencies_keeps_high_ones_and_interpolates() {
         let (head_dim, rope_theta) = (16, 1000.0);
-        let plain = RopeConfig { rope_theta, scaling: RopeScaling::Default }.frequencies(head_dim);
-        let scaled = RopeConfig { rope_theta, scaling: LLAMA3 }.frequencies(head_dim);
+        let plain = RopeConfig::new(rope_theta).frequencies(head_dim);
+        let scaled = RopeConfig::new(rope_theta).with_scaling(LLAMA3).frequencies(head_dim);
         let mut kinds = [0; 3];
         for (i, (plain, scaled)) in plain.iter().zip(scaled).enumerate() {
             assert!((plain - 1.0 / 1000.0_f64.powf(2.0 * i as f64 / 16.0)).abs() < 1e-12);
@@ -226,7 +224,7 @@ mod tests {
     #[test]
     fn scores_depend_on_the_distance_alone() {
         let device = Device::flex();
-        let rope = rope(8, RopeConfig::default());
+        let rope = Rope::new(&RopeConfig::default(), 8);
         let x = Tensor::<1>::from_data([0.3, -1., 2., 0.7, 1.1, -0.4, 0.9, 1.3], &device);
         let x = x.reshape([1, 1, 1, 1, 8]);
         let score = |q: usize, k: usize| {

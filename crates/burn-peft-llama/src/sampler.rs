@@ -1,50 +1,70 @@
 //! From logits to the next token.
 
 use burn::tensor::{DType, Tensor};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
 
-use crate::{LlamaError, Sampling};
+use crate::error::LlamaError;
+
+/// How the next token is chosen.
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Sampling {
+    /// The most probable one.
+    #[default]
+    Greedy,
+    /// Drawn at random from `softmax(logits / temperature)`, cut to the most probable tokens: the `top_k` first, and
+    /// of them as many as it takes to reach the probability `top_p`.
+    TopP {
+        /// Positive; below 1 favours the probable tokens.
+        temperature: f64,
+        /// Above 0, up to 1. 1 cuts nothing.
+        top_p: f64,
+        /// `None` cuts nothing.
+        top_k: Option<usize>,
+        /// The same seed gives the same continuation of the same batch.
+        seed: u64,
+    },
+}
 
 /// Chooses tokens; owns the random numbers of one generation.
-pub(crate) enum Sampler {
-    Greedy,
-    TopP { temperature: f64, top_p: f64, top_k: Option<usize>, rng: Box<StdRng> },
+pub(crate) struct Sampler {
+    sampling: Sampling,
+    rng: StdRng,
 }
 
 impl Sampler {
     pub(crate) fn new(sampling: &Sampling) -> Result<Self, LlamaError> {
-        match *sampling {
-            Sampling::Greedy => Ok(Self::Greedy),
-            Sampling::TopP { temperature, top_p, top_k, seed } => {
-                let refuse = |option, expected, found: String| {
-                    Err(LlamaError::SamplingOption { option, expected, found })
-                };
-                if !(temperature > 0.0 && temperature.is_finite()) {
-                    return refuse("temperature", "a positive number", temperature.to_string());
-                }
-                if !(top_p > 0.0 && top_p <= 1.0) {
-                    return refuse("top_p", "a number above 0 and up to 1", top_p.to_string());
-                }
-                if top_k == Some(0) {
-                    return refuse("top_k", "at least 1", "0".to_owned());
-                }
-                Ok(Self::TopP { temperature, top_p, top_k, rng: Box::new(StdRng::seed_from_u64(seed)) })
+        let refuse = |option, expected, found| Err(LlamaError::InvalidOption { option, expected, found });
+        let mut first = 0;
+        if let Sampling::TopP { temperature, top_p, top_k, seed } = *sampling {
+            if !(temperature > 0.0 && temperature.is_finite()) {
+                return refuse("temperature", "a positive number", temperature.to_string());
             }
+            if !(top_p > 0.0 && top_p <= 1.0) {
+                return refuse("top_p", "a number above 0 and up to 1", top_p.to_string());
+            }
+            if top_k == Some(0) {
+                return refuse("top_k", "at least 1", "0".to_string());
+            }
+            first = seed;
         }
+        Ok(Self { sampling: sampling.clone(), rng: StdRng::seed_from_u64(first) })
     }
 
     /// The next token of each row. `[b, vocab_size]`
     pub(crate) fn next(&mut self, logits: Tensor<2>) -> Result<Vec<u32>, LlamaError> {
         let read = |source| LlamaError::DeviceRead { source: Box::new(source) };
-        match self {
-            Self::Greedy => logits.argmax(1).try_into_vec_as::<u32>().map_err(read),
-            Self::TopP { temperature, top_p, top_k, rng } => {
-                let vocab = logits.dims()[1];
-                let logits = logits.cast(DType::F32).try_into_vec_as::<f32>().map_err(read)?;
-                let draw = |row| sample(row, *temperature, *top_p, *top_k, rng.random());
-                Ok(logits.chunks(vocab).map(draw).collect())
-            }
-        }
+        let Sampling::TopP { temperature, top_p, top_k, .. } = self.sampling else {
+            return logits.argmax(1).try_into_vec_as::<u32>().map_err(read);
+        };
+        let vocab = logits.dims()[1];
+        let logits = logits.cast(DType::F32).try_into_vec_as::<f32>().map_err(read)?;
+        Ok(logits
+            .chunks(vocab)
+            .map(|row| sample(row, temperature, top_p, top_k, self.rng.random()))
+            .collect())
     }
 }
 

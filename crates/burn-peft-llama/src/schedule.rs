@@ -1,11 +1,14 @@
 //! Learning-rate schedules, named and defined as in transformers.
 
-use std::{f64::consts::PI, fmt, str::FromStr};
+use std::f64::consts::PI;
+use std::fmt;
+use std::str::FromStr;
 
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
 use serde::{Deserialize, Serialize};
 
-use crate::LlamaError;
+use crate::error::LlamaError;
+use crate::problem::alternatives;
 
 /// How the learning rate changes over a training.
 ///
@@ -27,6 +30,7 @@ use crate::LlamaError;
 /// # Ok(())
 /// # }
 /// ```
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
@@ -81,8 +85,8 @@ impl FromStr for Schedule {
         NAMES.iter().find(|(_, known)| *known == name).map(|(schedule, _)| *schedule).ok_or_else(|| {
             LlamaError::UnknownName {
                 what: "schedule",
-                name: name.to_owned(),
-                expected: "`linear`, `cosine`, `constant`, `constant_with_warmup`",
+                name: name.to_string(),
+                expected: alternatives(NAMES.iter().map(|(_, name)| *name)),
             }
         })
     }

@@ -6,11 +6,13 @@ mod files;
 mod json;
 mod special_tokens;
 
-use std::{collections::HashSet, sync::Arc};
+use std::collections::HashSet;
+use std::sync::Arc;
 
 use tokenizers::AddedToken;
 
-use crate::{ChatTemplate, LlamaError};
+use crate::chat_template::ChatTemplate;
+use crate::error::LlamaError;
 
 pub use special_tokens::SpecialTokens;
 
@@ -47,7 +49,6 @@ impl Tokenizer {
     /// must be in the vocabulary; they become special, if they are not yet.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::UnknownSpecialToken`] if a special token is not in the vocabulary.
     pub fn from_parts(
         mut inner: tokenizers::Tokenizer,
@@ -56,9 +57,10 @@ impl Tokenizer {
     ) -> Result<Self, LlamaError> {
         // Saved truncation would silently cut training examples and move their labels.
         inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|source| LlamaError::Tokenizer { action: "switch truncation off".to_owned(), source })?;
+        inner.with_truncation(None).map_err(|source| LlamaError::Tokenizer {
+            action: "switch truncation off".to_string(),
+            source,
+        })?;
 
         let id = |field: &'static str, token: &Option<String>| match token {
             None => Ok(None),
@@ -99,7 +101,6 @@ impl Tokenizer {
     /// changes.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::InvalidDate`] if `date` is not one.
     pub fn with_date(mut self, date: &str) -> Result<Self, LlamaError> {
         self.chat_template = self.chat_template.map(|template| template.with_date(date)).transpose()?;
@@ -109,7 +110,6 @@ impl Tokenizer {
     /// Token ids of `text`. Special tokens written out in `text` are recognised; none is added.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::Tokenizer`] if the tokenizer cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, LlamaError> {
         Ok(self.encoding(text, false)?.get_ids().to_vec())
@@ -119,7 +119,6 @@ impl Tokenizer {
     /// beginning. Not for rendered chats: they hold theirs already.
     ///
     /// # Errors
-    ///
     /// As [`encode`](Self::encode).
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>, LlamaError> {
         Ok(self.encoding(text, true)?.get_ids().to_vec())
@@ -128,7 +127,6 @@ impl Tokenizer {
     /// Text of token ids, without the special ones if `skip_special_tokens`.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::Tokenizer`] if the tokenizer's decoder fails. Unknown ids are left out, as transformers does.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, LlamaError> {
         self.inner

@@ -8,17 +8,21 @@ mod mean_loss;
 mod order;
 mod report;
 
-use std::{ops::ControlFlow, time::Instant};
+use std::ops::ControlFlow;
+use std::time::Instant;
 
-use burn::{module::Module, tensor::Tensor};
+use burn::module::Module;
+use burn::tensor::Tensor;
 
-use self::{
-    accumulation::window_grads,
-    check::{check_examples, check_trainable, device},
-    mean_loss::{MeanLoss, scalar},
-    order::epoch_batches,
-};
-use crate::{Batch, Collator, Example, LlamaError, LlamaForCausalLm, clip_grad_norm};
+use self::accumulation::window_grads;
+use self::check::{check_examples, check_trainable, device};
+use self::mean_loss::{MeanLoss, scalar};
+use self::order::epoch_batches;
+use crate::batch::{Batch, Collator};
+use crate::conversation::Example;
+use crate::error::LlamaError;
+use crate::gradient::clip_grad_norm;
+use crate::model::LlamaForCausalLm;
 
 pub use config::TrainingConfig;
 pub use evaluation::{Evaluation, evaluate};
@@ -55,8 +59,7 @@ impl CausalLmLoss for LlamaForCausalLm {
 /// For checkpoints of the optimizer, several devices, or Burn's dashboard, use Burn's own learner (feature `train`).
 ///
 /// # Errors
-///
-/// - [`LlamaError::TrainingOption`] for a configuration that makes no sense,
+/// - [`LlamaError::InvalidOption`] for a configuration that makes no sense,
 /// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or nothing in it is trained: all its
 ///   parameters are frozen, its adapters are merged or inactive, or rows of a batch name them,
 /// - [`LlamaError::TrainableF16`] if a parameter that would be trained is f16; a frozen base may be,
@@ -132,14 +135,14 @@ pub fn fit<M: CausalLmLoss>(
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        module::Param,
-        nn::{Embedding, Linear},
-        tensor::{Device, FloatDType, TensorData, activation::log_softmax},
-    };
+    use burn::module::Param;
+    use burn::nn::{Embedding, Linear};
+    use burn::tensor::activation::log_softmax;
+    use burn::tensor::{Device, FloatDType, TensorData};
 
     use super::*;
-    use crate::{LlamaConfig, model::tests::model};
+    use crate::config::LlamaConfig;
+    use crate::testing::model;
 
     /// Predicts the next token from the present one alone.
     #[derive(Module, Debug)]
@@ -190,7 +193,7 @@ mod tests {
     }
 
     pub(super) fn run(config: &TrainingConfig) -> (Bigram, Vec<StepReport>) {
-        let mut reports = Vec::new();
+        let mut reports = vec![];
         let model = fit(Bigram::new(&autodiff()), &examples(), &Collator::new(7), config, |report, _| {
             reports.push(report.clone());
             ControlFlow::Continue(())
@@ -294,7 +297,7 @@ mod tests {
         // All examples in each batch, so that the losses of the steps compare.
         let config = config().with_batch_size(21).with_max_steps(Some(12)).with_log_every(1);
         let train = |model: LlamaForCausalLm| {
-            let mut losses = Vec::new();
+            let mut losses = vec![];
             let trained = fit(model, &examples(), &Collator::new(7), &config, |report, _| {
                 losses.extend(report.loss);
                 ControlFlow::Continue(())

@@ -1,28 +1,28 @@
 //! Model directories in the Hugging Face layout, both directions.
 
 mod checkpoint;
-mod index;
 mod loader;
-mod parameter;
-mod problem;
 mod transpose;
 mod writer;
 
 use std::path::Path;
 
 use burn::tensor::{DType, Device, FloatDType};
+use burn_peft_files::WEIGHTS_FILE;
 
-use self::{checkpoint::Checkpoint, index::WEIGHTS_FILE, loader::Loader, parameter::parameters};
-use crate::{LlamaConfig, LlamaError, LlamaForCausalLm, config::CONFIG_FILE, file};
-
-pub use problem::WeightProblem;
+use self::checkpoint::Checkpoint;
+use self::loader::Loader;
+use crate::config::{CONFIG_FILE, LlamaConfig};
+use crate::error::LlamaError;
+use crate::file;
+use crate::model::LlamaForCausalLm;
+use crate::parameters::parameters;
 
 impl LlamaForCausalLm {
     /// Loads a model directory in the Hugging Face layout in f32; see
     /// [`from_pretrained_as`](Self::from_pretrained_as).
     ///
     /// # Errors
-    ///
     /// As [`from_pretrained_as`](Self::from_pretrained_as).
     pub fn from_pretrained(dir: impl AsRef<Path>, device: &Device) -> Result<Self, LlamaError> {
         Self::from_pretrained_as(dir, device, FloatDType::F32)
@@ -43,13 +43,11 @@ impl LlamaForCausalLm {
     /// Waits while another process saves to the directory with this crate: all files are of one model.
     ///
     /// # Errors
-    ///
     /// - as [`LlamaConfig::load`],
-    /// - [`LlamaError::ReadText`] if a file cannot be read,
+    /// - [`LlamaError::ReadFile`] if a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::ConfigJson`] if the index is malformed,
-    /// - [`LlamaError::ShardName`] if the index leads out of the directory,
-    /// - [`LlamaError::WeightsFile`] and [`LlamaError::WeightsLength`] if a file of weights is malformed,
+    /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
+    ///   directory,
     /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors.
     pub fn from_pretrained_as(
         dir: impl AsRef<Path>,
@@ -74,13 +72,12 @@ impl LlamaForCausalLm {
     /// directory is made if it does not exist.
     ///
     /// Each file appears complete or not at all, and what was there before stays until all of the new one is on disk.
-    /// Readers and writers of this crate wait for each other. Others, and whoever comes after a crash, never find weights
-    /// beside the `config.json` of other ones: if it differs, it is removed before and written last.
+    /// Readers and writers of this crate wait for each other. Other programs, and any program after a crash, never find
+    /// weights beside the `config.json` of another model: if it differs, it is removed first and written last.
     ///
     /// # Errors
-    ///
     /// - [`LlamaError::AdaptersAttached`] if the model has adapters: they belong in files of their own,
-    /// - [`LlamaError::WriteText`] if a file cannot be written,
+    /// - [`LlamaError::WriteFile`] if a file cannot be written,
     /// - [`LlamaError::WeightsFile`] if the weights have a type that the format does not know,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), LlamaError> {
@@ -91,12 +88,7 @@ impl LlamaForCausalLm {
         }
         // Wider types first keeps every tensor aligned.
         parameters.sort_by_key(|parameter| std::cmp::Reverse(parameter.dtype.size()));
-        let dtype = match self.model.embed_tokens.weight.base().dtype() {
-            DType::BF16 => "bfloat16",
-            DType::F16 => "float16",
-            DType::F64 => "float64",
-            _ => "float32",
-        };
+        let dtype = dtype_name(self.model.embed_tokens.weight.base().dtype());
         let config = format!("{:#}\n", self.config().to_json(dtype));
         let (weights_path, config_path) = (dir.join(WEIGHTS_FILE), dir.join(CONFIG_FILE));
         let directory = file::writer(dir)?;
@@ -110,17 +102,27 @@ impl LlamaForCausalLm {
     }
 }
 
+/// A type as `config.json` names it.
+pub(crate) fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F64 => "float64",
+        _ => "float32",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use burn::tensor::{Int, Tensor};
+    use burn_peft_files::TensorFileError;
     use safetensors::Dtype;
+    use serde_json::json;
 
-    use super::{
-        checkpoint::tests::{read, write},
-        *,
-    };
+    use super::checkpoint::tests::{read, write};
+    use super::*;
 
     pub(super) fn config() -> LlamaConfig {
         let config = LlamaConfig::new(11, 8, 2).with_heads(4, 2).with_intermediate_size(12);
@@ -148,8 +150,8 @@ mod tests {
             assert_eq!(logits(&loaded), logits(&model));
             let names: Vec<_> =
                 read(&dir.path().join(WEIGHTS_FILE)).into_iter().map(|tensor| tensor.0).collect();
-            assert_eq!(names.contains(&"lm_head.weight".to_owned()), !tied);
-            assert!(names.contains(&"model.layers.1.self_attn.q_proj.bias".to_owned()), "{names:?}");
+            assert_eq!(names.contains(&"lm_head.weight".to_string()), !tied);
+            assert!(names.contains(&"model.layers.1.self_attn.q_proj.bias".to_string()), "{names:?}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
         }
     }
@@ -199,7 +201,7 @@ mod tests {
         fs::remove_file(dir.path().join(WEIGHTS_FILE)).unwrap();
         fs::create_dir_all(dir.path().join(WEIGHTS_FILE).join("x")).unwrap();
         let other = config().with_tie_word_embeddings(true).init(&Device::flex());
-        assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteText { .. })));
+        assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteFile { .. })));
         assert!(!names().iter().any(|name| name.to_string_lossy().starts_with(".staged-")));
         assert!(!names().contains(&CONFIG_FILE.into()), "no configuration stands beside other weights");
     }
@@ -247,5 +249,43 @@ mod tests {
         );
         model.merge_and_unload().unwrap();
         model.save_pretrained(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn shards_load_and_may_not_leave_the_directory() {
+        let (dir, model) = saved(&config());
+        let single = dir.path().join(WEIGHTS_FILE);
+        let tensors = read(&single);
+        fs::remove_file(&single).unwrap();
+        let (first, second) = tensors.split_at(9);
+        write(&dir.path().join("a.safetensors"), first, Dtype::F32);
+        write(&dir.path().join("b.safetensors"), second, Dtype::F32);
+        let mut map = json!({});
+        for (tensors, file) in [(first, "a.safetensors"), (second, "b.safetensors")] {
+            for (name, _, _) in tensors {
+                map[name] = json!(file);
+            }
+        }
+        let index = |map: &serde_json::Value| {
+            let text = json!({ "metadata": { "total_size": 1 }, "weight_map": map }).to_string();
+            fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        };
+        index(&map);
+        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
+        assert_eq!(logits(&loaded), logits(&model));
+
+        for name in ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "..", ""] {
+            map["model.norm.weight"] = json!(name);
+            index(&map);
+            let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+            assert!(
+                matches!(&error, LlamaError::WeightsFile(TensorFileError::ShardName { name: found, .. }) if found == name),
+                "{error}"
+            );
+        }
+        map["model.norm.weight"] = json!("c.safetensors");
+        index(&map);
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        assert!(error.to_string().contains("c.safetensors"), "{error}");
     }
 }

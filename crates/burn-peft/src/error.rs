@@ -3,12 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use burn_peft_files::WrongFile;
-use strsim::jaro_winkler;
-
 use crate::combination_type::CombinationType;
 use crate::pattern::PatternError;
 use crate::target::TargetModules;
+use burn_peft_files::WrongFile;
 
 /// Everything that can go wrong between a user's input (a configuration, a name, a file) and an adapted model.
 ///
@@ -523,33 +521,6 @@ impl PeftError {
         let path = path.into();
         move |source| Self::Io { path, source }
     }
-}
-
-/// The `count` candidates that resemble `name` most, best first; poor matches are left out.
-pub(crate) fn closest<'a>(
-    name: &str,
-    candidates: impl IntoIterator<Item = &'a str>,
-    count: usize,
-) -> Vec<String> {
-    const RESEMBLES: f64 = 0.7;
-    let mut scored: Vec<(f64, &str)> = candidates
-        .into_iter()
-        .map(|candidate| (jaro_winkler(name, candidate), candidate))
-        .filter(|(score, _)| *score >= RESEMBLES)
-        .collect();
-    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-    scored.dedup_by(|a, b| a.1 == b.1);
-    scored.into_iter().take(count).map(|(_, candidate)| candidate.to_string()).collect()
-}
-
-/// The key among `candidates` that resembles `key` most. One of the same layer is preferred: names differ less between
-/// layers than between modules.
-pub(crate) fn closest_key(key: &str, candidates: &[String]) -> Option<String> {
-    let numbers = |key: &str| -> Vec<usize> { key.split('.').filter_map(|part| part.parse().ok()).collect() };
-    let own = numbers(key);
-    let of_layer = candidates.iter().filter(|candidate| numbers(candidate) == own);
-    let found = closest(key, of_layer.map(String::as_str), 1).pop();
-    found.or_else(|| closest(key, candidates.iter().map(String::as_str), 1).pop())
 }
 
 fn rank_list(ranks: &[usize]) -> String {

@@ -81,6 +81,8 @@ pub(crate) struct KeyEnd {
     pub(crate) layer: Option<Layer>,
     /// Which axes of its shape are the sizes of the layer's weight.
     pub(crate) tells: Tells,
+    /// Whether an output layer that is tied to the layer reads it too: see [`Method::forward_tied`].
+    pub(crate) is_read_by_tied_output: bool,
 }
 
 impl KeyEnd {

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
+use burn_peft_files::closest;
 
 use crate::adapter::{Adapter, AdapterInfo};
 use crate::config::{LoraConfig, PeftConfig, Selection};
-use crate::error::{PeftError, closest};
+use crate::error::PeftError;
 use crate::init::Start;
 use crate::layer::{Layer, Site, Space};
 use crate::method::{Chosen, METHODS, Method, Parameters, Update};

@@ -115,7 +115,7 @@ fn prompts_are_answered_together_as_apart() {
         model.load_adapter(name, directory("two-adapters").join(name)).unwrap();
     }
     let prompts = [vec![35, 20, 13, 25], vec![55, 60, 53, 17, 4, 77, 12], vec![35, 20, 13, 25]];
-    let options = GenerateOptions { max_new_tokens: 12, ..Default::default() };
+    let options = GenerateOptions::new().with_max_new_tokens(12);
     // All rows must go on for as long as the batch does.
     model.config_mut().eos_token_ids.clear();
     let rows = [Some("one"), Some("two"), None];
@@ -256,7 +256,7 @@ fn rows_that_end_leave_the_others_their_adapters() {
         let prompts = [vec![35, 20, 13, 25], vec![55, 60, 53, 17, 4, 77, 12], vec![8], vec![90, 1, 33]];
         let rows = [Some("peft"), None, Some("wide"), Some("peft")];
         let mixed = model.for_rows(&rows).unwrap();
-        let mut options = GenerateOptions { max_new_tokens: 10, ..Default::default() };
+        let mut options = GenerateOptions::new().with_max_new_tokens(10);
         let apart = |options: &GenerateOptions| -> Vec<Vec<u32>> {
             let answer = |(&name, prompt): (&Option<&str>, &Vec<u32>)| {
                 alone(&model, name).generate(std::slice::from_ref(prompt), options).unwrap().remove(0)
@@ -282,7 +282,7 @@ fn rows_that_end_leave_the_others_their_adapters() {
 fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
     let (_, model) = with_adapted_head(&Device::flex());
     let mixed = model.for_rows(&[Some("peft"), None]).unwrap();
-    let options = GenerateOptions { max_new_tokens: 2, ..Default::default() };
+    let options = GenerateOptions::new().with_max_new_tokens(2);
     for count in [1, 3] {
         let error = mixed.generate(&vec![vec![5]; count], &options).unwrap_err();
         assert!(matches!(error, LlamaError::BatchRows { rows: 2, prompts } if prompts == count), "{error}");

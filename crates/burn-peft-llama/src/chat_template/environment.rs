@@ -1,11 +1,9 @@
 //! The engine, set up as transformers sets up Jinja.
 
 use jiff::{Zoned, civil};
-use minijinja::{
-    Environment, Error, ErrorKind, State, Value,
-    syntax::SyntaxConfig,
-    value::{Kwargs, Rest, ValueKind},
-};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 use super::{Raised, json, limits, methods, repr, source};
 
@@ -97,7 +95,7 @@ fn join(
 
 /// `trim(text, chars=none)`: Python's `strip`.
 fn trim(value: &Value, chars: Option<String>) -> Result<String, Error> {
-    Ok(methods::strip(&repr::text(value)?, chars.as_deref(), true, true).to_owned())
+    Ok(methods::strip(&repr::text(value)?, chars.as_deref(), true, true).to_string())
 }
 
 /// `default(value, default_value='', boolean=false)`.
@@ -108,9 +106,10 @@ fn default(value: &Value, positional: Rest<Value>, options: Kwargs) -> Result<Va
     options.assert_all_used()?;
     let fallback = positional.next().or(fallback);
     let boolean = positional.next().map_or(boolean.unwrap_or(false), |boolean| boolean.is_true());
-    match value.is_undefined() || (boolean && !value.is_true()) {
-        true => Ok(fallback.unwrap_or_else(|| Value::from(""))),
-        false => Ok(value.clone()),
+    if value.is_undefined() || (boolean && !value.is_true()) {
+        Ok(fallback.unwrap_or_else(|| Value::from("")))
+    } else {
+        Ok(value.clone())
     }
 }
 
@@ -127,10 +126,13 @@ fn float(value: &Value, fallback: Option<f64>) -> f64 {
 /// `int(value, default=0, base=10)`: what is no number becomes the default.
 fn int(value: &Value, fallback: Option<i64>, base: Option<u32>) -> Value {
     let fallback = Value::from(fallback.unwrap_or(0));
-    let truncated = |number: f64| match number.is_finite() {
-        // A float holds every integer of its size exactly, and casting saturates.
-        true => Value::from(number.trunc() as i128),
-        false => fallback.clone(),
+    let truncated = |number: f64| {
+        if number.is_finite() {
+            // A float holds every integer of its size exactly, and casting saturates.
+            Value::from(number.trunc() as i128)
+        } else {
+            fallback.clone()
+        }
     };
     let base = base.unwrap_or(10);
     let Some(text) = value.as_str() else {
@@ -147,9 +149,10 @@ fn int(value: &Value, fallback: Option<i64>, base: Option<u32>) -> Value {
         16 => text.strip_prefix("0x"),
         _ => None,
     };
-    let parsed = match (2..=36).contains(&base) {
-        true => i128::from_str_radix(digits.unwrap_or(&text), base).ok(),
-        false => None,
+    let parsed = if (2..=36).contains(&base) {
+        i128::from_str_radix(digits.unwrap_or(&text), base).ok()
+    } else {
+        None
     };
     parsed.map(Value::from).or_else(|| text.parse().ok().map(truncated)).unwrap_or(fallback.clone())
 }

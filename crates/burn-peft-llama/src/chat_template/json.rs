@@ -1,9 +1,7 @@
 //! `tojson` as transformers defines it: Python's `json.dumps`.
 
-use minijinja::{
-    Error, ErrorKind, Value,
-    value::{Kwargs, Rest, ValueKind},
-};
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Error, ErrorKind, Value};
 
 use super::repr;
 
@@ -25,16 +23,15 @@ pub(super) fn tojson(value: &Value, positional: Rest<Value>, options: Kwargs) ->
         return Err(Error::from(ErrorKind::TooManyArguments));
     }
     options.assert_all_used()?;
-    let (item, key) = match separators.is_none() {
-        true => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
-        false => {
-            match separators.try_iter()?.map(|text| text.as_str().map(str::to_owned)).collect::<Vec<_>>() {
-                pair if pair.len() == 2 => (
-                    pair[0].clone().ok_or_else(|| invalid("expected texts as `separators`"))?,
-                    pair[1].clone().ok_or_else(|| invalid("expected texts as `separators`"))?,
-                ),
-                _ => return Err(invalid("expected two texts as `separators`")),
-            }
+    let (item, key) = if separators.is_none() {
+        (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string())
+    } else {
+        match separators.try_iter()?.map(|text| text.as_str().map(str::to_string)).collect::<Vec<_>>() {
+            pair if pair.len() == 2 => (
+                pair[0].clone().ok_or_else(|| invalid("expected texts as `separators`"))?,
+                pair[1].clone().ok_or_else(|| invalid("expected texts as `separators`"))?,
+            ),
+            _ => return Err(invalid("expected two texts as `separators`")),
         }
     };
     let mut writer = Writer { out: String::new(), ensure_ascii, indent, item, key, sort_keys };
@@ -47,18 +44,19 @@ fn indent(value: &Value) -> Result<Option<String>, Error> {
         return Ok(None);
     }
     let indent = match value.as_str() {
-        Some(text) => text.to_owned(),
+        Some(text) => text.to_string(),
         // Python takes a negative number as 0.
         None => " ".repeat(i64::try_from(value.clone())?.clamp(0, MAX_INDENT as i64 + 1) as usize),
     };
-    match indent.len() > MAX_INDENT {
-        true => Err(invalid(&format!("expected an `indent` of at most {MAX_INDENT}"))),
-        false => Ok(Some(indent)),
+    if indent.len() > MAX_INDENT {
+        Err(invalid(&format!("expected an `indent` of at most {MAX_INDENT}")))
+    } else {
+        Ok(Some(indent))
     }
 }
 
 fn invalid(message: &str) -> Error {
-    Error::new(ErrorKind::BadSerialization, message.to_owned())
+    Error::new(ErrorKind::BadSerialization, message.to_string())
 }
 
 struct Writer {
@@ -165,10 +163,10 @@ impl Writer {
 fn number(value: &Value) -> String {
     match f64::try_from(value.clone()) {
         Ok(number) if !value.is_integer() => match repr::float(number).as_str() {
-            "nan" => "NaN".to_owned(),
-            "inf" => "Infinity".to_owned(),
-            "-inf" => "-Infinity".to_owned(),
-            text => text.to_owned(),
+            "nan" => "NaN".to_string(),
+            "inf" => "Infinity".to_string(),
+            "-inf" => "-Infinity".to_string(),
+            text => text.to_string(),
         },
         _ => value.to_string(),
     }
@@ -176,10 +174,10 @@ fn number(value: &Value) -> String {
 
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
-        ValueKind::String => Ok(key.as_str().unwrap_or_default().to_owned()),
+        ValueKind::String => Ok(key.as_str().unwrap_or_default().to_string()),
         ValueKind::Number => Ok(number(key)),
-        ValueKind::Bool => Ok(if key.is_true() { "true" } else { "false" }.to_owned()),
-        ValueKind::None => Ok("null".to_owned()),
+        ValueKind::Bool => Ok(if key.is_true() { "true" } else { "false" }.to_string()),
+        ValueKind::None => Ok("null".to_string()),
         kind => Err(invalid(&format!("a value of type {kind} is no key of a JSON object"))),
     }
 }

@@ -1,6 +1,7 @@
 //! Bounds on what a template may do: nothing in a downloaded file may hang, panic or exhaust the memory.
 
-use minijinja::{Error, ErrorKind, State, Value, value::ValueKind};
+use minijinja::value::ValueKind;
+use minijinja::{Error, ErrorKind, State, Value};
 
 use super::repr::too_deep;
 

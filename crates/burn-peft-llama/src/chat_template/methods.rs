@@ -1,9 +1,7 @@
 //! The methods of Python's texts, lists and dicts that templates call.
 
-use minijinja::{
-    Error, ErrorKind, State, Value,
-    value::{Kwargs, ValueKind, from_args},
-};
+use minijinja::value::{Kwargs, ValueKind, from_args};
+use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
 /// Calls a method of a value. What is not here or differs in `pycompat` (3.1), is here.
@@ -56,9 +54,10 @@ fn text_method(state: &State, text: &str, method: &str, args: &[Value]) -> Resul
                 "startswith" => affix.as_str().is_some_and(|affix| part.starts_with(affix)),
                 _ => affix.as_str().is_some_and(|affix| part.ends_with(affix)),
             };
-            match affix.is_tuple() {
-                true => Value::from(affix.try_iter()?.any(|affix| holds(&affix))),
-                false => Value::from(holds(affix)),
+            if affix.is_tuple() {
+                Value::from(affix.try_iter()?.any(|affix| holds(&affix)))
+            } else {
+                Value::from(holds(affix))
             }
         }
         "find" | "rfind" | "index" | "rindex" => {
@@ -78,9 +77,10 @@ fn text_method(state: &State, text: &str, method: &str, args: &[Value]) -> Resul
             let mut inside = false;
             let mut out = String::with_capacity(text.len());
             for c in text.chars() {
-                match inside {
-                    true => out.extend(c.to_lowercase()),
-                    false => out.extend(c.to_uppercase()),
+                if inside {
+                    out.extend(c.to_lowercase())
+                } else {
+                    out.extend(c.to_uppercase())
                 }
                 inside = c.is_lowercase() || c.is_uppercase();
             }
@@ -88,9 +88,12 @@ fn text_method(state: &State, text: &str, method: &str, args: &[Value]) -> Resul
         }
         "swapcase" => {
             let () = from_args(args)?;
-            let swap = |c: char| match c.is_uppercase() {
-                true => c.to_lowercase().collect::<Vec<_>>(),
-                false => c.to_uppercase().collect(),
+            let swap = |c: char| {
+                if c.is_uppercase() {
+                    c.to_lowercase().collect::<Vec<_>>()
+                } else {
+                    c.to_uppercase().collect()
+                }
             };
             Value::from(text.chars().flat_map(swap).collect::<String>())
         }
@@ -158,7 +161,7 @@ fn collection_method(value: &Value, method: &str, args: &[Value]) -> Result<Opti
 }
 
 fn invalid(message: &str) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message.to_owned())
+    Error::new(ErrorKind::InvalidOperation, message.to_string())
 }
 
 /// What Python counts as whitespace: Unicode's, and four separators of ASCII.
@@ -179,12 +182,12 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Vec<String>, Er
     let (named_separator, named_most): (Option<String>, Option<i64>) =
         (named.get("sep")?, named.get("maxsplit")?);
     named.assert_all_used()?;
-    let separator = separator.map(str::to_owned).or(named_separator);
+    let separator = separator.map(str::to_string).or(named_separator);
     let mut left = most.or(named_most).and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
     if separator.as_deref() == Some("") {
         return Err(invalid("expected a separator, found an empty text"));
     }
-    let mut parts = Vec::new();
+    let mut parts = vec![];
     let mut rest = text;
     loop {
         if separator.is_none() {
@@ -203,7 +206,7 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Vec<String>, Er
         left = left.saturating_sub(1);
         match cut {
             Some((part, after)) => {
-                parts.push(part.to_owned());
+                parts.push(part.to_string());
                 rest = after;
             }
             None => {
@@ -212,7 +215,7 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Vec<String>, Er
                     None => strip(rest, None, !from_right, from_right),
                     Some(_) => rest,
                 };
-                parts.push(last.to_owned());
+                parts.push(last.to_string());
                 break;
             }
         }
@@ -225,7 +228,7 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Vec<String>, Er
 
 /// `splitlines`, at everything that Python takes for the end of a line.
 fn lines(text: &str, keep_ends: bool) -> Vec<String> {
-    let mut lines = Vec::new();
+    let mut lines = vec![];
     let mut rest = text;
     while !rest.is_empty() {
         let is_end = |c: char| {
@@ -240,7 +243,7 @@ fn lines(text: &str, keep_ends: bool) -> Vec<String> {
             found if found.starts_with("\r\n") => 2,
             found => found.chars().next().map_or(0, char::len_utf8),
         };
-        lines.push(rest[..if keep_ends { at + end } else { at }].to_owned());
+        lines.push(rest[..if keep_ends { at + end } else { at }].to_string());
         rest = &rest[at + end..];
     }
     lines

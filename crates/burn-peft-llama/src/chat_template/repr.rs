@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use minijinja::{Error, ErrorKind, Value, value::ValueKind};
+use minijinja::value::ValueKind;
+use minijinja::{Error, ErrorKind, Value};
 
 /// Deepest nesting of lists and dicts that is printed. Every level takes a frame of the stack.
 pub(super) const MAX_DEPTH: usize = 200;
@@ -11,7 +12,7 @@ pub(super) const MAX_DEPTH: usize = 200;
 pub(super) fn text(value: &Value) -> Result<String, Error> {
     match (value.kind(), value.as_str()) {
         (ValueKind::Undefined, _) => Ok(String::new()),
-        (_, Some(text)) => Ok(text.to_owned()),
+        (_, Some(text)) => Ok(text.to_string()),
         _ => repr(value),
     }
 }
@@ -65,22 +66,23 @@ fn write(out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
 
 /// An error where lists and dicts are nested deeper than any message is.
 pub(super) fn too_deep(depth: usize) -> Result<(), Error> {
-    match depth > MAX_DEPTH {
-        true => Err(Error::new(
+    if depth > MAX_DEPTH {
+        Err(Error::new(
             ErrorKind::InvalidOperation,
             format!("expected at most {MAX_DEPTH} levels of lists and dicts, found more"),
-        )),
-        false => Ok(()),
+        ))
+    } else {
+        Ok(())
     }
 }
 
 /// Python's `repr(float)`: the shortest digits that read back, with an exponent below 1e-4 and from 1e16 on.
 pub(super) fn float(number: f64) -> String {
     if number.is_nan() {
-        return "nan".to_owned();
+        return "nan".to_string();
     }
     if number.is_infinite() {
-        return if number > 0.0 { "inf" } else { "-inf" }.to_owned();
+        return if number > 0.0 { "inf" } else { "-inf" }.to_string();
     }
     if number == 0.0 || (1e-4..1e16).contains(&number.abs()) {
         return format!("{number:?}");

@@ -18,17 +18,17 @@ pub(super) const BOUNDED_ITEM: &str = "__bounded_item";
 ///   values without end, and minijinja 3.1 overflows the stack when it drops, compares or joins them.
 ///
 /// # Errors
-///
 /// `break` and `continue` in a block that is not their loop: there, minijinja 3.1 panics while it renders.
 pub(super) fn prepare(source: &str) -> Result<String, Error> {
-    let source = match source.contains('\r') {
-        true => Cow::Owned(source.replace("\r\n", "\n").replace('\r', "\n")),
-        false => Cow::Borrowed(source),
+    let source = if source.contains('\r') {
+        Cow::Owned(source.replace("\r\n", "\n").replace('\r', "\n"))
+    } else {
+        Cow::Borrowed(source)
     };
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_ref();
     let mut raw = false;
-    let mut blocks: Vec<&str> = Vec::new();
+    let mut blocks: Vec<&str> = vec![];
     while let Some(start) = rest.find('{') {
         let (before, from) = rest.split_at(start);
         out.push_str(before);

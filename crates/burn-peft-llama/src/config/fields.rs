@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::ConfigProblem;
+use crate::problem::ConfigProblem;
 
 /// The fields of a JSON object and what is wrong with those read so far.
 pub(super) struct Fields<'a> {
@@ -12,12 +12,21 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(json: &'a Map<String, Value>) -> Self {
-        Self { json, problems: Vec::new() }
+        Self { json, problems: vec![] }
     }
 
     /// A field that is there and not `null`.
     fn get(&self, field: &str) -> Option<&'a Value> {
         self.json.get(field).filter(|value| !value.is_null())
+    }
+
+    pub(super) fn problem(
+        &mut self,
+        field: &'static str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) {
+        self.problems.push(ConfigProblem::new(field, expected, found));
     }
 
     fn refuse(&mut self, field: &'static str, expected: &str, found: &Value) {
@@ -27,8 +36,7 @@ impl<'a> Fields<'a> {
             found.truncate(end);
             found += "..";
         }
-        let found = format!("`{found}`");
-        self.problems.push(ConfigProblem { field, expected: expected.to_owned(), found });
+        self.problem(field, expected, format!("`{found}`"));
     }
 
     fn read<T>(
@@ -46,35 +54,28 @@ impl<'a> Fields<'a> {
     }
 
     /// A field that may be absent but not `null`, as in transformers.
-    fn or<T>(&mut self, field: &'static str, default: T, read: impl FnOnce(&mut Self) -> Option<T>) -> T {
+    pub(super) fn or<T>(
+        &mut self,
+        field: &'static str,
+        default: T,
+        read: fn(&mut Self, &'static str) -> Option<T>,
+    ) -> T {
         if let Some(null @ Value::Null) = self.json.get(field) {
             self.refuse(field, "a value, or no such field", null);
         }
-        read(self).unwrap_or(default)
+        read(self, field).unwrap_or(default)
     }
 
     pub(super) fn size(&mut self, field: &'static str) -> Option<usize> {
         self.read(field, "a whole number", |value| value.as_u64()?.try_into().ok())
     }
 
-    pub(super) fn size_or(&mut self, field: &'static str, default: usize) -> usize {
-        self.or(field, default, |fields| fields.size(field))
-    }
-
     pub(super) fn number(&mut self, field: &'static str) -> Option<f64> {
         self.read(field, "a number", Value::as_f64)
     }
 
-    pub(super) fn number_or(&mut self, field: &'static str, default: f64) -> f64 {
-        self.or(field, default, |fields| fields.number(field))
-    }
-
     pub(super) fn flag(&mut self, field: &'static str) -> Option<bool> {
         self.read(field, "true or false", Value::as_bool)
-    }
-
-    pub(super) fn flag_or(&mut self, field: &'static str, default: bool) -> bool {
-        self.or(field, default, |fields| fields.flag(field))
     }
 
     pub(super) fn text(&mut self, field: &'static str) -> Option<&'a str> {

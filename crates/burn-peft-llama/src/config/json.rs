@@ -2,115 +2,127 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    ConfigProblem, LlamaConfig,
-    fields::Fields,
-    rope::{self, RopeJson},
-};
-use crate::RopeConfig;
+use super::fields::Fields;
+use super::rope::RopeJson;
+use super::{LlamaConfig, rope};
+use crate::family::{Bias, FAMILIES, Family};
+use crate::problem::{ConfigProblem, alternatives};
+use crate::rope::RopeConfig;
 
-/// What of `generation_config.json` matters here.
-pub(super) struct GenerationJson {
-    pub(super) bos_token_id: Option<u32>,
-    pub(super) eos_token_ids: Vec<u32>,
-    pub(super) pad_token_id: Option<u32>,
-}
-
-impl GenerationJson {
-    pub(super) fn read(json: &Map<String, Value>) -> (Self, Vec<ConfigProblem>) {
-        let mut fields = Fields::new(json);
-        let generation = Self {
-            bos_token_id: fields.token("bos_token_id", None),
-            eos_token_ids: fields.tokens("eos_token_id", &[]),
-            pad_token_id: fields.token("pad_token_id", None),
-        };
-        (generation, fields.problems)
+/// Adds the tokens of `generation_config.json`.
+pub(super) fn add_tokens(config: &mut LlamaConfig, json: &Map<String, Value>) -> Vec<ConfigProblem> {
+    let mut fields = Fields::new(json);
+    for id in fields.tokens("eos_token_id", &[]) {
+        if !config.eos_token_ids.contains(&id) {
+            config.eos_token_ids.push(id);
+        }
     }
+    // The arguments are read, and their problems found, whether they are needed or not.
+    config.bos_token_id = config.bos_token_id.or(fields.token("bos_token_id", None));
+    config.pad_token_id = config.pad_token_id.or(fields.token("pad_token_id", None));
+    fields.problems
 }
 
 /// Reads `config.json`, the fields of both generations.
 pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem>) {
     let mut fields = Fields::new(json);
-    let mut unsupported = unsupported(&mut fields);
-    let default = LlamaConfig::default();
-    let hidden_size = fields.size_or("hidden_size", default.hidden_size);
-    let num_attention_heads = fields.size_or("num_attention_heads", default.num_attention_heads);
+    let family = family(&mut fields);
+    refuse_unsupported(&mut fields, family);
+    let default = LlamaConfig::of(family);
+    let hidden_size = fields.or("hidden_size", default.hidden_size, Fields::size);
+    let num_attention_heads = fields.or("num_attention_heads", default.num_attention_heads, Fields::size);
     let per_head = hidden_size.checked_div(num_attention_heads).unwrap_or(0);
     let scaling = fields.object("rope_scaling").map(|json| RopeJson::read(json, &mut fields.problems));
     let parameters = fields.object("rope_parameters").map(|json| RopeJson::read(json, &mut fields.problems));
     let rope_json = RopeJson::of(scaling, parameters);
-    let vocab_size = fields.size_or("vocab_size", default.vocab_size);
+    let rope_theta = rope_json.rope_theta.or(fields.number("rope_theta")).unwrap_or(default.rope.rope_theta);
     let config = LlamaConfig {
-        vocab_size,
+        family,
+        vocab_size: fields.or("vocab_size", default.vocab_size, Fields::size),
         hidden_size,
-        intermediate_size: fields.size_or("intermediate_size", default.intermediate_size),
-        num_hidden_layers: fields.size_or("num_hidden_layers", default.num_hidden_layers),
+        intermediate_size: fields.or("intermediate_size", default.intermediate_size, Fields::size),
+        num_hidden_layers: fields.or("num_hidden_layers", default.num_hidden_layers, Fields::size),
         num_attention_heads,
         num_key_value_heads: fields.size("num_key_value_heads").unwrap_or(num_attention_heads),
         head_dim: fields.size("head_dim").unwrap_or(per_head),
-        max_position_embeddings: fields.size_or("max_position_embeddings", default.max_position_embeddings),
-        rms_norm_eps: fields.number_or("rms_norm_eps", default.rms_norm_eps),
-        rope: RopeConfig {
-            rope_theta: rope_json
-                .rope_theta
-                .or(fields.number("rope_theta"))
-                .unwrap_or(default.rope.rope_theta),
-            scaling: rope_json.scaling(&mut fields.problems),
-        },
-        tie_word_embeddings: fields.flag_or("tie_word_embeddings", default.tie_word_embeddings),
-        attention_bias: fields.flag_or("attention_bias", default.attention_bias),
-        mlp_bias: fields.flag_or("mlp_bias", default.mlp_bias),
+        max_position_embeddings: fields.or(
+            "max_position_embeddings",
+            default.max_position_embeddings,
+            Fields::size,
+        ),
+        rms_norm_eps: fields.or("rms_norm_eps", default.rms_norm_eps, Fields::number),
+        rope: RopeConfig::new(rope_theta).with_scaling(rope_json.scaling(&mut fields.problems)),
+        tie_word_embeddings: fields.or("tie_word_embeddings", default.tie_word_embeddings, Fields::flag),
+        attention_bias: fields.or("attention_bias", default.attention_bias, Fields::flag),
+        mlp_bias: fields.or("mlp_bias", default.mlp_bias, Fields::flag),
         // An absent field differs from `null`.
         bos_token_id: fields.token("bos_token_id", default.bos_token_id),
         eos_token_ids: fields.tokens("eos_token_id", &default.eos_token_ids),
         pad_token_id: fields.token("pad_token_id", default.pad_token_id),
-        initializer_range: fields.number_or("initializer_range", default.initializer_range),
+        initializer_range: fields.or("initializer_range", default.initializer_range, Fields::number),
     };
-    unsupported.append(&mut fields.problems);
-    (config, unsupported)
+    (config, fields.problems)
 }
 
-/// The fields that ask for something this crate does not do.
-fn unsupported(fields: &mut Fields<'_>) -> Vec<ConfigProblem> {
-    let mut problems = Vec::new();
-    let mut refuse = |field, expected: &str, found: String| {
-        problems.push(ConfigProblem { field, expected: expected.to_owned(), found });
+/// The family that a file names, and the default if it names none that is known.
+fn family(fields: &mut Fields<'_>) -> &'static Family {
+    let (model_type, architectures) = (fields.text("model_type"), fields.texts("architectures"));
+    let named = model_type.and_then(Family::named);
+    let is_unknown = match model_type {
+        Some(_) => named.is_none(),
+        // A field that is no text is a problem already.
+        None => fields.any("model_type").is_none() && fields.any("architectures").is_none(),
     };
-    let architectures = fields.texts("architectures");
-    match fields.text("model_type") {
-        Some(model_type) if model_type != "llama" => {
-            refuse("model_type", "`llama`", format!("`{model_type}`"));
+    if is_unknown {
+        let known = alternatives(FAMILIES.iter().map(|family| family.model_type));
+        let found = model_type.map_or("none".to_string(), |model_type| format!("`{model_type}`"));
+        fields.problem("model_type", known, found);
+    }
+    let default = named.unwrap_or(Family::DEFAULT);
+    let Some(architectures) = architectures else { return default };
+    let is_possible = |family: &&&Family| named.is_none_or(|named| named == **family);
+    let possible = FAMILIES.iter().filter(is_possible).copied();
+    possible.clone().find(|family| architectures.contains(&family.architecture)).unwrap_or_else(|| {
+        let known = alternatives(possible.map(|family| family.architecture));
+        fields.problem("architectures", known, format!("`{}`", architectures.join("`, `")));
+        default
+    })
+}
+
+/// Entries like those of [`Family::fixed`] that no family writes.
+const FIXED: &[(&str, &[&str])] = &[("partial_rotary_factor", &["1"]), ("rope_interleaved", &["false"])];
+
+/// Names the fields that ask for something this crate does not do.
+fn refuse_unsupported(fields: &mut Fields<'_>, family: &Family) {
+    for (field, allowed) in family.fixed.iter().chain(FIXED) {
+        let Some(found) = fields.any(field) else { continue };
+        let allowed: Vec<Value> = allowed.iter().map(|json| parsed(json)).collect();
+        let is_equal =
+            |value: &Value| value == found || (value.is_number() && value.as_f64() == found.as_f64());
+        if !allowed.iter().any(is_equal) {
+            fields.problem(field, shown(&allowed[0]), shown(found));
         }
-        None if fields.any("architectures").is_none() && fields.any("model_type").is_none() => {
-            refuse("model_type", "`llama`", "none".to_owned());
-        }
-        _ => {}
     }
-    if let Some(architectures) = architectures
-        && !architectures.contains(&"LlamaForCausalLM")
-    {
-        refuse("architectures", "`LlamaForCausalLM`", format!("`{}`", architectures.join("`, `")));
-    }
-    if let Some(act) = fields.text("hidden_act").filter(|act| !["silu", "swish"].contains(act)) {
-        refuse("hidden_act", "`silu`", format!("`{act}`"));
-    }
-    if let Some(tp) = fields.number("pretraining_tp").filter(|&tp| tp != 1.0) {
-        refuse("pretraining_tp", "1", tp.to_string());
-    }
-    if let Some(dropout) = fields.number("attention_dropout").filter(|&dropout| dropout != 0.0) {
-        refuse("attention_dropout", "0", dropout.to_string());
-    }
-    if fields.flag("rope_interleaved") == Some(true) {
-        refuse("rope_interleaved", "false: halves of a head are rotated", "true".to_owned());
-    }
-    if let Some(share) = fields.number("partial_rotary_factor").filter(|&share| share != 1.0) {
-        refuse("partial_rotary_factor", "1", share.to_string());
+    if fields.texts("layer_types").is_some_and(|types| types.iter().any(|kind| *kind != "full_attention")) {
+        fields.problem("layer_types", "`full_attention` in every layer", "another one");
     }
     if let Some(quantization) = fields.any("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed one");
-        refuse("quantization_config", "weights in f32, f16 or bf16", format!("method `{method}`"));
+        fields.problem("quantization_config", "weights in f32, f16 or bf16", format!("method `{method}`"));
     }
-    problems
+}
+
+/// JSON that stands in the code.
+fn parsed(json: &str) -> Value {
+    serde_json::from_str(json).unwrap_or_default()
+}
+
+/// A value as messages have it.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) => format!("`{text}`"),
+        other => other.as_f64().map_or_else(|| other.to_string(), |number| number.to_string()),
+    }
 }
 
 impl LlamaConfig {
@@ -121,39 +133,47 @@ impl LlamaConfig {
             [id] => json!(id),
             ids => json!(ids),
         };
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": self.attention_bias,
-            "attention_dropout": 0.0,
+        let mut json = json!({
+            "architectures": [self.family.architecture],
             "bos_token_id": self.bos_token_id,
             "dtype": dtype,
             "eos_token_id": eos_token_id,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "initializer_range": self.initializer_range,
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": self.mlp_bias,
-            "model_type": "llama",
+            "model_type": self.family.model_type,
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
             "pad_token_id": self.pad_token_id,
-            "pretraining_tp": 1,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": rope::to_json(&self.rope),
             "tie_word_embeddings": self.tie_word_embeddings,
             "use_cache": true,
             "vocab_size": self.vocab_size,
-        })
+        });
+        for (field, allowed) in self.family.fixed {
+            json[*field] = parsed(allowed[0]);
+        }
+        let Family { qkv_bias, o_bias, mlp_bias, .. } = self.family;
+        if [qkv_bias, o_bias].contains(&&Bias::Configured) {
+            json["attention_bias"] = json!(self.attention_bias);
+        }
+        if *mlp_bias == Bias::Configured {
+            json["mlp_bias"] = json!(self.mlp_bias);
+        }
+        json.sort_all_objects();
+        json
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{rope::tests::LLAMA3, tests::read};
+    use crate::config::rope::tests::LLAMA3;
+    use crate::config::tests::read;
 
     #[test]
     fn absent_fields_have_the_defaults_of_transformers() {
@@ -214,13 +234,18 @@ mod tests {
 
     #[test]
     fn everything_unsupported_is_named_in_one_error() {
-        let text = r#"{"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "gelu",
+        let text = r#"{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "hidden_act": "gelu",
             "pretraining_tp": 2, "attention_dropout": 0.1, "rope_scaling": {"type": "yarn", "factor": 2.0},
             "num_key_value_heads": 3, "quantization_config": {"quant_method": "gptq"}}"#;
         let text = read(text, None).unwrap_err().to_string();
+        let known = |name: fn(&Family) -> &str| alternatives(FAMILIES.iter().map(|family| name(family)));
+        assert!(known(|family| family.model_type).starts_with("`llama`"));
         for part in [
-            "`model_type`: expected `llama`, found `mistral`",
-            "`architectures`: expected `LlamaForCausalLM`, found `MistralForCausalLM`",
+            &format!("`model_type`: expected {}, found `gpt2`", known(|family| family.model_type)),
+            &format!(
+                "`architectures`: expected {}, found `GPT2LMHeadModel`",
+                known(|family| family.architecture)
+            ),
             "`hidden_act`: expected `silu`, found `gelu`",
             "`pretraining_tp`: expected 1, found 2",
             "`attention_dropout`: expected 0, found 0.1",
@@ -231,6 +256,43 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
+    }
+
+    #[test]
+    fn a_family_decides_about_biases_defaults_and_what_is_refused() {
+        let config = read(r#"{"model_type": "qwen2", "attention_bias": true}"#, None).unwrap();
+        assert_eq!(
+            (config.vocab_size, config.intermediate_size, config.bos_token_id),
+            (151_936, 22_016, None)
+        );
+        assert_eq!((config.has_qkv_bias(), config.has_o_bias(), config.has_mlp_bias()), (true, false, false));
+        let by_class = read(r#"{"architectures": ["Qwen2ForCausalLM"]}"#, None).unwrap();
+        assert_eq!(by_class.model_type(), "qwen2");
+        let text = r#"{"model_type": "qwen2", "architectures": ["LlamaForCausalLM"], "use_sliding_window": true,
+            "layer_types": ["full_attention", "sliding_attention"]}"#;
+        let text = read(text, None).unwrap_err().to_string();
+        for part in [
+            "`architectures`: expected `Qwen2ForCausalLM`, found `LlamaForCausalLM`",
+            "`use_sliding_window`: expected false, found true",
+            "`layer_types`: expected `full_attention` in every layer",
+        ] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
+        let text = LlamaConfig::default().with_model_type("gpt2").unwrap_err().to_string();
+        assert!(text.starts_with("unknown model type `gpt2`, expected `llama`"), "{text}");
+    }
+
+    #[test]
+    fn a_file_of_a_family_has_the_entries_of_that_family() {
+        let config = LlamaConfig::new(99, 128, 3).with_model_type("qwen2").unwrap();
+        let json = config.to_json("float32");
+        assert_eq!((&json["model_type"], &json["use_sliding_window"]), (&json!("qwen2"), &json!(false)));
+        assert_eq!(json["architectures"], json!(["Qwen2ForCausalLM"]));
+        assert!(json.get("attention_bias").is_none() && json.get("pretraining_tp").is_none());
+        assert_eq!(read(&json.to_string(), None).unwrap(), config);
+        let llama = LlamaConfig::default().to_json("float32");
+        assert_eq!((&llama["pretraining_tp"], &llama["attention_dropout"]), (&json!(1), &json!(0.0)));
+        assert_eq!((&llama["hidden_act"], &llama["mlp_bias"]), (&json!("silu"), &json!(false)));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{ConfigProblem, fields::Fields};
-use crate::{RopeConfig, RopeScaling};
+use super::fields::Fields;
+use crate::problem::ConfigProblem;
+use crate::rope::{RopeConfig, RopeScaling};
 
 /// `rope_parameters`, or `rope_scaling` of files before transformers 5.
 #[derive(Default, PartialEq)]
@@ -23,8 +24,8 @@ impl RopeJson {
         let mut fields = Fields::new(json);
         let rope = Self {
             rope_theta: fields.number("rope_theta"),
-            rope_type: fields.text("rope_type").map(str::to_owned),
-            old_type: fields.text("type").map(str::to_owned),
+            rope_type: fields.text("rope_type").map(str::to_string),
+            old_type: fields.text("type").map(str::to_string),
             factor: fields.number("factor"),
             low_freq_factor: fields.number("low_freq_factor"),
             high_freq_factor: fields.number("high_freq_factor"),
@@ -48,9 +49,9 @@ impl RopeJson {
                 let mut number = |field, value: Option<f64>| match value {
                     Some(value) if value > 0.0 && value.is_finite() => value,
                     other => {
-                        let found = other.map_or("none".to_owned(), |value| value.to_string());
-                        let expected = "a positive number, as `rope_type` is `llama3`".to_owned();
-                        problems.push(ConfigProblem { field, expected, found });
+                        let found = other.map_or("none".to_string(), |value| value.to_string());
+                        let expected = "a positive number, as `rope_type` is `llama3`";
+                        problems.push(ConfigProblem::new(field, expected, found));
                         1.0
                     }
                 };
@@ -60,11 +61,11 @@ impl RopeJson {
                 let length = self.original_max_position_embeddings.map(|length| length as f64);
                 let length = number("original_max_position_embeddings", length);
                 if high_freq_factor < low_freq_factor {
-                    problems.push(ConfigProblem {
-                        field: "high_freq_factor",
-                        expected: format!("at least `low_freq_factor` ({low_freq_factor})"),
-                        found: high_freq_factor.to_string(),
-                    });
+                    problems.push(ConfigProblem::new(
+                        "high_freq_factor",
+                        format!("at least `low_freq_factor` ({low_freq_factor})"),
+                        high_freq_factor.to_string(),
+                    ));
                 }
                 RopeScaling::Llama3 {
                     factor,
@@ -74,11 +75,7 @@ impl RopeJson {
                 }
             }
             Some(other) => {
-                problems.push(ConfigProblem {
-                    field: "rope_type",
-                    expected: "`default` or `llama3`".to_owned(),
-                    found: format!("`{other}`"),
-                });
+                problems.push(ConfigProblem::new("rope_type", "`default` or `llama3`", format!("`{other}`")));
                 RopeScaling::Default
             }
         }

@@ -1,13 +1,17 @@
 //! The tokens that other files of a tokenizer add to `tokenizer.json`, as transformers 5 adds them.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
 use super::special_tokens::TokenField;
-use crate::{ChatTemplate, LlamaError, SpecialTokens, chat_template::TemplateField, file};
+use crate::chat_template::{ChatTemplate, TemplateField};
+use crate::error::LlamaError;
+use crate::file;
+use crate::tokenizer::SpecialTokens;
 
 pub(super) const CONFIG_FILE: &str = "tokenizer_config.json";
 pub(super) const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
@@ -87,13 +91,13 @@ impl Beside {
         }
 
         let text = |token: &Option<TokenField>| {
-            token.as_ref().map(TokenField::text).filter(|text| !text.is_empty()).map(str::to_owned)
+            token.as_ref().map(TokenField::text).filter(|text| !text.is_empty()).map(str::to_string)
         };
         let special = SpecialTokens {
             bos_token: text(&config.bos_token),
             eos_token: text(&config.eos_token),
             pad_token: text(&config.pad_token),
-            additional: Vec::new(),
+            additional: vec![],
         };
         let (bos, eos) = (special.bos_token.as_deref(), special.eos_token.as_deref());
         let chat_template = ChatTemplate::load(dir, config.chat_template, bos, eos)?;
@@ -102,7 +106,7 @@ impl Beside {
         let extra = extra.or(config.additional_special_tokens).map(Tokens::into_list).unwrap_or_default();
         let other = config.others.into_iter().filter(|(name, _)| name.ends_with("_token"));
         let other =
-            other.filter_map(|(_, value)| value.as_str().map(|text| TokenField::Text(text.to_owned())));
+            other.filter_map(|(_, value)| value.as_str().map(|text| TokenField::Text(text.to_string())));
         let named = [
             config.bos_token,
             config.eos_token,
@@ -115,10 +119,10 @@ impl Beside {
         let special_fields: Vec<TokenField> = named.into_iter().flatten().chain(other).chain(extra).collect();
         let is_special = |text: &str| special_fields.iter().any(|token| token.text() == text);
 
-        let mut tokens = Vec::new();
+        let mut tokens = vec![];
         let mut ids = BTreeMap::new();
         for (id, token) in config.added_tokens_decoder.unwrap_or_default() {
-            ids.insert(id, token.text().to_owned());
+            ids.insert(id, token.text().to_string());
             tokens.push(token.added(false));
         }
         let mut added: Vec<(String, u32)> = added.into_iter().collect();
@@ -137,7 +141,6 @@ impl Beside {
     /// Adds the tokens that a tokenizer does not have, and lists its special ones.
     ///
     /// # Errors
-    ///
     /// [`LlamaError::AddedTokenId`] if a token gets another id than its file says.
     pub(super) fn add_to(&mut self, inner: &mut tokenizers::Tokenizer) -> Result<(), LlamaError> {
         inner.add_tokens(&self.tokens);
@@ -186,7 +189,9 @@ impl ConfigFile {
 mod tests {
     use std::fs;
 
-    use crate::{LlamaError, Tokenizer, tokenizer::tests::chatml};
+    use crate::error::LlamaError;
+    use crate::tokenizer::Tokenizer;
+    use crate::tokenizer::tests::chatml;
 
     /// A directory with the tokenizer of the tests, 300 tokens, and other files.
     fn load(files: &[(&str, &str)]) -> Result<Tokenizer, LlamaError> {
@@ -226,10 +231,13 @@ mod tests {
             config(r#""extra_special_tokens": {"tool_token": "<tool_call>"}"#),
             config(r#""tool_token": "<tool_call>""#),
             config(r#""unk_token": "<tool_call>""#),
-            vec![("special_tokens_map.json", r#"{"additional_special_tokens": ["<tool_call>"]}"#.to_owned())],
+            vec![(
+                "special_tokens_map.json",
+                r#"{"additional_special_tokens": ["<tool_call>"]}"#.to_string(),
+            )],
             [
                 config(r#""additional_special_tokens": ["<tool_call>"]"#),
-                vec![("added_tokens.json", r#"{"<tool_call>": 300}"#.to_owned())],
+                vec![("added_tokens.json", r#"{"<tool_call>": 300}"#.to_string())],
             ]
             .concat(),
         ] {
@@ -237,7 +245,7 @@ mod tests {
             let ids = tokenizer.encode("a<tool_call>b").unwrap();
             assert_eq!((ids.len(), ids[1]), (3, 300), "{files:?}");
             assert!(tokenizer.is_special(300), "{files:?}");
-            assert!(tokenizer.special_tokens().additional.contains(&"<tool_call>".to_owned()), "{files:?}");
+            assert!(tokenizer.special_tokens().additional.contains(&"<tool_call>".to_string()), "{files:?}");
             assert_eq!(tokenizer.decode(&ids, true).unwrap(), "ab");
             assert_eq!(tokenizer.token_to_id("<y>"), None);
         }
@@ -256,9 +264,9 @@ mod tests {
         let mut files = config(r#""added_tokens_decoder": {}, "eos_token": "<|im_end|>""#);
         files.push((
             "special_tokens_map.json",
-            r#"{"additional_special_tokens": ["<tool_call>"]}"#.to_owned(),
+            r#"{"additional_special_tokens": ["<tool_call>"]}"#.to_string(),
         ));
-        files.push(("added_tokens.json", r#"{"<x>": 300}"#.to_owned()));
+        files.push(("added_tokens.json", r#"{"<x>": 300}"#.to_string()));
         let tokenizer = loaded(&files);
         assert_eq!((tokenizer.token_to_id("<tool_call>"), tokenizer.token_to_id("<x>")), (None, None));
     }

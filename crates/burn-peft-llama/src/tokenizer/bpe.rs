@@ -1,17 +1,14 @@
 //! Training of a byte-level BPE tokenizer.
 
-use tokenizers::{
-    AddedToken,
-    models::{
-        TrainerWrapper,
-        bpe::{BPE, BpeTrainerBuilder},
-    },
-    pre_tokenizers::byte_level::ByteLevel,
-    processors::template::TemplateProcessing,
-};
+use tokenizers::AddedToken;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::template::TemplateProcessing;
 
 use super::{SpecialTokens, Tokenizer};
-use crate::{ChatTemplate, LlamaError};
+use crate::chat_template::ChatTemplate;
+use crate::error::LlamaError;
 
 impl Tokenizer {
     /// Trains a byte-level BPE tokenizer.
@@ -22,8 +19,7 @@ impl Tokenizer {
     /// special tokens. `chat_template` is the source of a Jinja template.
     ///
     /// # Errors
-    ///
-    /// - [`LlamaError::TrainingOption`] if `vocab_size` does not hold the special tokens and bytes,
+    /// - [`LlamaError::InvalidOption`] if `vocab_size` does not hold the special tokens and bytes,
     /// - [`LlamaError::ChatTemplate`] if the template is malformed,
     /// - [`LlamaError::Tokenizer`] if the trainer fails.
     pub fn train_bpe<I>(
@@ -35,10 +31,10 @@ impl Tokenizer {
     where
         I: IntoIterator<Item: AsRef<str>, IntoIter: Send>,
     {
-        let failed = |source| LlamaError::Tokenizer { action: "train".to_owned(), source };
-        let tokens: Vec<String> = special.all().into_iter().map(str::to_owned).collect();
+        let failed = |source| LlamaError::Tokenizer { action: "train".to_string(), source };
+        let tokens: Vec<String> = special.all().into_iter().map(str::to_string).collect();
         if vocab_size < tokens.len() + 256 {
-            return Err(LlamaError::TrainingOption {
+            return Err(LlamaError::InvalidOption {
                 option: "vocab_size",
                 expected: "room for 256 bytes and the special tokens",
                 found: vocab_size.to_string(),
@@ -77,9 +73,9 @@ impl Tokenizer {
 
 /// The parts of `text` between special tokens.
 fn split_out(text: &str, special: &[String]) -> Vec<String> {
-    let mut parts = vec![text.to_owned()];
+    let mut parts = vec![text.to_string()];
     for token in special {
-        parts = parts.iter().flat_map(|part| part.split(token.as_str())).map(str::to_owned).collect();
+        parts = parts.iter().flat_map(|part| part.split(token.as_str())).map(str::to_string).collect();
     }
     parts.retain(|part| !part.is_empty());
     parts
@@ -107,6 +103,6 @@ mod tests {
     #[test]
     fn a_vocabulary_without_room_for_bytes_and_special_tokens_is_refused() {
         let small = Tokenizer::train_bpe(TEXTS, 257, SpecialTokens::new("<s>", "</s>"), None);
-        assert!(matches!(small, Err(LlamaError::TrainingOption { option: "vocab_size", .. })));
+        assert!(matches!(small, Err(LlamaError::InvalidOption { option: "vocab_size", .. })));
     }
 }

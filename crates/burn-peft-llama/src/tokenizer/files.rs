@@ -4,12 +4,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{
-    Tokenizer,
-    added_tokens::{ADDED_TOKENS_FILE, Beside, CONFIG_FILE, SPECIAL_TOKENS_FILE},
-    json,
-};
-use crate::{LlamaError, chat_template::TEMPLATE_FILE, file};
+use super::added_tokens::{ADDED_TOKENS_FILE, Beside, CONFIG_FILE, SPECIAL_TOKENS_FILE};
+use super::{Tokenizer, json};
+use crate::chat_template::TEMPLATE_FILE;
+use crate::error::LlamaError;
+use crate::file;
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
 
@@ -26,10 +25,9 @@ impl Tokenizer {
     /// changes that, and puts no `▁` behind a special token such as `</s>` where `tokenizer.json` puts one.
     ///
     /// # Errors
-    ///
-    /// - [`LlamaError::ReadText`] if `tokenizer.json` is missing or a file cannot be read,
+    /// - [`LlamaError::ReadFile`] if `tokenizer.json` is missing or a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
-    /// - [`LlamaError::TokenizerJson`] if a file is no JSON or has a field of another type,
+    /// - [`LlamaError::Json`] if a file is no JSON or has a field of another type,
     ///   [`LlamaError::Tokenizer`] if `tokenizer.json` is refused otherwise,
     /// - [`LlamaError::AddedTokenId`] if a file gives a token an id that it cannot have,
     /// - [`LlamaError::ChatTemplate`] if the chat template is malformed.
@@ -52,12 +50,11 @@ impl Tokenizer {
     /// Each file appears complete or not at all, and readers and writers of this crate wait for each other.
     ///
     /// # Errors
-    ///
-    /// [`LlamaError::WriteText`] if a file cannot be written.
+    /// [`LlamaError::WriteFile`] if a file cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LlamaError> {
         let dir = dir.as_ref();
         let tokenizer = self.inner.to_string(true).map_err(|source| LlamaError::Tokenizer {
-            action: "write `tokenizer.json`".to_owned(),
+            action: "write `tokenizer.json`".to_string(),
             source,
         })?;
         let mut config = json!({ "clean_up_tokenization_spaces": false });
@@ -77,10 +74,10 @@ impl Tokenizer {
         let mut texts = vec![(TOKENIZER_FILE, tokenizer), (CONFIG_FILE, format!("{config:#}\n"))];
         let mut stale = vec![SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE];
         match &self.chat_template {
-            Some(template) => texts.push((TEMPLATE_FILE, template.source().to_owned())),
+            Some(template) => texts.push((TEMPLATE_FILE, template.source().to_string())),
             None => stale.push(TEMPLATE_FILE),
         }
-        let mut staged = Vec::new();
+        let mut staged = vec![];
         for (name, text) in texts {
             let path = dir.join(name);
             staged.push((file::stage(&writer, &path, &text)?, path));
@@ -138,7 +135,7 @@ mod tests {
         llama3().save(dir.path()).unwrap();
         fs::write(dir.path().join(SPECIAL_TOKENS_FILE), r#"{"bos_token": "<other>"}"#).unwrap();
         fs::write(dir.path().join(ADDED_TOKENS_FILE), r#"{"<other>": 300}"#).unwrap();
-        let special = crate::SpecialTokens::new("<s>", "</s>");
+        let special = crate::tokenizer::SpecialTokens::new("<s>", "</s>");
         let plain = Tokenizer::train_bpe(TEXTS, 300, special, None).unwrap();
         plain.save(dir.path().join("deeper")).unwrap();
         plain.save(dir.path()).unwrap();
@@ -170,7 +167,7 @@ mod tests {
     fn bad_directories_give_errors_that_name_the_file_or_token() {
         let dir = tempfile::tempdir().unwrap();
         let error = Tokenizer::load(dir.path()).unwrap_err();
-        assert!(matches!(error, LlamaError::ReadText { .. }) && error.to_string().contains("tokenizer.json"));
+        assert!(matches!(error, LlamaError::ReadFile { .. }) && error.to_string().contains("tokenizer.json"));
         fs::write(dir.path().join(TOKENIZER_FILE), "{}").unwrap();
         assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Tokenizer { .. })));
         chatml().save(dir.path()).unwrap();
@@ -181,7 +178,7 @@ mod tests {
             "added, as transformers does"
         );
         fs::write(dir.path().join(CONFIG_FILE), "[").unwrap();
-        assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::TokenizerJson { .. })));
+        assert!(matches!(Tokenizer::load(dir.path()), Err(LlamaError::Json { .. })));
         chatml().save(dir.path()).unwrap();
         for name in [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE] {
             let path = dir.path().join(name);

@@ -5,14 +5,15 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::normalizers::Precompiled;
 
-use crate::{LlamaError, file};
+use crate::error::LlamaError;
+use crate::file;
 
 /// Reads `tokenizer.json`.
 ///
 /// The `tokenizers` crate (0.22.2) panics in two places: when the decoder is not valid JSON, and when the table of a
 /// `Precompiled` normalizer is broken. So both are checked first.
 pub(super) fn read(path: &Path, text: &str) -> Result<tokenizers::Tokenizer, LlamaError> {
-    let json: Value = file::parse(path, text, |path, source| LlamaError::TokenizerJson { path, source })?;
+    let json: Value = file::parse(path, text)?;
     let refused = |source| LlamaError::Tokenizer { action: format!("load `{}`", path.display()), source };
     check_normalizer(&json["normalizer"]).map_err(|source| refused(source.into()))?;
     tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(refused)
@@ -70,7 +71,7 @@ mod tests {
         let text = small();
         let damaged = text.replace(r#""content": " "}"#, "\"content\": \"\n\"}");
         let error = read(Path::new("a/tokenizer.json"), &damaged).unwrap_err();
-        let LlamaError::TokenizerJson { path, source } = error else { panic!("{error}") };
+        let LlamaError::Json { path, source } = error else { panic!("{error}") };
         let line = 1 + damaged[..damaged.find("\"\n\"}").unwrap() + 1].matches('\n').count();
         // The line break itself is what does not belong there, so it ends one line further down.
         assert_eq!((path.as_path(), source.line()), (Path::new("a/tokenizer.json"), line + 1));

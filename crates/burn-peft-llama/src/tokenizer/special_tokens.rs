@@ -4,6 +4,7 @@ use serde::Deserialize;
 use tokenizers::AddedToken;
 
 /// The special tokens of a tokenizer, by their text.
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
     /// Begins a text. Default: none.
@@ -36,7 +37,7 @@ impl SpecialTokens {
 
     /// All of them, each once, in the order of the fields.
     pub(super) fn all(&self) -> Vec<&str> {
-        let mut all: Vec<&str> = Vec::new();
+        let mut all: Vec<&str> = vec![];
         let named = [&self.bos_token, &self.eos_token, &self.pad_token].into_iter().flatten();
         for token in named.chain(&self.additional) {
             if !token.is_empty() && !all.contains(&token.as_str()) {

@@ -1,12 +1,13 @@
 //! Gradients of several batches as if they were one.
 
-use burn::{
-    optim::{GradientsAccumulator, GradientsParams},
-    tensor::Tensor,
-};
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::Tensor;
 
-use super::{CausalLmLoss, check::hint, mean_loss::MeanLoss};
-use crate::{Batch, LlamaError};
+use super::CausalLmLoss;
+use super::check::hint;
+use super::mean_loss::MeanLoss;
+use crate::batch::Batch;
+use crate::error::LlamaError;
 
 /// The gradient of the mean loss over all labelled tokens of several batches, and that loss as sum and count.
 pub(super) fn window_grads<M: CausalLmLoss>(
@@ -37,13 +38,9 @@ pub(super) fn window_grads<M: CausalLmLoss>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        Collator,
-        train::{
-            mean_loss::scalar,
-            tests::{Bigram, autodiff, examples, furthest},
-        },
-    };
+    use crate::batch::Collator;
+    use crate::train::mean_loss::scalar;
+    use crate::train::tests::{Bigram, autodiff, examples, furthest};
 
     #[test]
     fn accumulated_batches_give_the_gradient_of_one_large_batch() {

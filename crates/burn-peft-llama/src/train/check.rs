@@ -1,13 +1,13 @@
 //! What must hold before the first step.
 
-use burn::{
-    module::{Module, ModuleVisitor, Param},
-    tensor::{DType, Device, Tensor},
-};
-
+use burn::module::Module;
+use burn::tensor::{DType, Device};
 use burn_peft::PeftModel;
 
-use crate::{Collator, Example, LlamaError};
+use crate::batch::Collator;
+use crate::conversation::Example;
+use crate::error::LlamaError;
+use crate::parameters::parameters;
 
 pub(super) fn check_examples(
     examples: &[Example],
@@ -39,12 +39,11 @@ pub(super) fn check_trainable<M: Module>(model: &M, device: &Device) -> Result<(
         let hint = "the model is not on an autodiff device; load it on `device.autodiff()`";
         return Err(LlamaError::NotTrainable { hint });
     }
-    let mut trainable = Trainable::default();
-    model.visit(&mut trainable);
-    if let Some(parameter) = trainable.f16 {
-        return Err(LlamaError::TrainableF16 { parameter });
+    let trained: Vec<_> = parameters(model).into_iter().filter(|parameter| parameter.trained).collect();
+    if let Some(parameter) = trained.iter().find(|parameter| parameter.dtype == DType::F16) {
+        return Err(LlamaError::TrainableF16 { parameter: parameter.name.clone() });
     }
-    if !trainable.any || !takes_part(model) {
+    if trained.is_empty() || !takes_part(model) {
         return Err(LlamaError::NotTrainable { hint: hint(model) });
     }
     Ok(())
@@ -76,44 +75,13 @@ pub(crate) fn hint<M: Module>(model: &M) -> &'static str {
     }
 }
 
-/// What a visit finds out about the trainable parameters.
-#[derive(Default)]
-struct Trainable {
-    path: Vec<String>,
-    any: bool,
-    /// The first one in f16.
-    f16: Option<String>,
-}
-
-impl ModuleVisitor for Trainable {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_require_grad() {
-            return;
-        }
-        self.any = true;
-        if param.dtype() == DType::F16 && self.f16.is_none() {
-            self.f16 = Some(self.path.join("."));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::ControlFlow;
 
     use super::*;
-    use crate::{
-        StepReport, fit,
-        train::tests::{Bigram, autodiff, config, examples},
-    };
+    use crate::train::tests::{Bigram, autodiff, config, examples};
+    use crate::train::{StepReport, fit};
 
     #[test]
     fn what_cannot_be_trained_is_an_error_before_the_first_step() {
@@ -125,7 +93,7 @@ mod tests {
         let unlabelled = [Example { input_ids: vec![1, 2], labels: vec![-100, -100] }];
         assert!(matches!(fit(model(), &unlabelled, config()), Err(LlamaError::NoLabels { index: 0 })));
         let option = |config| match fit(model(), &examples(), config) {
-            Err(LlamaError::TrainingOption { option, .. }) => option,
+            Err(LlamaError::InvalidOption { option, .. }) => option,
             other => panic!("{other:?}"),
         };
         assert_eq!(option(config().with_batch_size(0)), "batch_size");
@@ -139,7 +107,9 @@ mod tests {
 
     #[test]
     fn adapters_that_are_not_trained_are_an_error_that_names_the_cause() {
-        use crate::{LlamaForCausalLm, evaluate, model::tests::model};
+        use crate::model::LlamaForCausalLm;
+        use crate::testing::model;
+        use crate::train::evaluate;
         use burn_peft::{InitLoraWeights, LoraConfig};
         let mut model = model(&autodiff(), false);
         let config = LoraConfig::new(2)
@@ -179,7 +149,7 @@ mod tests {
         assert!(train(&model).is_ok());
     }
 
-    fn config_of_one_step() -> crate::TrainingConfig {
+    fn config_of_one_step() -> crate::train::TrainingConfig {
         config().with_max_steps(Some(1))
     }
 

@@ -1,12 +1,11 @@
 //! The options of a training.
 
-use burn::{
-    config::Config,
-    module::ParamGroup,
-    optim::{AdamWConfig, ModuleOptimizer},
-};
+use burn::config::Config;
+use burn::module::ParamGroup;
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 
-use crate::{LlamaError, Schedule};
+use crate::error::LlamaError;
+use crate::schedule::Schedule;
 
 /// How to train. The defaults are those of transformers' `Trainer`, but for `log_every`.
 ///
@@ -16,9 +15,10 @@ use crate::{LlamaError, Schedule};
 /// let config = TrainingConfig::new().with_learning_rate(2e-4).with_schedule(Schedule::Cosine);
 /// assert_eq!((config.epochs, config.batch_size, config.max_grad_norm), (3, 8, Some(1.0)));
 /// ```
+#[non_exhaustive]
 #[derive(Config, Debug, PartialEq)]
 pub struct TrainingConfig {
-    /// Highest learning rate. LoRA wants about ten times that of full fine-tuning: 1e-4 to 1e-3. Default: 5e-5.
+    /// Highest learning rate. LoRA needs about ten times that of full fine-tuning: 1e-4 to 1e-3. Default: 5e-5.
     #[config(default = 5e-5)]
     pub learning_rate: f64,
     /// Passes over the examples. Default: 3.
@@ -48,13 +48,14 @@ pub struct TrainingConfig {
     /// Seed of the order of the examples. Default: 42.
     #[config(default = 42)]
     pub seed: u64,
-    /// The loss is read from the device once in so many optimizer steps. Default: 10.
+    /// How many optimizer steps lie between two readings of the loss from the device. Default: 10.
     #[config(default = 10)]
     pub log_every: usize,
 }
 
 impl TrainingConfig {
     pub(super) fn check(&self) -> Result<(), LlamaError> {
+        let refuse = |option, expected, found| Err(LlamaError::InvalidOption { option, expected, found });
         let counts = [
             ("batch_size", self.batch_size),
             ("grad_accumulation", self.grad_accumulation),
@@ -62,32 +63,20 @@ impl TrainingConfig {
             ("epochs", if self.max_steps.is_some() { 1 } else { self.epochs }),
             ("max_steps", self.max_steps.unwrap_or(1)),
         ];
-        for (option, value) in counts {
-            if value == 0 {
-                return Err(LlamaError::TrainingOption {
-                    option,
-                    expected: "1 or more",
-                    found: "0".to_owned(),
-                });
-            }
+        if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return refuse(option, "1 or more", "0".to_string());
         }
-        let expected = "a finite number of 0 or more";
+        if self.max_grad_norm == Some(0.0) {
+            return refuse("max_grad_norm", "a number above 0, or none", "0".to_string());
+        }
         let numbers = [
             ("learning_rate", self.learning_rate),
             ("weight_decay", f64::from(self.weight_decay)),
             ("max_grad_norm", self.max_grad_norm.unwrap_or(1.0)),
         ];
-        if self.max_grad_norm == Some(0.0) {
-            let expected = "a number above 0, or none";
-            return Err(LlamaError::TrainingOption {
-                option: "max_grad_norm",
-                expected,
-                found: "0".to_owned(),
-            });
-        }
         for (option, value) in numbers {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(LlamaError::TrainingOption { option, expected, found: value.to_string() });
+                return refuse(option, "a finite number of 0 or more", value.to_string());
             }
         }
         Ok(())
@@ -106,10 +95,8 @@ impl TrainingConfig {
 
 #[cfg(test)]
 mod tests {
-    use burn::{
-        optim::GradientsParams,
-        tensor::{Device, Tensor},
-    };
+    use burn::optim::GradientsParams;
+    use burn::tensor::{Device, Tensor};
 
     use super::*;
     use crate::train::tests::{Bigram, autodiff, config, weights};
@@ -139,9 +126,10 @@ mod tests {
                 grads.register(model.head.bias.as_ref().unwrap().id, Tensor::<1>::full([8], g, &plain));
                 model = optimizer.step(0.1, model, grads);
             }
-            let actual = match path_decays {
-                true => weights(&model)[0],
-                false => model.head.bias.unwrap().val().into_data().iter::<f32>().next().unwrap(),
+            let actual = if path_decays {
+                weights(&model)[0]
+            } else {
+                model.head.bias.unwrap().val().into_data().iter::<f32>().next().unwrap()
             };
             assert!((f64::from(actual) - expected).abs() < 2e-6, "{actual} != {expected} at decay {decay}");
         }

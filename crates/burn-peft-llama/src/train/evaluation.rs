@@ -2,16 +2,16 @@
 
 use std::cmp::Reverse;
 
-use super::{
-    CausalLmLoss, TrainingConfig,
-    check::{check_examples, device},
-    mean_loss::MeanLoss,
-};
-use crate::{Collator, Example, LlamaError};
+use super::check::{check_examples, device};
+use super::mean_loss::MeanLoss;
+use super::{CausalLmLoss, TrainingConfig};
+use crate::batch::Collator;
+use crate::conversation::Example;
+use crate::error::LlamaError;
 
 /// What [`evaluate`] measures.
-#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
     /// Mean loss per labelled token, in nats.
     pub loss: f64,
@@ -31,8 +31,7 @@ impl Evaluation {
 /// A model that is being trained is evaluated as `model.valid()`: without gradients and dropout.
 ///
 /// # Errors
-///
-/// [`LlamaError::TrainingOption`] if `batch_size` is 0, those of [`Collator::collate`], and
+/// [`LlamaError::InvalidOption`] if `batch_size` is 0, those of [`Collator::collate`], and
 /// [`LlamaError::DeviceRead`] if the loss cannot be read.
 pub fn evaluate<M: CausalLmLoss>(
     model: &M,
@@ -73,6 +72,6 @@ mod tests {
             assert_eq!(parts.num_targets, whole.num_targets);
             assert!((parts.loss - whole.loss).abs() < 1e-5, "{parts:?} {whole:?}");
         }
-        assert!(matches!(at(0), Err(LlamaError::TrainingOption { option: "batch_size", .. })));
+        assert!(matches!(at(0), Err(LlamaError::InvalidOption { option: "batch_size", .. })));
     }
 }

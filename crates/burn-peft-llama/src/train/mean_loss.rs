@@ -2,7 +2,8 @@
 
 use burn::tensor::{FloatDType, Tensor};
 
-use crate::{LlamaError, sum::RunningSum};
+use crate::error::LlamaError;
+use crate::ops::sum::RunningSum;
 
 /// A mean loss that stays on the device until it is asked for.
 #[derive(Default)]

@@ -2,7 +2,9 @@
 
 use std::cmp::Reverse;
 
-use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 
 /// Batches within which lengths are sorted: enough to save padding, few enough to keep the order random.
 const SORTED_BATCHES: usize = 16;

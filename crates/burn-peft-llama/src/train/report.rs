@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 /// What happened in one optimizer step.
-#[derive(Clone, Debug)]
 #[non_exhaustive]
+#[derive(Clone, Debug)]
 pub struct StepReport {
     /// The step, from 1.
     pub step: usize,

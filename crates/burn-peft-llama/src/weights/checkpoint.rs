@@ -1,122 +1,56 @@
-//! The tensors of a checkpoint: where they lie, whether they fit, what they hold.
+//! The tensors of a checkpoint: whether they fit a model, and their numbers.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    io::{Read, Seek, SeekFrom},
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeSet;
+use std::path::Path;
 
-use burn_peft_files::WrongFile;
-use half::{bf16, f16};
-use safetensors::{
-    Dtype, SafeTensorError,
-    tensor::{Metadata, TensorInfo},
-};
+use burn_peft_files::{TensorFiles, closest_key, is_float};
 
-use super::{
-    WeightProblem,
-    index::{WEIGHTS_FILE, WeightFiles},
-    parameter::Parameter,
-};
-use crate::{LlamaError, file};
-
-/// Longest header that is read, in bytes; the format's own limit.
-const MAX_HEADER: u64 = 100_000_000;
+use crate::error::LlamaError;
+use crate::file::{open_weights, unread_weights};
+use crate::parameters::Parameter;
+use crate::problem::WeightProblem;
 
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// The files of a checkpoint and where each tensor lies.
+/// The files of a checkpoint.
 pub(super) struct Checkpoint {
-    files: Vec<WeightsFile>,
-    tensors: BTreeMap<String, Entry>,
-    /// The file to name in errors about the whole.
-    path: PathBuf,
-}
-
-struct WeightsFile {
-    path: PathBuf,
-    file: File,
-}
-
-#[derive(Clone)]
-struct Entry {
-    file: usize,
-    /// Position in the file, in bytes.
-    offset: u64,
-    info: TensorInfo,
+    files: TensorFiles,
 }
 
 impl Checkpoint {
     /// Opens the files of a model directory and reads their headers.
     pub(super) fn open(dir: &Path) -> Result<Self, LlamaError> {
-        Self::of(WeightFiles::find(dir)?)
-    }
-
-    fn of(WeightFiles { path, files }: WeightFiles) -> Result<Self, LlamaError> {
-        let mut checkpoint = Self { files: Vec::new(), tensors: BTreeMap::new(), path };
-        for file in files {
-            checkpoint.add(file)?;
-        }
-        Ok(checkpoint)
-    }
-
-    /// Reads the header of a file.
-    fn add(&mut self, path: PathBuf) -> Result<(), LlamaError> {
-        let hint = file::hint_for(path.parent().unwrap_or(&path), WEIGHTS_FILE);
-        let failed = |source| LlamaError::ReadText { path: path.clone(), source, hint };
-        let mut file = File::open(&path).map_err(failed)?;
-        let (metadata, start) = match read_header(&path, &mut file, hint) {
-            Ok(header) => header,
-            Err(error) => {
-                let mut beginning = Vec::new();
-                file.rewind()
-                    .and_then(|()| file.take(512).read_to_end(&mut beginning))
-                    .map_err(|source| LlamaError::ReadText { path: path.clone(), source, hint })?;
-                return Err(match WrongFile::detect(&beginning) {
-                    Some(found) => LlamaError::WrongFile { path, found },
-                    None => error,
-                });
-            }
-        };
-        let index = self.files.len();
-        for (name, info) in metadata.tensors() {
-            let offset = start + info.data_offsets.0 as u64;
-            self.tensors.insert(name, Entry { file: index, offset, info: info.clone() });
-        }
-        self.files.push(WeightsFile { path, file });
-        Ok(())
+        Ok(Self { files: open_weights(dir)? })
     }
 
     /// Whether a model whose configuration ties its output layer to the embedding is to be tied, by the tensors that
     /// are there; see [`from_pretrained_as`](crate::LlamaForCausalLm::from_pretrained_as).
     pub(super) fn resolve_tied_head(&mut self) -> Result<bool, LlamaError> {
-        let Some(head) = self.tensors.get(HEAD).cloned() else { return Ok(true) };
-        let tied = match self.tensors.get(EMBEDDING).cloned() {
-            Some(embedding) => self.are_equal(&head, &embedding)?,
-            None => {
-                self.tensors.insert(EMBEDDING.to_owned(), head);
-                true
-            }
-        };
+        if self.files.get(HEAD).is_none() {
+            return Ok(true);
+        }
+        if self.files.get(EMBEDDING).is_none() {
+            self.files.rename(HEAD, EMBEDDING);
+        }
+        let tied = self.files.get(HEAD).is_none() || self.are_equal(HEAD, EMBEDDING)?;
         if tied {
-            self.tensors.remove(HEAD);
+            self.files.retain(|name| name != HEAD);
         }
         Ok(tied)
     }
 
     /// Whether two tensors have the same numbers. As in torch, NaN is none of them.
-    fn are_equal(&mut self, a: &Entry, b: &Entry) -> Result<bool, LlamaError> {
+    fn are_equal(&self, a: &str, b: &str) -> Result<bool, LlamaError> {
         // They can be gigabytes.
         const PIECE: usize = 1 << 18;
-        if a.info.shape != b.info.shape || !is_read(a.info.dtype) || !is_read(b.info.dtype) {
-            return Ok(false);
-        }
-        let count: usize = a.info.shape.iter().product();
+        let shape = |name| self.files.get(name).filter(|info| is_float(info.dtype)).map(|info| &info.shape);
+        let (Some(shape), true) = (shape(a), shape(a) == shape(b)) else { return Ok(false) };
+        let count: usize = shape.iter().product();
         for start in (0..count).step_by(PIECE) {
-            let end = (start + PIECE).min(count);
-            if self.numbers(a, start, end)? != self.numbers(b, start, end)? {
+            let range = start..(start + PIECE).min(count);
+            let read = |name| self.files.read(name, range.clone()).map_err(unread_weights(CHANGED));
+            if read(a)? != read(b)? {
                 return Ok(false);
             }
         }
@@ -125,128 +59,70 @@ impl Checkpoint {
 
     /// Compares the files with what the model needs.
     pub(super) fn check(&mut self, parameters: &[Parameter]) -> Result<(), LlamaError> {
-        self.tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
-        let (mut problems, mut missing) = (Vec::new(), Vec::new());
+        self.files.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+        let (mut problems, mut missing) = (vec![], vec![]);
         for Parameter { name, shape, .. } in parameters {
             let name = name.clone();
-            match self.tensors.get(&name) {
+            match self.files.get(&name) {
                 None => missing.push(WeightProblem::Missing { name }),
-                Some(Entry { info, .. }) if info.shape != *shape => {
+                Some(info) if info.shape != *shape => {
                     let (expected, found) = (shape.clone(), info.shape.clone());
                     problems.push(WeightProblem::Shape { name, expected, found });
                 }
-                Some(Entry { info, .. }) if !is_read(info.dtype) => {
+                Some(info) if !is_float(info.dtype) => {
                     problems.push(WeightProblem::Type { name, found: info.dtype.to_string() });
                 }
                 Some(_) => {}
             }
         }
         let known: BTreeSet<&str> = parameters.iter().map(|parameter| parameter.name.as_str()).collect();
-        let unexpected = self.tensors.keys().filter(|name| !known.contains(name.as_str()));
-        for (i, name) in unexpected.enumerate() {
-            // Comparing every name with every other takes long, and nobody reads that many.
-            let nearest = if i < 20 { nearest(name, &known) } else { None };
-            problems.push(WeightProblem::Unexpected { name: name.clone(), nearest });
+        let unexpected = self.files.tensors().filter(|(name, _)| !known.contains(name));
+        for (i, (name, _)) in unexpected.enumerate() {
+            // Comparing every name with every other takes long, and a long list is not read.
+            let nearest = if i < 20 { closest_key(name, known.iter().copied()) } else { None };
+            problems.push(WeightProblem::Unexpected { name: name.to_string(), nearest });
         }
         problems.append(&mut missing);
-        match problems.is_empty() {
-            true => Ok(()),
-            false => Err(LlamaError::Weights { path: self.path.clone(), problems }),
-        }
+        if problems.is_empty() { Ok(()) } else { Err(self.misfit(problems)) }
     }
 
     /// The numbers of a tensor that [`check`](Self::check) has seen.
-    pub(super) fn read(&mut self, name: &str) -> Result<Vec<f32>, LlamaError> {
-        let Some(entry) = self.tensors.get(name).cloned() else {
-            let problems = vec![WeightProblem::Missing { name: name.to_owned() }];
-            return Err(LlamaError::Weights { path: self.path.clone(), problems });
-        };
-        let count = entry.info.shape.iter().product();
-        self.numbers(&entry, 0, count)
+    pub(super) fn read(&self, name: &str) -> Result<Vec<f32>, LlamaError> {
+        let count = self.files.get(name).map_or(0, |info| info.shape.iter().product());
+        let numbers = self.files.read(name, 0..count).map_err(unread_weights(CHANGED))?;
+        numbers.ok_or_else(|| self.misfit(vec![WeightProblem::Missing { name: name.to_string() }]))
     }
 
-    /// The numbers of a tensor from `start` up to but not including `end`.
-    fn numbers(&mut self, entry: &Entry, start: usize, end: usize) -> Result<Vec<f32>, LlamaError> {
-        let dtype = entry.info.dtype;
-        let size = dtype.bitsize() / 8;
-        let WeightsFile { path, file } = &mut self.files[entry.file];
-        let mut bytes = vec![0; (end - start) * size];
-        let hint = "the file changed while it was read";
-        file.seek(SeekFrom::Start(entry.offset + (start * size) as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|source| LlamaError::ReadText { path: path.clone(), source, hint })?;
-        let two = |bytes: &[u8]| [bytes[0], bytes[1]];
-        Ok(match dtype {
-            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes(two(b)).to_f32()).collect(),
-            Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(two(b)).to_f32()).collect(),
-            _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        })
+    fn misfit(&self, problems: Vec<WeightProblem>) -> LlamaError {
+        LlamaError::Weights { path: self.files.path().into(), problems }
     }
 }
 
-/// Reads the header of a safetensors file; the tensors begin at the position behind it.
-fn read_header(path: &Path, file: &mut File, hint: &'static str) -> Result<(Metadata, u64), LlamaError> {
-    let failed = |source| LlamaError::ReadText { path: path.to_owned(), source, hint };
-    let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
-    let length = file.metadata().map_err(failed)?.len();
-    let mut prefix = [0; 8];
-    if length < 8 {
-        return Err(malformed(SafeTensorError::HeaderTooSmall));
-    }
-    file.read_exact(&mut prefix).map_err(failed)?;
-    let header_length = u64::from_le_bytes(prefix);
-    if header_length > MAX_HEADER {
-        return Err(malformed(SafeTensorError::HeaderTooLarge));
-    }
-    if header_length > length - 8 {
-        return Err(malformed(SafeTensorError::InvalidHeaderLength));
-    }
-    let mut header = vec![0; header_length as usize];
-    file.read_exact(&mut header).map_err(failed)?;
-    let metadata: Metadata = serde_json::from_slice(&header)
-        .map_err(|source| malformed(SafeTensorError::InvalidHeaderDeserialization(source)))?;
-    let start = 8 + header_length;
-    let expected = start.saturating_add(metadata.data_len() as u64);
-    match expected == length {
-        true => Ok((metadata, start)),
-        false => Err(LlamaError::WeightsLength { path: path.to_owned(), expected, found: length }),
-    }
-}
-
-/// Whether tensors of this type are read.
-fn is_read(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
-}
-
-/// The most similar of `names`, if it is similar at all.
-fn nearest(name: &str, names: &BTreeSet<&str>) -> Option<String> {
-    let similarity = |other: &str| strsim::normalized_levenshtein(name, other);
-    let best = names.iter().map(|other| (similarity(other), other)).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 > 0.6).then(|| (*best.1).to_owned())
-}
+const CHANGED: &str = "the file changed while it was read";
 
 #[cfg(test)]
 pub(super) mod tests {
     use std::fs;
 
     use burn::tensor::Device;
+    use burn_peft_files::{TensorFileError, WEIGHTS_FILE, WrongFile};
+    use half::{bf16, f16};
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorInfo;
 
     use super::*;
-    use crate::{
-        LlamaConfig, LlamaForCausalLm,
-        weights::tests::{config, logits, saved},
-    };
+    use crate::config::LlamaConfig;
+    use crate::model::LlamaForCausalLm;
+    use crate::weights::tests::{config, logits, saved};
 
     /// The tensors of a file in f32, in file order.
     pub(in crate::weights) fn read(path: &Path) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-        let files = WeightFiles { path: path.to_owned(), files: vec![path.to_owned()] };
-        let mut checkpoint = Checkpoint::of(files).unwrap();
-        let names: Vec<_> =
-            checkpoint.tensors.iter().map(|(name, e)| (name.clone(), e.info.shape.clone())).collect();
-        names
-            .into_iter()
-            .map(|(name, shape)| (name.clone(), shape, checkpoint.read(&name).unwrap()))
-            .collect()
+        let files = TensorFiles::open_file(path).unwrap();
+        let read = |(name, info): (&str, &TensorInfo)| {
+            let numbers = files.read(name, 0..info.shape.iter().product()).unwrap().unwrap();
+            (name.to_string(), info.shape.clone(), numbers)
+        };
+        files.tensors().map(read).collect()
     }
 
     pub(in crate::weights) fn write(path: &Path, tensors: &[(String, Vec<usize>, Vec<f32>)], dtype: Dtype) {
@@ -274,7 +150,7 @@ pub(super) mod tests {
         for tensor in &mut tensors {
             match tensor.0.as_str() {
                 "model.layers.0.self_attn.q_proj.weight" => {
-                    tensor.0 = "model.layers.0.self_attn.q_prj.weight".to_owned();
+                    tensor.0 = "model.layers.0.self_attn.q_prj.weight".to_string();
                 }
                 "model.layers.1.mlp.up_proj.weight" => tensor.1 = vec![8, 12],
                 _ => {}
@@ -305,7 +181,7 @@ pub(super) mod tests {
         let (dir, model) = saved(&config());
         let path = dir.path().join(WEIGHTS_FILE);
         let mut tensors = read(&path);
-        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![1], vec![9.0]));
+        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_string(), vec![1], vec![9.0]));
         write(&path, &tensors, Dtype::F32);
         let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
         assert_eq!(logits(&loaded), logits(&model));
@@ -324,7 +200,7 @@ pub(super) mod tests {
         let head = |change: fn(&mut Vec<f32>)| {
             let mut values = tensors[embedding].2.clone();
             change(&mut values);
-            (HEAD.to_owned(), vec![11, 8], values)
+            (HEAD.to_string(), vec![11, 8], values)
         };
         let with = |head: (String, Vec<usize>, Vec<f32>)| [tensors.clone(), vec![head]].concat();
 
@@ -358,11 +234,11 @@ pub(super) mod tests {
 
         // A head alone is the embedding.
         let mut alone = tensors.clone();
-        alone[embedding].0 = HEAD.to_owned();
+        alone[embedding].0 = HEAD.to_string();
         assert_eq!(logits(&load(&alone, Dtype::F32).unwrap()), logits(&tied));
 
         let text =
-            load(&with((HEAD.to_owned(), vec![10, 8], vec![0.0; 80])), Dtype::F32).unwrap_err().to_string();
+            load(&with((HEAD.to_string(), vec![10, 8], vec![0.0; 80])), Dtype::F32).unwrap_err().to_string();
         assert!(text.contains("`lm_head.weight`: expected shape [11, 8], found [10, 8]"), "{text}");
     }
 
@@ -375,11 +251,17 @@ pub(super) mod tests {
             fs::write(&path, bytes).unwrap();
             LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err()
         };
-        assert!(matches!(load(&bytes[..bytes.len() - 1]), LlamaError::WeightsLength { .. }));
-        assert!(matches!(load(&bytes[..100]), LlamaError::WeightsFile { .. }));
-        assert!(matches!(load(&[1, 2]), LlamaError::WeightsFile { .. }));
-        assert!(matches!(load(&[0xff; 16]), LlamaError::WeightsFile { .. }));
-        assert!(matches!(load(b"\x04\0\0\0\0\0\0\0nope"), LlamaError::WeightsFile { .. }));
+        assert!(matches!(
+            load(&bytes[..bytes.len() - 1]),
+            LlamaError::WeightsFile(TensorFileError::Length { .. })
+        ));
+        assert!(matches!(load(&bytes[..100]), LlamaError::WeightsFile(TensorFileError::Format { .. })));
+        assert!(matches!(load(&[1, 2]), LlamaError::WeightsFile(TensorFileError::Format { .. })));
+        assert!(matches!(load(&[0xff; 16]), LlamaError::WeightsFile(TensorFileError::Format { .. })));
+        assert!(matches!(
+            load(b"\x04\0\0\0\0\0\0\0nope"),
+            LlamaError::WeightsFile(TensorFileError::Format { .. })
+        ));
         for (bytes, found) in [
             (
                 &b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"[..],

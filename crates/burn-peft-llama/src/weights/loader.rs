@@ -1,12 +1,12 @@
 //! A model from the tensors of a checkpoint.
 
-use burn::{
-    module::Param,
-    tensor::{DType, Device, Tensor, TensorData},
-};
+use burn::module::Param;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::{checkpoint::Checkpoint, transpose::transpose};
-use crate::{LlamaError, model::ParameterSource};
+use super::checkpoint::Checkpoint;
+use super::transpose::transpose;
+use crate::error::LlamaError;
+use crate::source::{Kind, Source};
 
 /// The parameters of a checkpoint.
 pub(super) struct Loader<'a> {
@@ -15,36 +15,20 @@ pub(super) struct Loader<'a> {
     pub(super) dtype: DType,
 }
 
-impl Loader<'_> {
-    fn param<const D: usize>(&self, values: Vec<f32>, shape: [usize; D]) -> Param<Tensor<D>> {
-        let data = TensorData::new(values, shape);
-        Param::from_tensor(Tensor::from_data(data, (self.device, self.dtype)))
-    }
-}
-
-impl ParameterSource for Loader<'_> {
+impl Source for Loader<'_> {
     type Error = LlamaError;
 
-    fn linear(
+    fn parameter<const D: usize>(
         &mut self,
         path: &str,
-        shape @ [d_in, d_out]: [usize; 2],
-    ) -> Result<Param<Tensor<2>>, LlamaError> {
-        let values = self.checkpoint.read(path)?;
-        Ok(self.param(transpose(&values, [d_out, d_in]), shape))
-    }
-
-    fn embedding(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, LlamaError> {
-        let values = self.checkpoint.read(path)?;
-        Ok(self.param(values, shape))
-    }
-
-    fn norm(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, LlamaError> {
-        let values = self.checkpoint.read(path)?;
-        Ok(self.param(values, [d]))
-    }
-
-    fn bias(&mut self, path: &str, d: usize) -> Result<Param<Tensor<1>>, LlamaError> {
-        self.norm(path, d)
+        shape: [usize; D],
+        kind: Kind,
+    ) -> Result<Param<Tensor<D>>, LlamaError> {
+        let mut values = self.checkpoint.read(path)?;
+        if let (Kind::Linear, &[d_in, d_out]) = (kind, shape.as_slice()) {
+            values = transpose(&values, [d_out, d_in]);
+        }
+        let data = TensorData::new(values, shape);
+        Ok(Param::from_tensor(Tensor::from_data(data, (self.device, self.dtype))))
     }
 }

@@ -1,20 +1,18 @@
 //! Writing `model.safetensors`.
 
-use std::{
-    collections::HashMap,
-    io::{self, Write},
-    path::Path,
-};
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::Path;
 
 use burn::tensor::DType;
-use burn_peft_files::{DirectoryWriter, StagedFile};
-use safetensors::{
-    Dtype, SafeTensorError,
-    tensor::{Metadata, TensorInfo},
-};
+use burn_peft_files::{DirectoryWriter, StagedFile, TensorFileError};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensorError};
 
-use super::{parameter::Parameter, transpose::transpose_bytes};
-use crate::{LlamaError, file};
+use super::transpose::transpose_bytes;
+use crate::error::LlamaError;
+use crate::file::{self, unwritten};
+use crate::parameters::Parameter;
 
 /// Writes tensors one after the other into a file that has yet to be moved to `path`.
 pub(super) fn write(
@@ -22,8 +20,8 @@ pub(super) fn write(
     path: &Path,
     parameters: &[Parameter],
 ) -> Result<StagedFile, LlamaError> {
-    let failed = |source| LlamaError::WriteText { path: path.to_owned(), source };
-    let malformed = |source| LlamaError::WeightsFile { path: path.to_owned(), source };
+    let failed = unwritten(path);
+    let malformed = |source| LlamaError::WeightsFile(TensorFileError::Format { path: path.into(), source });
     let mut offset = 0;
     let mut infos = Vec::with_capacity(parameters.len());
     for Parameter { name, shape, dtype, .. } in parameters {
@@ -38,15 +36,15 @@ pub(super) fn write(
         infos.push((name.clone(), TensorInfo { dtype, shape: shape.clone(), data_offsets: (offset, end) }));
         offset = end;
     }
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
     let metadata = Metadata::new(Some(format), infos).map_err(malformed)?;
     let mut header = serde_json::to_vec(&metadata).map_err(|error| failed(io::Error::from(error)))?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    let mut file = directory.stage(&file::name(path)).map_err(failed)?;
+    let mut file = directory.stage(&file::name(path)).map_err(&failed)?;
     let mut writer = io::BufWriter::with_capacity(1 << 20, &mut file);
-    writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-    writer.write_all(&header).map_err(failed)?;
+    writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(&failed)?;
+    writer.write_all(&header).map_err(&failed)?;
     for parameter in parameters {
         let data = (parameter.read)()?;
         let size = parameter.dtype.size();
@@ -54,9 +52,9 @@ pub(super) fn write(
             (true, &[rows, columns]) => transpose_bytes(data.as_bytes(), [columns, rows], size),
             _ => data.as_bytes().to_vec(),
         };
-        writer.write_all(&bytes).map_err(failed)?;
+        writer.write_all(&bytes).map_err(&failed)?;
     }
-    writer.flush().map_err(failed)?;
+    writer.flush().map_err(&failed)?;
     drop(writer);
     Ok(file)
 }
@@ -65,11 +63,9 @@ pub(super) fn write(
 mod tests {
     use std::fs;
 
-    use crate::weights::{
-        checkpoint::tests::read,
-        index::WEIGHTS_FILE,
-        tests::{config, saved},
-    };
+    use crate::weights::checkpoint::tests::read;
+    use crate::weights::tests::{config, saved};
+    use burn_peft_files::WEIGHTS_FILE;
 
     #[test]
     fn linear_weights_are_stored_transposed_with_the_format_of_torch() {

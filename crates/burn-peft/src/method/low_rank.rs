@@ -45,15 +45,37 @@ pub(crate) const BIAS: &str = "bias";
 pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
 
 const KEYS: &[KeyEnd] = &[
-    KeyEnd { front: "lora_A", back: ".weight", tensor: "A", layer: None, tells: Tells::Input },
-    KeyEnd { front: "lora_B", back: ".weight", tensor: "B", layer: None, tells: Tells::Output },
-    KeyEnd { front: "lora_B", back: ".bias", tensor: "bias of B", layer: None, tells: Tells::Nothing },
+    KeyEnd {
+        front: "lora_A",
+        back: ".weight",
+        tensor: "A",
+        layer: None,
+        tells: Tells::Input,
+        is_read_by_tied_output: false,
+    },
+    KeyEnd {
+        front: "lora_B",
+        back: ".weight",
+        tensor: "B",
+        layer: None,
+        tells: Tells::Output,
+        is_read_by_tied_output: false,
+    },
+    KeyEnd {
+        front: "lora_B",
+        back: ".bias",
+        tensor: "bias of B",
+        layer: None,
+        tells: Tells::Nothing,
+        is_read_by_tied_output: false,
+    },
     KeyEnd {
         front: "lora_embedding_A",
         back: "",
         tensor: "A of an embedding",
         layer: Some(Layer::Embedding),
         tells: Tells::Input,
+        is_read_by_tied_output: false,
     },
     KeyEnd {
         front: "lora_embedding_B",
@@ -61,6 +83,7 @@ const KEYS: &[KeyEnd] = &[
         tensor: "B of an embedding",
         layer: Some(Layer::Embedding),
         tells: Tells::Output,
+        is_read_by_tied_output: false,
     },
 ];
 

@@ -41,6 +41,7 @@ const KEYS: &[KeyEnd] = &[KeyEnd {
     tensor: "rows of tokens",
     layer: Some(Layer::Embedding),
     tells: Tells::Width,
+    is_read_by_tied_output: true,
 }];
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
+use burn_peft_files::{closest_key, is_float};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
@@ -13,7 +14,7 @@ use super::files::{AdapterFiles, unreadable};
 use super::prefix::OtherPrefix;
 use super::{CONFIG_FILE, TENSOR_FILE, adapter_config, keys, tensors};
 use crate::config::{Parsed, PeftConfig, Selection};
-use crate::error::{ConfigProblem, PeftError, TensorProblem, closest_key};
+use crate::error::{ConfigProblem, PeftError, TensorProblem};
 use crate::layer::{Layer, Site, Space};
 use crate::method::{Chosen, METHODS, Parameters, Tells};
 
@@ -278,7 +279,7 @@ impl AdapterDirectory {
         for tensor in &self.tensors {
             if tensor.role == TensorRole::Unknown {
                 unexpected.push(tensor.key.clone());
-            } else if !tensors::is_float(tensor.stored) {
+            } else if !is_float(tensor.stored) {
                 problems.push(tensor.wrong_type());
             } else if let Some((shape, _)) = expected.get(&tensor.unnamed) {
                 problems.extend(tensor.wrong_shape(shape));
@@ -286,7 +287,7 @@ impl AdapterDirectory {
         }
         let keys: BTreeSet<&str> = self.tensors.iter().map(|tensor| &*tensor.unnamed).collect();
         for key in expected.keys().filter(|key| !keys.contains(&***key)) {
-            let closest = closest_key(key, &unexpected);
+            let closest = closest_key(key, unexpected.iter().map(String::as_str));
             problems.push(TensorProblem::Missing { key: key.clone(), closest });
         }
         let unexpected = unexpected.into_iter();
@@ -411,6 +412,12 @@ impl Told {
 }
 
 impl StoredTensor {
+    /// Whether it changes an output layer that is tied to the module as it changes the module: trained tokens do, all else
+    /// only changes the module.
+    pub fn is_read_by_tied_output(&self) -> bool {
+        keys::end_of(&self.end).is_some_and(|end| end.is_read_by_tied_output)
+    }
+
     fn wrong_type(&self) -> TensorProblem {
         TensorProblem::DType { key: self.key.clone(), found: self.dtype.clone() }
     }

@@ -1,6 +1,6 @@
 //! The two files of an adapter directory, as they belong together.
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use burn_peft_files::{DirectoryWriter, WrongFile, read_together};
@@ -74,8 +74,7 @@ impl PeftConfig {
         let path = directory.join(CONFIG_FILE);
         let config = adapter_config::to_json(self, &path)?;
         let writer = DirectoryWriter::open(directory).map_err(PeftError::io(directory))?;
-        let mut staged = writer.stage(CONFIG_FILE).map_err(PeftError::io(&path))?;
-        staged.write_all(&config).map_err(PeftError::io(&path))?;
+        let staged = writer.stage_bytes(CONFIG_FILE, &config).map_err(PeftError::io(&path))?;
         staged.put().map_err(PeftError::io(&path))
     }
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use burn::module::Param;
+use burn_peft_files::closest_key;
 
 use super::files::AdapterFiles;
 use super::prefix::OtherPrefix;
 use super::{LoadOptions, LoadReport, adapter_config, keys, tensors};
-use crate::error::{PeftError, TensorProblem, closest_key};
+use crate::error::{PeftError, TensorProblem};
 use crate::method::Update;
 use crate::plan::{Plan, Target, parameters};
 use crate::seam::Layout;
@@ -147,8 +148,12 @@ fn with_closest(mut problems: Vec<TensorProblem>) -> Vec<TensorProblem> {
     let (missing, unexpected) = named(&problems);
     for problem in problems.iter_mut().take(COMPARED) {
         match problem {
-            TensorProblem::Missing { key, closest } => *closest = closest_key(key, &unexpected),
-            TensorProblem::Unexpected { key, closest } => *closest = closest_key(key, &missing),
+            TensorProblem::Missing { key, closest } => {
+                *closest = closest_key(key, unexpected.iter().map(String::as_str))
+            }
+            TensorProblem::Unexpected { key, closest } => {
+                *closest = closest_key(key, missing.iter().map(String::as_str))
+            }
             _ => {}
         }
     }

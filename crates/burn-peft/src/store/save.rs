@@ -1,7 +1,6 @@
 //! Writing adapters.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::path::Path;
 
 use burn::module::Module;
@@ -40,13 +39,8 @@ pub(crate) fn save(layout: &Layout, name: &str, directory: &Path) -> Result<(), 
     let tensors = tensors::to_bytes(&path, &tensors)?;
 
     let writer = DirectoryWriter::open(directory).map_err(PeftError::io(directory))?;
-    let stage = |name: &str, bytes: &[u8]| {
-        let mut file = writer.stage(name)?;
-        file.write_all(bytes)?;
-        Ok(file)
-    };
-    let staged = stage(TENSOR_FILE, &tensors).map_err(PeftError::io(&path))?;
-    let staged_config = stage(CONFIG_FILE, &config).map_err(PeftError::io(&config_path))?;
+    let staged = writer.stage_bytes(TENSOR_FILE, &tensors).map_err(PeftError::io(&path))?;
+    let staged_config = writer.stage_bytes(CONFIG_FILE, &config).map_err(PeftError::io(&config_path))?;
     // Tensors beside another adapter's configuration would load and mean something else. So an old configuration that
     // differs goes first and the new one comes last: whenever the process ends, and for readers who do not wait, the
     // directory holds no mixture.

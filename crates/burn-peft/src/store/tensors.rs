@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn_peft_files::to_f32;
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 
@@ -136,19 +137,9 @@ pub(super) fn without_names<'k>(
     })
 }
 
-/// Whether adapters can have tensors of this type.
-pub(super) fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
-}
-
-/// The elements of a tensor in a file, in f32; `None` if [`is_float`] does not hold.
+/// The elements of a tensor in a file, in f32; `None` if its type is no floating-point type that adapters can have.
 pub(super) fn decode(dtype: Dtype, bytes: &[u8], device: &Device) -> Option<Tensor<1>> {
-    let values: Vec<f32> = match dtype {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-        _ => return None,
-    };
+    let values = to_f32(dtype, bytes)?;
     let elements = values.len();
     Some(Tensor::from_data(TensorData::new(values, [elements]), (device, DType::F32)))
 }

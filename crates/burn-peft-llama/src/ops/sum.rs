@@ -14,7 +14,7 @@ const BLOCK: usize = 1024;
 pub(crate) fn sum_all<const D: usize>(x: Tensor<D>) -> Tensor<1> {
     let count = x.shape().num_elements();
     let mut x = x.reshape([count]);
-    let mut rest = Vec::new();
+    let mut rest = vec![];
     loop {
         let count = x.dims()[0];
         if count <= BLOCK {

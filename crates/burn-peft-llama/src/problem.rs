@@ -1,8 +1,34 @@
-//! What can be wrong with a tensor of a checkpoint.
+//! What can be wrong with an entry of a file.
+
+use std::fmt;
+
+/// One field of a `config.json` that cannot be used.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigProblem {
+    /// The field.
+    pub field: &'static str,
+    /// What is allowed.
+    pub expected: String,
+    /// What was found.
+    pub found: String,
+}
+
+impl ConfigProblem {
+    pub(crate) fn new(field: &'static str, expected: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { field, expected: expected.into(), found: found.into() }
+    }
+}
+
+impl fmt::Display for ConfigProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`: expected {}, found {}", self.field, self.expected, self.found)
+    }
+}
 
 /// One tensor of a checkpoint that does not fit the model.
-#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WeightProblem {
     /// The model needs a tensor that the files do not have.
     Missing {
@@ -34,8 +60,8 @@ pub enum WeightProblem {
     },
 }
 
-impl std::fmt::Display for WeightProblem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for WeightProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing { name } => write!(f, "`{name}` is missing"),
             Self::Unexpected { name, nearest: None } => write!(f, "`{name}` is unexpected"),
@@ -48,4 +74,11 @@ impl std::fmt::Display for WeightProblem {
             Self::Type { name, found } => write!(f, "`{name}`: expected f32, f16 or bf16, found {found}"),
         }
     }
+}
+
+/// Names in backticks, as alternatives: `` `a`, `b` or `c` ``.
+pub(crate) fn alternatives<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let mut names: Vec<String> = names.into_iter().map(|name| format!("`{name}`")).collect();
+    let last = names.pop().unwrap_or_default();
+    if names.is_empty() { last } else { format!("{} or {last}", names.join(", ")) }
 }

@@ -1,0 +1,24 @@
+//! LLaMA, and the models that call themselves so, such as SmolLM2.
+
+use super::{Bias, Defaults, Family};
+
+pub(crate) const FAMILY: Family = Family {
+    model_type: "llama",
+    architecture: "LlamaForCausalLM",
+    qkv_bias: Bias::Configured,
+    o_bias: Bias::Configured,
+    mlp_bias: Bias::Configured,
+    fixed: &[
+        ("hidden_act", &["\"silu\"", "\"swish\""]),
+        ("attention_dropout", &["0.0"]),
+        ("pretraining_tp", &["1"]),
+    ],
+    defaults: Defaults {
+        vocab_size: 32_000,
+        intermediate_size: 11_008,
+        max_position_embeddings: 2048,
+        tie_word_embeddings: false,
+        bos_token_id: Some(1),
+        eos_token_ids: &[2],
+    },
+};

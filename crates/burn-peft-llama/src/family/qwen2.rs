@@ -1,0 +1,24 @@
+//! Qwen2 and Qwen2.5: queries, keys and values have a bias.
+
+use super::{Bias, Defaults, Family};
+
+pub(crate) const FAMILY: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    qkv_bias: Bias::Always,
+    o_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    fixed: &[
+        ("hidden_act", &["\"silu\"", "\"swish\""]),
+        ("attention_dropout", &["0.0"]),
+        ("use_sliding_window", &["false"]),
+    ],
+    defaults: Defaults {
+        vocab_size: 151_936,
+        intermediate_size: 22_016,
+        max_position_embeddings: 32_768,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: &[],
+    },
+};

@@ -1,0 +1,75 @@
+//! The parameters of a model, as its files name and shape them.
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{DType, Tensor, TensorData};
+
+use crate::error::LlamaError;
+
+/// A parameter of a model.
+pub(crate) struct Parameter {
+    pub(crate) id: ParamId,
+    pub(crate) name: String,
+    /// As in a file.
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: DType,
+    /// Whether the model holds it transposed.
+    pub(crate) transposed: bool,
+    /// Whether it belongs to an adapter.
+    pub(crate) adapter: bool,
+    /// Whether it requires a gradient.
+    pub(crate) trained: bool,
+    /// Reads it, as the model holds it.
+    pub(crate) read: Box<dyn Fn() -> Result<TensorData, LlamaError>>,
+}
+
+/// Lists the parameters of a model without making those that do not exist yet.
+pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
+    #[derive(Default)]
+    struct Reader {
+        path: Vec<String>,
+        containers: Vec<String>,
+        parameters: Vec<Parameter>,
+    }
+
+    impl ModuleVisitor for Reader {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.path.push(name.to_string());
+            self.containers.push(container.to_string());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.path.pop();
+            self.containers.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let mut shape = param.lazy_shape().to_vec();
+            let transposed = D == 2 && self.containers.last().is_some_and(|last| last == "Struct:Linear");
+            if transposed {
+                shape.reverse();
+            }
+            let is_own = |name: &String| name == "weight" || name == "bias";
+            let (last, above) =
+                self.path.split_last().map_or((false, &[][..]), |(last, above)| (is_own(last), above));
+            let read = param.clone();
+            self.parameters.push(Parameter {
+                id: param.id,
+                name: self.path.join("."),
+                shape,
+                dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
+                transposed,
+                // The parameters of a module end with `weight` or `bias`; what lies below is an adapter.
+                adapter: !last || above.iter().any(is_own),
+                trained: param.is_require_grad(),
+                read: Box::new(move || {
+                    let data = read.base().try_into_data();
+                    data.map_err(|source| LlamaError::DeviceRead { source: Box::new(source) })
+                }),
+            });
+        }
+    }
+
+    let mut reader = Reader::default();
+    model.visit(&mut reader);
+    reader.parameters
+}

@@ -1,0 +1,89 @@
+//! What the tests of several files need: models that are always the same, numbers that can be compared.
+
+use std::convert::Infallible;
+
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::config::LlamaConfig;
+use crate::model::LlamaForCausalLm;
+use crate::source::{Kind, Source};
+
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+#[track_caller]
+pub(crate) fn assert_close(found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len());
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert!((found - expected).abs() <= tolerance, "{i}: {found} {expected}");
+    }
+}
+
+/// Parameters from a generator of its own: the device's is shared with tests that run at the same time.
+struct Drawn<'a> {
+    device: &'a Device,
+    rng: StdRng,
+}
+
+impl Drawn<'_> {
+    /// Uniform numbers around `middle`, large enough for logits to differ.
+    fn draw<const D: usize>(&mut self, shape: [usize; D], middle: f32, width: f32) -> Param<Tensor<D>> {
+        let count = shape.iter().product();
+        let values: Vec<f32> =
+            (0..count).map(|_| middle + width * (self.rng.random::<f32>() - 0.5)).collect();
+        Param::from_data(TensorData::new(values, shape), self.device)
+    }
+}
+
+impl Source for Drawn<'_> {
+    type Error = Infallible;
+
+    fn parameter<const D: usize>(
+        &mut self,
+        _path: &str,
+        shape: [usize; D],
+        kind: Kind,
+    ) -> Result<Param<Tensor<D>>, Infallible> {
+        Ok(match kind {
+            Kind::Linear | Kind::Embedding => self.draw(shape, 0.0, 1.4),
+            Kind::Norm => self.draw(shape, 1.0, 0.4),
+            Kind::Bias => self.draw(shape, 0.0, 0.4),
+        })
+    }
+}
+
+/// Always the same model.
+pub(crate) fn model(device: &Device, tied: bool) -> LlamaForCausalLm {
+    let config = LlamaConfig::new(13, 16, 2).with_heads(4, 2).with_intermediate_size(24);
+    drawn(&config.with_tie_word_embeddings(tied), device)
+}
+
+/// Always the same model for a configuration.
+pub(crate) fn drawn(config: &LlamaConfig, device: &Device) -> LlamaForCausalLm {
+    let Ok(model) = LlamaForCausalLm::build(config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
+    model
+}
+
+/// The vocabularies of SmolLM2 and Llama 3.
+pub(crate) const REAL_VOCABULARIES: [usize; 2] = [49_152, 128_256];
+
+pub(crate) fn drawn_numbers(count: usize, seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    // Irwin-Hall, nearly N(0, 2.5²).
+    (0..count).map(|_| 2.5 * ((0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0)).collect()
+}
+
+pub(crate) fn wide(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().copied().map(f64::from).collect()
+}
+
+/// Largest difference, relative to the largest expected magnitude.
+pub(crate) fn deviation(found: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+    found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max) / largest
+}
