@@ -73,7 +73,7 @@ pub struct BurnPeft(Model<LoraLinear>);
 impl Contestant for BurnPeft {
     fn new(case: Case, device: &Device) -> Result<Self, PeftError> {
         let mut model = Model { layer: LoraLinear::from(linear(case, device)) };
-        model.add_adapter("default", &config(case))?;
+        model.add_adapter("default", config(case))?;
         Ok(Self(model))
     }
 

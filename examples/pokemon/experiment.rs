@@ -72,7 +72,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     } else if arms.contains(&Arm::Lora) {
         checks::rank(args.rank, &model)?;
         let mut adapted = model.clone();
-        let add = |model: &mut LlamaForCausalLm| model.add_adapter(DEFAULT_ADAPTER, &lora_config(args, kind));
+        let add = |model: &mut LlamaForCausalLm| model.add_adapter(DEFAULT_ADAPTER, lora_config(args, kind));
         adapting(&mut adapted, add).context("`--targets`")?;
         if adapted.lm_head.is_some() && model.lm_head.is_none() {
             println!(

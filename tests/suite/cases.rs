@@ -192,7 +192,7 @@ mod values {
         PeftModel::merge_and_unload(&mut model).unwrap();
         assert_close("untied before", &logits(&model), &exact, REORDERED);
         let mut model = base("base-tied");
-        model.add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj"])).unwrap();
+        model.add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj"])).unwrap();
         model.merge_and_unload().unwrap();
         assert!(model.config().tie_word_embeddings && model.lm_head.is_none());
     }
@@ -356,7 +356,7 @@ mod refusals {
         let config = LlamaConfig::new(32, 16, 32).with_heads(2, 2);
         let mut model = config.init(&device);
         model
-            .add_adapter("default", &LoraConfig::new(2).with_target_modules(TargetModules::AllLinear))
+            .add_adapter("default", LoraConfig::new(2).with_target_modules(TargetModules::AllLinear))
             .unwrap();
         let directory = tempfile::tempdir().unwrap();
         model.save_adapter("default", directory.path()).unwrap();
@@ -457,7 +457,7 @@ mod refusals {
     fn a_broken_expression_is_one_on_every_base() {
         let broken = || LoraConfig::new(2).with_target_modules(TargetModules::Regex(".*(lm_head".into()));
         for name in ["base-tied", "base-untied"] {
-            let error = base(name).add_adapter("default", &broken()).unwrap_err();
+            let error = base(name).add_adapter("default", broken()).unwrap_err();
             assert_eq!(error.to_string(), "invalid regular expression `.*(lm_head`");
         }
         // One that only excludes the output layer asks for none.
@@ -608,7 +608,7 @@ mod subsets {
         ]);
         let two = LoraConfig::new(4).with_lora_alpha(3.0).with_use_rslora(true);
         model.add_adapter("one", &one).unwrap();
-        model.add_adapter("two", &two.with_target_modules(["q_proj", "v_proj", "embed_tokens"])).unwrap();
+        model.add_adapter("two", two.with_target_modules(["q_proj", "v_proj", "embed_tokens"])).unwrap();
         let mut model = fill(model);
         model.set_adapter(&["one", "two"]).unwrap();
         model

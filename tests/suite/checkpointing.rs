@@ -151,7 +151,7 @@ fn several_adapters_and_mixed_batches_work_there() {
     let mut model = load_base("mha-biased", &device);
     let bare = masked_logits(&model, &batch);
     for (name, targets) in [("one", ["q_proj", "lm_head"]), ("two", ["embed_tokens", "v_proj"])] {
-        model.add_adapter(name, &config(targets).with_lora_dropout(0.1)).unwrap();
+        model.add_adapter(name, config(targets).with_lora_dropout(0.1)).unwrap();
     }
     for kind in [CombinationType::Linear, CombinationType::Cat] {
         let name = format!("{kind:?}").to_lowercase();
@@ -173,7 +173,7 @@ fn a_freed_head_trains_there() {
     let fixture = Fixture::open("gqa-tied");
     let mut model = load_base("gqa-tied", &device);
     model.untie_lm_head();
-    model.add_adapter("default", &config(["lm_head", "q_proj"])).unwrap();
+    model.add_adapter("default", config(["lm_head", "q_proj"])).unwrap();
     let batch = fixture.batch(PaddingSide::Right, &device);
     let before = model.loss(&batch).into_scalar::<f32>();
     let after = train(model, &fixture.examples()).loss(&batch).into_scalar::<f32>();

@@ -109,13 +109,13 @@ fn export_trained(root: &Path) {
         let named =
             |config: LoraConfig| config.with_base_model_name_or_path(base).with_task_type("CAUSAL_LM");
         let has_biases = config.bias != Bias::None;
-        model.add_adapter(DEFAULT_ADAPTER, &named(config)).unwrap();
+        model.add_adapter(DEFAULT_ADAPTER, named(config)).unwrap();
         let plan = Training { lr: 1e-2, weight_decay: 0.1, losses: vec![0.0; 3] };
         let (mut model, _) = train(model, &fixture.batch(PaddingSide::Right, &device), &plan);
         let second = LoraConfig::new(2)
             .with_target_modules(["k_proj", "v_proj"])
             .with_init_lora_weights(InitLoraWeights::Random);
-        model.add_adapter("second", &named(second)).unwrap();
+        model.add_adapter("second", named(second)).unwrap();
         let mut expected = Expected::new(&fixture);
         let mut labels = vec![("", vec![DEFAULT_ADAPTER]), ("both.", vec![DEFAULT_ADAPTER, "second"])];
         // In peft, the biases that the first one trained stay where they are when it is not active.

@@ -224,7 +224,7 @@ fn without_the_mapping_the_error_asks_for_one() {
 
     // Targets that are named alike in both find the modules, and none of the tensors.
     let mut model = encoder();
-    model.add_adapter("default", &config().with_target_modules(["query"])).unwrap();
+    model.add_adapter("default", config().with_target_modules(["query"])).unwrap();
     model.save_adapter("default", directory.path()).unwrap();
     let error = other.load_adapter("default", directory.path()).unwrap_err();
     assert!(matches!(error, PeftError::IncompatibleAdapter { .. }), "{error:?}");

@@ -234,14 +234,14 @@ fn configurations() {
         messages,
         "a tied output layer as a target",
         tied(),
-        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["q_proj", "lm_head"])),
+        |model| model.add_adapter(DEFAULT_ADAPTER, on(["q_proj", "lm_head"])),
         NoOutputLayer { .. }
     );
     misuse!(
         messages,
         "a tied output layer to be saved",
         tied(),
-        |model| model.add_adapter(DEFAULT_ADAPTER, &on(["q_proj"]).with_modules_to_save(["norm", "lm_head"])),
+        |model| model.add_adapter(DEFAULT_ADAPTER, on(["q_proj"]).with_modules_to_save(["norm", "lm_head"])),
         NoOutputLayer { .. }
     );
     let foreign = Net::new().apply_lora(Lora::new(2, 4.0));
@@ -249,7 +249,7 @@ fn configurations() {
         messages,
         "a model with another crate's adapters",
         foreign,
-        |net| net.add_adapter(DEFAULT_ADAPTER, &on(["query"])),
+        |net| net.add_adapter(DEFAULT_ADAPTER, on(["query"])),
         ForeignReparameterization { .. }
     );
     insta::assert_snapshot!(messages);
@@ -265,13 +265,13 @@ fn adapters() {
             misuse!(messages, $title, $model, $operation, $variant);
         };
     }
-    refuse!("a name that is taken", two(), |net| net.add_adapter("one", &on(["free"])), AdapterExists { .. });
-    refuse!("a dotted name", two(), |net| net.add_adapter("v1.2", &on(["free"])), InvalidAdapterName { .. });
-    refuse!("an empty name", two(), |net| net.add_adapter("", &on(["free"])), InvalidAdapterName { .. });
+    refuse!("a name that is taken", two(), |net| net.add_adapter("one", on(["free"])), AdapterExists { .. });
+    refuse!("a dotted name", two(), |net| net.add_adapter("v1.2", on(["free"])), InvalidAdapterName { .. });
+    refuse!("an empty name", two(), |net| net.add_adapter("", on(["free"])), InvalidAdapterName { .. });
     refuse!(
         "a name that leaves the directory",
         two(),
-        |net| net.add_adapter("../x", &on(["free"])),
+        |net| net.add_adapter("../x", on(["free"])),
         InvalidAdapterName { .. }
     );
 

@@ -49,7 +49,7 @@ fn is_zero(data: &TensorData) -> bool {
 fn only_adapters_get_gradients_and_every_one_of_them_does() {
     let device = Device::flex().autodiff();
     let mut model = load_base(BASE, &device);
-    model.add_adapter("default", &all_linear().with_lora_dropout(0.1)).unwrap();
+    model.add_adapter("default", all_linear().with_lora_dropout(0.1)).unwrap();
     let (batch, mut optimizer) = (batch(&device), adamw(0.0));
 
     let paths: Vec<String> = parameters(&model).into_keys().filter(|path| is_adapter(path)).collect();
@@ -68,7 +68,7 @@ fn training_leaves_every_bit_of_the_base() {
     let device = Device::flex().autodiff();
     let mut model = load_base(BASE, &device);
     let before = parameters(&model);
-    model.add_adapter("default", &all_linear().with_lora_dropout(0.2)).unwrap();
+    model.add_adapter("default", all_linear().with_lora_dropout(0.2)).unwrap();
     let fresh = parameters(&model);
     let (batch, mut optimizer) = (batch(&device), adamw(0.1));
     for _ in 0..4 {
@@ -88,7 +88,7 @@ fn a_fresh_adapter_changes_nothing() {
     let device = Device::flex();
     let mut model = load_base(BASE, &device);
     let before = masked_logits(&model, &batch(&device));
-    model.add_adapter("default", &all_linear()).unwrap();
+    model.add_adapter("default", all_linear()).unwrap();
     assert_eq!(masked_logits(&model, &batch(&device)), before);
 }
 
@@ -109,7 +109,7 @@ fn dropout_acts_in_training_and_not_in_validation() {
 fn validation_and_back_keeps_values_and_what_is_trained() {
     let device = Device::flex().autodiff();
     let mut model = load_base(BASE, &device);
-    model.add_adapter("default", &random(["q_proj", "down_proj"])).unwrap();
+    model.add_adapter("default", random(["q_proj", "down_proj"])).unwrap();
     let plain = batch(&Device::flex());
     let valid = model.valid();
     assert_close("valid", &masked_logits(&valid, &plain), &masked_logits(&model, &batch(&device)), REORDERED);
@@ -128,7 +128,7 @@ fn records_carry_adapters_into_a_model_of_the_same_structure() {
     let device = Device::flex();
     let adapted = || {
         let mut model = load_base(BASE, &device);
-        model.add_adapter("default", &random(["q_proj", "gate_proj"])).unwrap();
+        model.add_adapter("default", random(["q_proj", "gate_proj"])).unwrap();
         model
     };
     let (source, target) = (adapted(), adapted());
@@ -148,8 +148,8 @@ fn adapters_are_switched_summed_and_disabled() {
     let batch = batch(&device);
     let mut model = load_base(BASE, &device);
     let base = masked_logits(&model, &batch);
-    model.add_adapter("one", &random(["q_proj", "up_proj"])).unwrap();
-    model.add_adapter("two", &random(["v_proj", "up_proj"])).unwrap();
+    model.add_adapter("one", random(["q_proj", "up_proj"])).unwrap();
+    model.add_adapter("two", random(["v_proj", "up_proj"])).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let alone = |name: &str| {
         let path = directory.path().join(name);
@@ -187,8 +187,8 @@ fn only_the_active_adapter_is_trained() {
     let device = Device::flex().autodiff();
     let batch = batch(&device);
     let mut model = load_base(BASE, &device);
-    model.add_adapter("one", &random(["q_proj", "up_proj"])).unwrap();
-    model.add_adapter("two", &random(["v_proj", "up_proj"])).unwrap();
+    model.add_adapter("one", random(["q_proj", "up_proj"])).unwrap();
+    model.add_adapter("two", random(["v_proj", "up_proj"])).unwrap();
     let mut optimizer = adamw(0.0);
     for name in ["one", "two", "one"] {
         model.set_adapter(&[name]).unwrap();
@@ -247,7 +247,7 @@ fn weight_space_and_activation_space_agree_in_values_and_gradients() {
     let device = Device::flex().autodiff();
     let layer = |d_in, d_out| burn::nn::LinearConfig::new(d_in, d_out).init(&device);
     let mut plain = Block { up: layer(12, 20), down: layer(20, 12) };
-    plain.add_adapter("default", &random(["up", "down"])).unwrap();
+    plain.add_adapter("default", random(["up", "down"])).unwrap();
     // The same parameters, adapters included, in a graph of their own.
     let copy = plain.clone().fork(&device);
     let fast = Block { up: LoraLinear::from(copy.up), down: LoraLinear::from(copy.down) };

@@ -231,7 +231,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let mut model = model(&device, false);
         model
-            .add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]))
+            .add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]))
             .unwrap();
         let quantized = |model: &LlamaForCausalLm, packed: bool| {
             let mut model = model.clone();

@@ -273,10 +273,7 @@ mod tests {
         device.seed(5);
         let mut model = LlamaConfig::new(8, 16, 2).with_heads(2, 1).init(&device);
         model
-            .add_adapter(
-                "default",
-                &LoraConfig::new(4).with_target_modules(["q_proj", "v_proj", "down_proj"]),
-            )
+            .add_adapter("default", LoraConfig::new(4).with_target_modules(["q_proj", "v_proj", "down_proj"]))
             .unwrap();
         let base = |model: &LlamaForCausalLm| -> Vec<f32> {
             model.model.layers[0].mlp.down_proj.weight.base().into_data().iter::<f32>().collect()

@@ -240,7 +240,7 @@ mod tests {
     fn adapters_are_not_lost_in_silence() {
         use burn_peft::{LoraConfig, PeftModel};
         let mut model = config().init(&Device::flex());
-        model.add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj"])).unwrap();
+        model.add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj"])).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let error = model.save_pretrained(dir.path()).unwrap_err();
         assert!(

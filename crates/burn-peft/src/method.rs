@@ -259,12 +259,12 @@ pub(crate) trait Method: Debug + Send + Sync {
     }
 }
 
-/// What can be summed over adapters.
-pub(crate) enum Parts {
-    /// `scaling * A B`, and a bias of the output.
-    Factors { a: Tensor<2>, b: Tensor<2>, bias: Option<Tensor<2>> },
-    /// `scaling * shift`, `[1, n]`.
-    Shift(Tensor<2>),
+/// What can be summed over adapters: a scaled update of low rank, a scaled bias of the output or of a bias, or both.
+pub(crate) struct Parts {
+    /// `A` and `B`.
+    pub(crate) factors: Option<(Tensor<2>, Tensor<2>)>,
+    /// `[1, d_out]`
+    pub(crate) bias: Option<Tensor<2>>,
 }
 
 /// What a method sees of a forward pass.

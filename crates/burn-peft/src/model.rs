@@ -653,8 +653,7 @@ mod tests {
     fn training_moves_the_factors_and_nothing_else() {
         let device = Device::default().autodiff();
         let mut net = Net::new(&device);
-        net.add_adapter("default", &config().with_init_lora_weights(InitLoraWeights::KaimingUniform))
-            .unwrap();
+        net.add_adapter("default", config().with_init_lora_weights(InitLoraWeights::KaimingUniform)).unwrap();
         let (base, bias) = (weights(&net), net.up.bias.as_ref().unwrap().val().into_data());
         let before = output(&net);
         let mut optimizer = AdamWConfig::new().init();
@@ -673,9 +672,9 @@ mod tests {
     fn the_active_set_alone_decides_the_output() {
         let mut net = Net::new(&Device::default().autodiff());
         let bare = output(&net);
-        net.add_adapter("one", &config()).unwrap();
+        net.add_adapter("one", config()).unwrap();
         let one = output(&net);
-        net.add_adapter("two", &config().with_lora_alpha(3.0)).unwrap();
+        net.add_adapter("two", config().with_lora_alpha(3.0)).unwrap();
         assert_eq!(output(&net), one, "a second adapter waits");
         net.set_adapter(&["two"]).unwrap();
         let two = output(&net);
@@ -698,7 +697,7 @@ mod tests {
         for device in [Device::default(), Device::default().autodiff()] {
             let mut net = Net::new(&device);
             let (bare, base, ids) = (output(&net), weights(&net), parameter_ids(&net));
-            net.add_adapter("default", &config()).unwrap();
+            net.add_adapter("default", config()).unwrap();
             let adapted = output(&net);
             assert!(distance(&bare, &adapted) > 1e-2);
 
@@ -719,7 +718,7 @@ mod tests {
     fn updates_are_added_to_the_copy_of_another_adapter_whatever_their_names() {
         for [update, copy] in [["a", "b"], ["b", "a"]] {
             let mut net = Net::new(&Device::default());
-            net.add_adapter(update, &config().with_target_modules(["up"])).unwrap();
+            net.add_adapter(update, config().with_target_modules(["up"])).unwrap();
             let saving = config().with_target_modules(["down"]).with_modules_to_save(["up"]);
             net.add_adapter(copy, &saving).unwrap();
             net.set_adapter(&[copy]).unwrap();
@@ -735,7 +734,7 @@ mod tests {
     #[test]
     fn a_merge_that_would_break_the_weights_changes_nothing() {
         let mut net = Net::new(&Device::default());
-        net.add_adapter("default", &config().with_lora_alpha(1e300)).unwrap();
+        net.add_adapter("default", config().with_lora_alpha(1e300)).unwrap();
         let base = weights(&net);
         let error = net.merge_and_unload().unwrap_err();
         assert!(matches!(&error, PeftError::NonFiniteMerge { name, .. } if name == "default"), "{error}");
@@ -748,7 +747,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let device = Device::default().autodiff();
         let mut net = Net::new(&device);
-        net.add_adapter("default", &config()).unwrap();
+        net.add_adapter("default", config()).unwrap();
         net.save_adapter("default", directory.path()).unwrap();
         let adapted = output(&net);
 
@@ -764,10 +763,10 @@ mod tests {
     fn records_carry_adapters_between_models_of_the_same_structure() {
         let device = Device::default();
         let mut net = Net::new(&device);
-        net.add_adapter("default", &config()).unwrap();
+        net.add_adapter("default", config()).unwrap();
         let mut other = Net::new(&device);
         device.seed(99);
-        other.add_adapter("default", &config()).unwrap();
+        other.add_adapter("default", config()).unwrap();
         assert_ne!(output(&other), output(&net));
         assert_eq!(output(&other.load_record(net.clone().into_record())), output(&net));
     }
@@ -788,7 +787,7 @@ mod tests {
         assert!(report.modules.iter().all(|module| !module.activation_space));
         assert!(distance(&forward(&encoder), &bare) > 1e-2);
 
-        let error = encoder.add_adapter("second", &all.clone().with_lora_dropout(0.1)).unwrap_err();
+        let error = encoder.add_adapter("second", all.clone().with_lora_dropout(0.1)).unwrap_err();
         assert!(matches!(error, PeftError::DropoutNeedsLoraLinear { ref modules } if modules.len() == 12));
     }
 
@@ -804,12 +803,12 @@ mod tests {
             message(config().with_exclude_modules(["up", "down", "embed"])),
             "`exclude_modules` [\"down\", \"embed\", \"up\"] removed all 3 modules that `target_modules` [\"down\", \"embed\", \"up\"] matched\nhint: leave one of them to adapt"
         );
-        let report = net.add_adapter("default", &config().with_target_modules(["up", "side"])).unwrap();
+        let report = net.add_adapter("default", config().with_target_modules(["up", "side"])).unwrap();
         assert_eq!(report.unmatched_targets, ["side"]);
         assert_eq!(report.to_string(), "adapter `default`: 1 module adapted; no module is named side");
-        let exists = net.add_adapter("default", &config()).unwrap_err();
+        let exists = net.add_adapter("default", config()).unwrap_err();
         assert!(matches!(exists, PeftError::AdapterExists { .. }));
-        assert!(matches!(net.add_adapter("a.b", &config()), Err(PeftError::InvalidAdapterName { .. })));
+        assert!(matches!(net.add_adapter("a.b", config()), Err(PeftError::InvalidAdapterName { .. })));
         assert_eq!(
             net.set_adapter(&["other"]).unwrap_err().to_string(),
             "no adapter is named `other`: the model has `default`"
@@ -834,7 +833,7 @@ mod tests {
             up: LoraLinear,
         }
         let mut model = Half { up: burn::nn::Linear { weight: half(layer.weight), bias: None }.into() };
-        model.add_adapter("default", &config().with_target_modules(["up"])).unwrap();
+        model.add_adapter("default", config().with_target_modules(["up"])).unwrap();
         let x = Tensor::<2>::ones([3, 6], &device).cast(FloatDType::BF16);
         let adapted = model.up.forward(x.clone());
         assert_eq!(adapted.dtype(), DType::BF16);
@@ -850,7 +849,7 @@ mod tests {
     fn another_crates_adapters_are_not_overwritten() {
         let device = Device::default();
         let mut net = Net::new(&device).apply_lora(burn::module::Lora::new(2, 4.0));
-        let error = net.add_adapter("default", &config()).unwrap_err();
+        let error = net.add_adapter("default", config()).unwrap_err();
         assert!(
             matches!(&error, PeftError::ForeignReparameterization { paths } if paths[0] == "embed.weight"),
             "{error}"

@@ -86,7 +86,7 @@ proptest! {
         let device = Device::flex();
         let layer = EmbeddingConfig::new(entries, width).init(&device);
         let mut model = Wrapper { layer: LoraEmbedding::from(layer) };
-        model.add_adapter(DEFAULT_ADAPTER, &scale.config()).unwrap();
+        model.add_adapter(DEFAULT_ADAPTER, scale.config()).unwrap();
         let all = parameters(&model);
         let (w, (a, b)) = (numbers(&all, "layer.weight"), factors(&all));
         let ids: Vec<usize> = ids.into_iter().map(|id| id % entries).collect();
@@ -128,7 +128,7 @@ proptest! {
             .with_bias(bias)
             .init(&device);
         let mut model = Wrapper::<Conv2d> { layer };
-        model.add_adapter(DEFAULT_ADAPTER, &scale.config().with_lora_bias(bias)).unwrap();
+        model.add_adapter(DEFAULT_ADAPTER, scale.config().with_lora_bias(bias)).unwrap();
         let mut model = stir(model);
         let x = Tensor::<4>::random([2, c_in, 5, 4], Distribution::Normal(0.0, 1.0), &device);
 

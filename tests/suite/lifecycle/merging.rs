@@ -17,8 +17,8 @@ fn config() -> LoraConfig {
 
 fn adapted(device: &Device) -> Net {
     let mut net = Net::new(device);
-    net.add_adapter("one", &config()).unwrap();
-    net.add_adapter("two", &random(2, ["up", "position", "down"])).unwrap();
+    net.add_adapter("one", config()).unwrap();
+    net.add_adapter("two", random(2, ["up", "position", "down"])).unwrap();
     net.set_adapter(&["one", "two"]).unwrap();
     stir(net)
 }
@@ -186,7 +186,7 @@ fn poisoned(net: Net, end: &str, number: f32) -> Net {
 fn what_is_not_finite_is_never_merged() {
     let biased = || {
         let mut net = Net::new(&Device::flex());
-        net.add_adapter("one", &random(2, ["up"]).with_lora_bias(true)).unwrap();
+        net.add_adapter("one", random(2, ["up"]).with_lora_bias(true)).unwrap();
         stir(net)
     };
     let cases = [
@@ -265,8 +265,8 @@ fn a_bias_of_the_update_is_merged_into_the_bias_of_the_layer_or_stays_beside_it(
     for with_bias in [true, false] {
         let linear = LinearConfig::new(4, 3).with_bias(with_bias).init(&device);
         let mut layer = Layer { proj: linear.into() };
-        layer.add_adapter("one", &random(2, ["proj"]).with_lora_bias(true)).unwrap();
-        layer.add_adapter("two", &random(2, ["proj"]).with_lora_bias(true)).unwrap();
+        layer.add_adapter("one", random(2, ["proj"]).with_lora_bias(true)).unwrap();
+        layer.add_adapter("two", random(2, ["proj"]).with_lora_bias(true)).unwrap();
         layer.set_adapter(&["one", "two"]).unwrap();
         let mut layer = stir(layer);
         let x = Tensor::<2>::from_data([[0.3, -1.0, 0.7, 2.0]], &device);
@@ -296,7 +296,7 @@ fn a_bias_of_the_update_is_merged_into_the_bias_of_the_layer_or_stays_beside_it(
 fn trained_biases_are_merged_and_unloaded() {
     let mut net = Net::new(&Device::flex());
     let bare = net.output();
-    net.add_adapter("one", &random(2, ["up"]).with_bias(Bias::All)).unwrap();
+    net.add_adapter("one", random(2, ["up"]).with_bias(Bias::All)).unwrap();
     let mut net = stir(net);
     let before = net.output();
     let mut merged = net.clone();
@@ -309,7 +309,7 @@ fn trained_biases_are_merged_and_unloaded() {
 #[test]
 fn the_lora_bias_of_a_merged_adapter_is_not_trained() {
     let mut net = Net::new(&Device::flex().autodiff());
-    net.add_adapter("one", &random(3, ["up"]).with_lora_bias(true)).unwrap();
+    net.add_adapter("one", random(3, ["up"]).with_lora_bias(true)).unwrap();
     let gradients = |net: &Net| {
         let loss = net.forward(ids(&net.devices()[0])).powi_scalar(2).mean();
         GradientsParams::from_grads(loss.backward(), net).len()

@@ -21,8 +21,8 @@ pub(super) fn row(data: &TensorData, i: usize) -> Vec<f32> {
 /// `biased` has a `lora_bias`, `wide` adapts the embedding as well.
 fn net(device: &Device) -> Net {
     let mut net = Net::new(device);
-    net.add_adapter("biased", &random(3, ["up"]).with_lora_bias(true)).unwrap();
-    net.add_adapter("wide", &random(2, ["up", "token"])).unwrap();
+    net.add_adapter("biased", random(3, ["up"]).with_lora_bias(true)).unwrap();
+    net.add_adapter("wide", random(2, ["up", "token"])).unwrap();
     stir(net)
 }
 
@@ -92,8 +92,8 @@ fn what_all_rows_share_cannot_be_named() {
         other => panic!("{other:?}"),
     };
     let mut net = net(&Device::flex());
-    net.add_adapter("plain", &random(2, ["up", "down"])).unwrap();
-    net.add_adapter("copies", &random(2, ["up"]).with_bias(Bias::LoraOnly)).unwrap();
+    net.add_adapter("plain", random(2, ["up", "down"])).unwrap();
+    net.add_adapter("copies", random(2, ["up"]).with_bias(Bias::LoraOnly)).unwrap();
     let rows = [Some("biased"), Some("plain"), None];
     assert_eq!(reason(&net, &rows), "plain: `down` is a plain layer, whose weight all rows share");
     assert_eq!(reason(&net, &[Some("copies")]), "copies: it replaces a parameter of `up` for all rows");
@@ -136,7 +136,7 @@ fn prompts_are_answered_together_as_apart() {
 #[test]
 fn what_a_broken_adapter_gives_stays_in_its_rows() {
     let mut net = net(&Device::flex());
-    net.add_adapter("broken", &random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
+    net.add_adapter("broken", random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
     let bare = net.without_adapters().unwrap().output();
     let mixed = net.for_rows(&[Some("broken"), None, None]).unwrap().output();
     assert!(row(&mixed, 0).iter().any(|value| !value.is_finite()));
@@ -150,7 +150,7 @@ fn rows_forget_an_adapter_that_was_deleted() {
     let mut mixed = net.for_rows(&[Some("wide"), None, None]).unwrap();
     assert_different("wide", &mixed.output(), &bare);
     mixed.delete_adapter("wide").unwrap();
-    mixed.add_adapter("wide", &random(2, ["up", "token"])).unwrap();
+    mixed.add_adapter("wide", random(2, ["up", "token"])).unwrap();
     assert_eq!(mixed.output(), bare);
 }
 
@@ -167,7 +167,7 @@ fn a_model_whose_rows_name_adapters_is_not_merged() {
 #[test]
 fn dropout_does_not_act_on_a_mixed_batch() {
     let mut net = Net::new(&Device::flex().autodiff());
-    net.add_adapter("one", &random(3, ["up"]).with_lora_dropout(0.5)).unwrap();
+    net.add_adapter("one", random(3, ["up"]).with_lora_dropout(0.5)).unwrap();
     let mixed = net.for_rows(&[Some("one"), Some("one"), None]).unwrap();
     assert_eq!(mixed.output(), mixed.output());
     assert_different("dropout", &net.output(), &net.output());
@@ -179,7 +179,7 @@ fn with_adapted_head(device: &Device) -> (Fixture, LlamaForCausalLm) {
     let fixture = Fixture::open("mha-biased-head");
     let mut model = load_base("mha-biased", device);
     model.load_adapter("peft", &fixture.directory).unwrap();
-    model.add_adapter("wide", &random(2, ["embed_tokens", "lm_head", "v_proj"])).unwrap();
+    model.add_adapter("wide", random(2, ["embed_tokens", "lm_head", "v_proj"])).unwrap();
     (fixture, model)
 }
 

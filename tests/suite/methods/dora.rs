@@ -90,7 +90,7 @@ fn what_peft_refuses_is_refused_by_name() {
     let device = Device::flex();
     let mut model = One::new(identity(), &device);
     let dora = LoraConfig::new(2).with_use_dora(true).with_target_modules(["layer"]);
-    let error = model.add_adapter("default", &dora.clone().with_lora_bias(true)).unwrap_err();
+    let error = model.add_adapter("default", dora.clone().with_lora_bias(true)).unwrap_err();
     assert_eq!(
         error.to_string(),
         "invalid `lora_bias`: expected false beside `use_dora`, as in PEFT, found true"
@@ -99,7 +99,7 @@ fn what_peft_refuses_is_refused_by_name() {
     let error = model.for_rows(&[Some("default"), None]).unwrap_err();
     assert!(matches!(&error, PeftError::MixedBatch { name, .. } if name == "default"), "{error}");
     let random = LoraConfig::new(2).with_init_lora_weights(InitLoraWeights::Random);
-    model.add_adapter("plain", &random.with_target_modules(["layer"])).unwrap();
+    model.add_adapter("plain", random.with_target_modules(["layer"])).unwrap();
     // A batch that names other adapters alone is none of its business.
     model.for_rows(&[Some("plain"), None]).unwrap();
     let sources = [("default", 0.5), ("plain", 0.5)];

@@ -48,8 +48,8 @@ fn what_cannot_be_is_refused_by_name() {
 #[test]
 fn two_adapters_with_tokens_of_one_table_are_not_active_together() {
     let mut model = load_base("mha-biased", &Device::flex());
-    model.add_adapter("one", &config([5])).unwrap();
-    model.add_adapter("two", &config([7])).unwrap();
+    model.add_adapter("one", config([5])).unwrap();
+    model.add_adapter("two", config([7])).unwrap();
     let error = model.set_adapter(&["one", "two"]).unwrap_err();
     assert!(matches!(error, PeftError::ConflictingCopies { .. }), "{error}");
     model.set_adapter(&["two"]).unwrap();

@@ -238,8 +238,7 @@ impl Method for LowRank {
     }
 
     fn parts(&self, of: &Update) -> Option<Parts> {
-        let (a, b) = self.factors(of);
-        Some(Parts::Factors { a, b, bias: of.get(BIAS).map(|bias| bias.val()) })
+        Some(Parts { factors: Some(self.factors(of)), bias: of.get(BIAS).map(|bias| bias.val()) })
     }
 
     fn rank(&self) -> Option<usize> {

@@ -67,6 +67,6 @@ impl Method for Shift {
     }
 
     fn parts(&self, of: &Update) -> Option<Parts> {
-        Some(Parts::Shift(of[SHIFT].val()))
+        Some(Parts { factors: None, bias: Some(of[SHIFT].val()) })
     }
 }

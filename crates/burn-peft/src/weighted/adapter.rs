@@ -48,11 +48,8 @@ pub(crate) fn add(
 
 fn greatest_rank(layout: &Layout, name: &str) -> usize {
     let updates = layout.states.of(name).flat_map(|(_, adapter)| &adapter.updates);
-    let ranks = updates.filter_map(|update| match update.method.parts(update)? {
-        Parts::Factors { a, .. } => Some(a.dims()[1]),
-        Parts::Shift(_) => None,
-    });
-    ranks.max().unwrap_or(0)
+    let factors = updates.filter_map(|update| update.method.parts(update)?.factors);
+    factors.map(|(a, _)| a.dims()[1]).max().unwrap_or(0)
 }
 
 /// The configuration of the first source with scaling 1, and the paths of the weights that the sources adapt.
@@ -73,11 +70,8 @@ fn combined_config(
             first.get_or_insert(config);
             lora_bias |= config.lora_bias;
             for update in &adapter.updates {
-                match update.method.parts(update).ok_or_else(cannot)? {
-                    Parts::Factors { .. } => {
-                        paths.insert(path.clone());
-                    }
-                    Parts::Shift(_) => {}
+                if update.method.parts(update).ok_or_else(cannot)?.factors.is_some() {
+                    paths.insert(path.clone());
                 }
             }
         }
@@ -109,15 +103,9 @@ fn combine(
         let adapter = adapter.valid();
         for update in &adapter.updates {
             let scaling = update.scaling;
-            let constant = match update.method.parts(update) {
-                Some(Parts::Factors { a, b, bias }) => {
-                    sources.push(Source { a, b, scaling, weight: *weight });
-                    bias
-                }
-                Some(Parts::Shift(shift)) => Some(shift),
-                None => None,
-            };
-            let part = constant.map(|constant| constant.mul_scalar(weight * scaling));
+            let Some(Parts { factors, bias }) = update.method.parts(update) else { continue };
+            sources.extend(factors.map(|(a, b)| Source { a, b, scaling, weight: *weight }));
+            let part = bias.map(|bias| bias.mul_scalar(weight * scaling));
             sum = match (sum, part) {
                 (Some(sum), Some(part)) => Some(sum + part),
                 (sum, part) => sum.or(part),
