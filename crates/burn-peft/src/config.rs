@@ -108,13 +108,14 @@ macro_rules! configurations {
                 }
             }
 
-            fn kind(&self) -> &dyn Configuration {
+            /// What every kind can do.
+            pub(crate) fn kind(&self) -> &dyn Configuration {
                 match self {
                     $(Self::$kind(config) => config,)*
                 }
             }
 
-            fn kind_mut(&mut self) -> &mut dyn Configuration {
+            pub(crate) fn kind_mut(&mut self) -> &mut dyn Configuration {
                 match self {
                     $(Self::$kind(config) => config,)*
                 }
@@ -160,38 +161,6 @@ impl PeftConfig {
         let mut problems = self.kind().problems();
         problems.extend(self.targeting().problems());
         problems
-    }
-
-    pub(crate) fn check_new(&self) -> Result<(), PeftError> {
-        self.kind().check_new()
-    }
-
-    pub(crate) fn targeting_mut(&mut self) -> &mut Targeting {
-        self.kind_mut().targeting_mut()
-    }
-
-    pub(crate) fn ranks(&self) -> Result<Ranks, PeftError> {
-        self.kind().ranks()
-    }
-
-    pub(crate) fn set_ranks(&mut self, ranks: Vec<(String, usize)>, alphas: Vec<(String, f64)>) {
-        self.kind_mut().set_ranks(ranks, alphas);
-    }
-
-    pub(crate) fn make_plain(&mut self, scale: f64) {
-        self.kind_mut().make_plain(scale);
-    }
-
-    pub(crate) fn bias(&self) -> Bias {
-        self.kind().bias()
-    }
-
-    pub(crate) fn ensures_weight_tying(&self) -> bool {
-        self.kind().ensures_weight_tying()
-    }
-
-    pub(crate) fn describe(&self) -> String {
-        self.kind().describe()
     }
 }
 

@@ -86,6 +86,23 @@ pub(crate) struct KeyEnd {
 }
 
 impl KeyEnd {
+    pub(crate) const fn new(
+        front: &'static str,
+        back: &'static str,
+        tensor: &'static str,
+        tells: Tells,
+    ) -> Self {
+        Self { front, back, tensor, layer: None, tells, is_read_by_tied_output: false }
+    }
+
+    const fn of(self, layer: Layer) -> Self {
+        Self { layer: Some(layer), ..self }
+    }
+
+    const fn tied(self) -> Self {
+        Self { is_read_by_tied_output: true, ..self }
+    }
+
     /// The end as files have it.
     pub(crate) fn text(&self) -> String {
         format!("{}{}", self.front, self.back)

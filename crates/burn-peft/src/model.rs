@@ -86,7 +86,7 @@ pub trait PeftModel: Module {
     ) -> Result<InjectionReport, PeftError> {
         let mut layout = Layout::of(self)?;
         let config = config.into();
-        config.check_new()?;
+        config.kind().check_new()?;
         let plan = Plan::new(&layout, name, &config)?;
         plan.add_to(&mut layout.states, plan.fresh()?);
         attach(self, layout.states, true);

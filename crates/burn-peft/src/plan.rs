@@ -96,7 +96,7 @@ impl Plan {
         let choice = Choice::of(&parameters, config)?;
         let unmatched_modules_to_save =
             unmatched_modules_to_save(&parameters, &config.targeting().modules_to_save)?;
-        let ranks = config.ranks()?;
+        let ranks = config.kind().ranks()?;
         let selection = Selection::new(config.targeting())?;
         let mut chosen = vec![];
         for (_, site) in &parameters {
@@ -318,7 +318,7 @@ impl Choice {
 /// [`PeftError::InvalidConfig`] for methods that the output layer does not read.
 fn check_tie(config: &PeftConfig, at: &Chosen, methods: &[Arc<dyn Method>]) -> Result<(), PeftError> {
     let is_apart = at.is_tied && methods.iter().any(|method| !method.is_read_by_tied_output());
-    if !is_apart || !config.ensures_weight_tying() {
+    if !is_apart || !config.kind().ensures_weight_tying() {
         return Ok(());
     }
     Err(PeftError::InvalidConfig {

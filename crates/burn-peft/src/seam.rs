@@ -1,15 +1,22 @@
 //! The one place that knows how Burn carries adapters: reading every state of a model and putting edited ones back.
 //!
-//! Burn shows a parameter's reparameterization to nobody but the parameter's owner. What it does show, to visitors and
-//! mappers, are the parameters *inside* the reparameterization, and those may carry a reparameterization themselves.
-//! That is the way in: while [`Adapters`] is traversed, its first parameter carries a [`Note`]. A visitor finds the
-//! whole state in it; a mapper leaves one that tells the state to drop itself at the next `materialize()`.
+//! Burn shows a parameter's reparameterization to nobody but the parameter's owner, and these modules are anybody's. So
+//! the states themselves help: while a model is traversed here, each [`Adapters`] that the traversal meets looks at the
+//! [`Wish`] of this thread and hands out a copy of itself, or tells itself to drop at the next `materialize()`. In every
+//! other traversal there is no wish.
+//!
+//! This rests on three things that Burn does, and a test below names the one that is missing, should it change:
+//! - it traverses the state of a parameter between `enter_module` and `exit_module` with the state's name and the
+//!   container "Reparameterization", behind the parameter itself,
+//! - it does so on the thread that asked for the traversal,
+//! - `materialize()` replaces a parameter by what its state makes of it and removes the state.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::module::{
-    Devices, Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
+    Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
 };
 use burn::tensor::{Device, Shape, Tensor};
 
@@ -82,8 +89,7 @@ impl Layout {
     /// # Errors
     /// [`PeftError::ForeignReparameterization`]: attaching over another state would lose one of the two silently.
     pub(crate) fn of<M: Module>(model: &M) -> Result<Self, PeftError> {
-        let mut reader = Reader::default();
-        model.visit(&mut reader);
+        let reader = Reader::of(model);
         match reader.foreign {
             paths if paths.is_empty() => Ok(reader.layout),
             paths => Err(PeftError::ForeignReparameterization { paths }),
@@ -92,9 +98,7 @@ impl Layout {
 
     /// Reads a model of which nothing will be changed; the parameters of foreign states count as the model's own.
     pub(crate) fn read_only<M: Module>(model: &M) -> Self {
-        let mut reader = Reader::default();
-        model.visit(&mut reader);
-        reader.layout
+        Reader::of(model).layout
     }
 }
 
@@ -102,7 +106,8 @@ impl Layout {
 ///
 /// `freeze_base` stops the training of every base parameter; without it their training state is left as it is.
 pub(crate) fn attach<M: Module>(model: &mut M, states: States, freeze_base: bool) {
-    let mut bare = model.clone().map(&mut Dropper::default()).materialize();
+    let bare = Wish::Drop.during(|| model.clone().map(&mut Untouched));
+    let mut bare = bare.materialize();
     if freeze_base {
         bare = bare.no_grad();
     }
@@ -115,6 +120,14 @@ struct Reader {
     containers: Vec<String>,
     layout: Layout,
     foreign: Vec<String>,
+}
+
+impl Reader {
+    fn of<M: Module>(model: &M) -> Self {
+        let mut reader = Self::default();
+        Wish::Read(None).during(|| model.visit(&mut reader));
+        reader
+    }
 }
 
 impl ModuleVisitor for Reader {
@@ -135,62 +148,46 @@ impl ModuleVisitor for Reader {
         self.containers.push(container.to_string());
     }
 
-    fn exit_module(&mut self, _name: &str, _container: &str) {
+    fn exit_module(&mut self, name: &str, container: &str) {
         self.path.pop();
         self.containers.pop();
+        if container == REPARAMETERIZATION && name == Adapters::NAME {
+            let state = Wish::take();
+            self.layout.states.extend(state.map(|state| (self.path.join("."), state)));
+        }
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let mut levels = self.containers.iter().zip(&self.path);
-        let inside =
-            levels.position(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME);
-        match (inside, param.reparameterization::<Note>()) {
-            (Some(depth), Some(Note::Offer(state))) => {
-                self.layout.states.insert(self.path[..depth].join("."), Adapters::clone(state));
-            }
-            (Some(_), _) => {}
-            (None, _) => {
-                // Reading the value initialises a lazy parameter, so that the clone that `attach` freezes
-                // no longer shares its initialisation with other clones of the model.
-                let base = param.base();
-                self.layout.parameters.push(BaseParameter {
-                    path: self.path.join("."),
-                    shape: base.shape(),
-                    device: param.lazy_device(),
-                    container: self.containers.last().cloned().unwrap_or_default(),
-                    requires_grad: base.is_require_grad(),
-                    // Flattening may copy, so it waits until somebody asks.
-                    value: Arc::new(move || {
-                        let base = base.clone();
-                        let base = if base.is_autodiff() { base.inner() } else { base };
-                        let elements = base.shape().num_elements();
-                        base.reshape([elements])
-                    }),
-                });
-            }
+        if levels.any(|(container, name)| container == REPARAMETERIZATION && name == Adapters::NAME) {
+            return;
         }
+        // Reading the value initialises a lazy parameter, so that the clone that `attach` freezes
+        // no longer shares its initialisation with other clones of the model.
+        let base = param.base();
+        self.layout.parameters.push(BaseParameter {
+            path: self.path.join("."),
+            shape: base.shape(),
+            device: param.lazy_device(),
+            container: self.containers.last().cloned().unwrap_or_default(),
+            requires_grad: base.is_require_grad(),
+            // Flattening may copy, so it waits until somebody asks.
+            value: Arc::new(move || {
+                let base = base.clone();
+                let base = if base.is_autodiff() { base.inner() } else { base };
+                let elements = base.shape().num_elements();
+                base.reshape([elements])
+            }),
+        });
     }
 }
 
-/// Marks every state of ours as dropped.
-#[derive(Default)]
-struct Dropper {
-    depth: usize,
-}
+/// Changes nothing.
+struct Untouched;
 
-impl ModuleMapper for Dropper {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if self.depth > 0 || (container == REPARAMETERIZATION && name == Adapters::NAME) {
-            self.depth += 1;
-        }
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.depth = self.depth.saturating_sub(1);
-    }
-
+impl ModuleMapper for Untouched {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.depth > 0 { with_note(param, Note::Drop) } else { param }
+        param
     }
 }
 
@@ -210,127 +207,53 @@ impl Reparameterizer for Table {
     }
 }
 
-/// What the first parameter of a state carries during a traversal. As a reparameterization it changes nothing.
-#[derive(Debug, Clone)]
-enum Note {
-    /// To visitors: the state itself.
-    Offer(Box<Adapters>),
-    /// From mappers: the state is to be dropped.
+/// What a traversal wants of the states that it meets.
+enum Wish {
+    /// A copy of the one that was met last.
+    Read(Option<Adapters>),
+    /// That they drop themselves.
     Drop,
 }
 
-impl Reparameterization for Note {
-    const NAME: &'static str = "peft_note";
-
-    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        base
-    }
+thread_local! {
+    /// The wish of the traversal that runs on this thread.
+    static WISH: RefCell<Option<Wish>> = const { RefCell::new(None) };
 }
 
-impl Module for Note {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        devices
-    }
-
-    fn fork(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn to_device(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        self.clone()
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn visit<V: ModuleVisitor>(&self, _visitor: &mut V) {}
-
-    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
-        self
-    }
-}
-
-fn with_note<const D: usize>(param: Param<Tensor<D>>, note: Note) -> Param<Tensor<D>> {
-    struct One(Option<Note>);
-
-    impl Reparameterizer for One {
-        type Reparam = Note;
-
-        fn reparameterize<const D: usize>(
-            &mut self,
-            _path: &str,
-            param: Param<Tensor<D>>,
-        ) -> (Param<Tensor<D>>, Option<Note>) {
-            (param, self.0.take())
+impl Wish {
+    /// Runs a traversal with this wish.
+    fn during<T>(self, traversal: impl FnOnce() -> T) -> T {
+        /// Takes the wish back, also if the traversal panics.
+        struct Guard;
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                WISH.set(None);
+            }
         }
+        WISH.set(Some(self));
+        let _guard = Guard;
+        traversal()
     }
 
-    param.apply_reparameterization(One(Some(note)))
-}
-
-/// Hands a state's parameters to a visitor, the first one with the offer of the state.
-struct Offering<'a, V> {
-    visitor: &'a mut V,
-    note: &'a mut Option<Note>,
-}
-
-impl<V: ModuleVisitor> ModuleVisitor for Offering<'_, V> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.visitor.enter_module(name, container);
+    /// The copy that a state has handed out.
+    fn take() -> Option<Adapters> {
+        WISH.with_borrow_mut(|wish| match wish {
+            Some(Self::Read(state)) => state.take(),
+            _ => None,
+        })
     }
 
-    fn exit_module(&mut self, name: &str, container: &str) {
-        self.visitor.exit_module(name, container);
+    /// Hands out a copy of `state`, if it is wished for.
+    fn offer(state: &Adapters) {
+        WISH.with_borrow_mut(|wish| {
+            if let Some(Self::Read(place)) = wish {
+                *place = Some(state.clone());
+            }
+        });
     }
 
-    fn visit_flag(&mut self, flag: &Param<Flag>) {
-        self.visitor.visit_flag(flag);
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        match self.note.take() {
-            Some(note) => self.visitor.visit_float(&with_note(param.clone(), note)),
-            None => self.visitor.visit_float(param),
-        }
-    }
-}
-
-/// Hands a state's parameters to a mapper and takes its notes off again.
-struct Listening<'a, M> {
-    mapper: &'a mut M,
-    attached: &'a mut AttachedState,
-}
-
-impl<M: ModuleMapper> ModuleMapper for Listening<'_, M> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.mapper.enter_module(name, container);
-    }
-
-    fn exit_module(&mut self, name: &str, container: &str) {
-        self.mapper.exit_module(name, container);
-    }
-
-    fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
-        self.mapper.map_flag(flag)
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let param = self.mapper.map_float(param);
-        if let Some(Note::Drop) = param.reparameterization::<Note>() {
-            *self.attached = AttachedState::Dropped;
-            let (id, tensor, mapper) = param.consume();
-            return Param::from_mapped_value(id, tensor, mapper);
-        }
-        param
+    fn is_drop() -> bool {
+        WISH.with_borrow(|wish| matches!(wish, Some(Self::Drop)))
     }
 }
 
@@ -378,57 +301,140 @@ impl Module for Adapters {
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let mut note = Some(Note::Offer(Box::new(self.clone())));
-        for adapter in &self.list {
-            visitor.enter_module(&adapter.info.name, ADAPTER);
-            let mut offering = Offering { visitor: &mut *visitor, note: &mut note };
-            for update in &adapter.updates {
+        Wish::offer(self);
+        for Adapter { updates, info } in &self.list {
+            visitor.enter_module(&info.name, ADAPTER);
+            for update in updates {
                 for (spec, tensor) in update.parts() {
-                    offering.enter_module(spec.name, ADAPTER);
-                    Module::visit(tensor, &mut offering);
-                    offering.exit_module(spec.name, ADAPTER);
+                    visitor.enter_module(spec.name, ADAPTER);
+                    Module::visit(tensor, visitor);
+                    visitor.exit_module(spec.name, ADAPTER);
                 }
                 if let Some(dropout) = &update.dropout {
-                    offering.enter_module(DROPOUT, ADAPTER);
-                    dropout.visit(&mut offering);
-                    offering.exit_module(DROPOUT, ADAPTER);
+                    visitor.enter_module(DROPOUT, ADAPTER);
+                    dropout.visit(visitor);
+                    visitor.exit_module(DROPOUT, ADAPTER);
                 }
             }
-            visitor.exit_module(&adapter.info.name, ADAPTER);
+            visitor.exit_module(&info.name, ADAPTER);
         }
     }
 
     /// A mapper may change the base or the factors, so a merged value does not survive it: it would be out of date
     /// without a sign.
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let mut attached = self.attached;
-        let map_one = |adapter: Adapter| {
-            let Adapter { updates, info } = adapter;
+        if Wish::is_drop() {
+            return Self { attached: AttachedState::Dropped, ..self };
+        }
+        let map_update = |mapper: &mut M, update: Update| {
+            let mut update = update.map_parts(|spec, tensor| {
+                mapper.enter_module(spec.name, ADAPTER);
+                let tensor = Module::map(tensor, mapper);
+                mapper.exit_module(spec.name, ADAPTER);
+                tensor
+            });
+            update.dropout = update.dropout.map(|dropout| {
+                mapper.enter_module(DROPOUT, ADAPTER);
+                let dropout = Module::map(dropout, mapper);
+                mapper.exit_module(DROPOUT, ADAPTER);
+                dropout
+            });
+            update
+        };
+        let map_one = |Adapter { updates, info }: Adapter| {
             mapper.enter_module(&info.name, ADAPTER);
-            let mut listening = Listening { mapper: &mut *mapper, attached: &mut attached };
-            let map_update = |update: Update| {
-                let mut update = update.map_parts(|spec, tensor| {
-                    listening.enter_module(spec.name, ADAPTER);
-                    let tensor = Module::map(tensor, &mut listening);
-                    listening.exit_module(spec.name, ADAPTER);
-                    tensor
-                });
-                update.dropout = update.dropout.map(|dropout| {
-                    listening.enter_module(DROPOUT, ADAPTER);
-                    let dropout = Module::map(dropout, &mut listening);
-                    listening.exit_module(DROPOUT, ADAPTER);
-                    dropout
-                });
-                update
-            };
-            let updates = updates.into_iter().map(map_update).collect();
+            let updates = updates.into_iter().map(|update| map_update(mapper, update)).collect();
             mapper.exit_module(&info.name, ADAPTER);
             Adapter { updates, info }
         };
         let list = self.list.into_iter().map(map_one).collect();
-        Self { list, merged: None, rows: self.rows, attached }
+        Self { list, merged: None, rows: self.rows, attached: self.attached }
     }
 }
 
 /// The component of a path for what decides whether dropout acts.
 const DROPOUT: &str = "dropout";
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+
+    use super::*;
+    use crate::{LoraConfig, PeftModel};
+
+    #[derive(Module, Debug)]
+    struct Model {
+        layer: Linear,
+    }
+
+    fn adapted() -> Model {
+        let mut model = Model { layer: LinearConfig::new(3, 2).init(&Device::default()) };
+        model.add_adapter("default", LoraConfig::new(2).with_target_modules(["layer"])).unwrap();
+        model
+    }
+
+    /// What the module documentation says of Burn, one by one.
+    #[test]
+    fn burn_still_does_what_this_file_rests_on() {
+        let model = adapted();
+        assert!(
+            model.layer.weight.reparameterization::<Adapters>().is_some(),
+            "Burn's `apply_reparameterization` no longer attaches a state by the parameter's path"
+        );
+
+        /// The containers and names on the way to each parameter, and the thread.
+        #[derive(Default)]
+        struct Seen(Vec<(String, String)>, Vec<Vec<(String, String)>>, Vec<std::thread::ThreadId>);
+        impl ModuleVisitor for Seen {
+            fn enter_module(&mut self, name: &str, container: &str) {
+                self.0.push((name.to_string(), container.to_string()));
+            }
+            fn exit_module(&mut self, _name: &str, _container: &str) {
+                self.0.pop();
+            }
+            fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
+                self.1.push(self.0.clone());
+                self.2.push(std::thread::current().id());
+            }
+        }
+        let mut seen = Seen::default();
+        model.visit(&mut seen);
+        let level = (Adapters::NAME.to_string(), REPARAMETERIZATION.to_string());
+        let inside: Vec<bool> = seen.1.iter().map(|path| path.contains(&level)).collect();
+        assert_eq!(
+            inside,
+            [false, true, true, false],
+            "Burn no longer traverses the state of a parameter right behind it, as a level with the state's name and the \
+             container \"Reparameterization\": {:?}",
+            seen.1
+        );
+        let here = std::thread::current().id();
+        assert!(
+            seen.2.iter().all(|thread| *thread == here),
+            "Burn no longer traverses a module on the thread that asked for it"
+        );
+
+        let dropped = Wish::Drop.during(|| model.clone().map(&mut Untouched));
+        let bare = dropped.materialize();
+        assert!(
+            bare.layer.weight.reparameterization::<Adapters>().is_none(),
+            "Burn's `materialize()` no longer removes the state of a parameter"
+        );
+        assert_eq!(
+            bare.layer.weight.val().into_data(),
+            model.layer.weight.base().into_data(),
+            "Burn's `materialize()` no longer asks a state what it makes of the base"
+        );
+    }
+
+    #[test]
+    fn other_traversals_have_no_wish() {
+        let model = adapted();
+        assert_eq!(Layout::read_only(&model).states.len(), 1);
+        assert!(Wish::take().is_none() && !Wish::is_drop());
+        // Whatever ends a traversal early.
+        let result = std::panic::catch_unwind(|| Wish::Drop.during(|| panic!("in a module of somebody")));
+        assert!(result.is_err() && !Wish::is_drop());
+        assert_eq!(model.clone().map(&mut Untouched).adapters().len(), 1);
+    }
+}

@@ -62,7 +62,7 @@ impl fmt::Display for AdapterStatus {
             f,
             "{}: {state}, {}, {}, {}",
             self.name,
-            self.config.describe(),
+            self.config.kind().describe(),
             count(self.modules, "module"),
             count(self.num_params, "parameter")
         )

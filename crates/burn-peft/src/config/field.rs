@@ -1,5 +1,6 @@
 //! One key of `adapter_config.json`: how it is read and how it is written.
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 /// What is wrong with an entry, or what can be done instead.
@@ -31,9 +32,34 @@ impl<C> Field<C> {
     }
 }
 
-/// The value, if it had the type of its key.
-pub(crate) fn wrong_type<T>(value: Option<T>) -> Result<T, Hint> {
-    value.ok_or("the value has the wrong type for this key")
+/// The table of fields with the names of their keys; in parentheses how they are read and written, if not as serde does.
+macro_rules! fields {
+    ($($key:ident $(: ($read:expr, $write:expr))?),* $(,)?) => {
+        &[$($crate::config::field::fields!(@one $key $(, $read, $write)?)),*]
+    };
+    (@one $key:ident) => {
+        $crate::config::field::fields!(@one $key, $crate::config::field::typed, |value| serde_json::json!(value))
+    };
+    (@one $key:ident, $read:expr, $write:expr) => {
+        $crate::config::field::Field {
+            key: stringify!($key),
+            read: |config, value| {
+                config.$key = $read(value)?;
+                Ok(())
+            },
+            write: |config| $write(&config.$key),
+        }
+    };
+}
+
+pub(crate) use fields;
+
+/// What is wrong with a value of another type than that of its key.
+const WRONG_TYPE: Hint = "the value has the wrong type for this key";
+
+/// The value as serde reads it.
+pub(crate) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Hint> {
+    T::deserialize(value).map_err(|_| WRONG_TYPE)
 }
 
 /// Whole numbers are written as PEFT's users write them, `16` and not `16.0`.
@@ -47,12 +73,11 @@ pub(crate) fn index(value: &Value) -> Option<usize> {
 }
 
 /// A list of names, or a single one.
-pub(crate) fn names(value: &Value) -> Option<Vec<String>> {
+pub(crate) fn names(value: &Value) -> Result<Vec<String>, Hint> {
     match value {
-        Value::String(name) if name.is_empty() => Some(vec![]),
-        Value::String(name) => Some(vec![name.clone()]),
-        Value::Array(names) => names.iter().map(|name| Some(name.as_str()?.to_string())).collect(),
-        _ => None,
+        Value::String(name) if name.is_empty() => Ok(vec![]),
+        Value::String(name) => Ok(vec![name.clone()]),
+        names => typed(names),
     }
 }
 
@@ -73,7 +98,10 @@ pub(crate) fn patterns_to_json<T>(patterns: &[(String, T)], value: impl Fn(&T) -
 pub(crate) fn patterns_from_json<T>(
     value: &Value,
     read: impl Fn(&Value) -> Option<T>,
-) -> Option<Vec<(String, T)>> {
-    let patterns = value.as_object()?;
-    patterns.iter().map(|(pattern, value)| Some((pattern.clone(), read(value)?))).collect()
+) -> Result<Vec<(String, T)>, Hint> {
+    let patterns = value.as_object().ok_or(WRONG_TYPE)?.iter();
+    patterns
+        .map(|(pattern, value)| Some((pattern.clone(), read(value)?)))
+        .collect::<Option<_>>()
+        .ok_or(WRONG_TYPE)
 }

@@ -1,8 +1,8 @@
 //! What a configuration file carries along, and nothing here depends on.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::field::{Field, Hint, wrong_type};
+use super::field::{Field, Hint, fields};
 
 /// Entries of `adapter_config.json` without an effect on the computation.
 #[non_exhaustive]
@@ -16,24 +16,7 @@ pub struct FileFields {
     kept: Map<String, Value>,
 }
 
-const FIELDS: &[Field<FileFields>] = &[
-    Field {
-        key: "base_model_name_or_path",
-        read: |file, value| {
-            file.base_model_name_or_path = Some(wrong_type(value.as_str())?.to_string());
-            Ok(())
-        },
-        write: |file| json!(file.base_model_name_or_path),
-    },
-    Field {
-        key: "task_type",
-        read: |file, value| {
-            file.task_type = Some(wrong_type(value.as_str())?.to_string());
-            Ok(())
-        },
-        write: |file| json!(file.task_type),
-    },
-];
+const FIELDS: &[Field<FileFields>] = fields! { base_model_name_or_path, task_type };
 
 /// Keys of every kind of adapter whose values are kept.
 const KEPT: &[&str] = &["auto_mapping", "revision"];

@@ -7,7 +7,7 @@ use serde::de::{Deserialize, Deserializer, Error as _};
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
-use super::field::{Field, Hint, index, number, patterns_from_json, patterns_to_json, wrong_type};
+use super::field::{Field, Hint, fields, index, number, patterns_from_json, patterns_to_json, typed};
 use super::{Configuration, FileFields, PeftConfig, Ranks, Targeting, TokenIndices, is_neutral};
 use crate::error::{ConfigProblem, PeftError};
 use crate::init::InitLoraWeights;
@@ -332,47 +332,27 @@ fn default_of(key: &str) -> Value {
 const UNSUPPORTED_HINT: &str =
     "merge the adapter in Python and load the merged model, or train one without this setting";
 
-macro_rules! field {
-    ($key:ident, $read:expr, $write:expr) => {
-        Field {
-            key: stringify!($key),
-            read: |config, value| {
-                let read: fn(&Value) -> Result<_, Hint> = $read;
-                config.$key = read(value)?;
-                Ok(())
-            },
-            write: |config| {
-                let write: fn(&LoraConfig) -> Value = $write;
-                write(config)
-            },
-        }
-    };
-}
-
-const FIELDS: &[Field<LoraConfig>] = &[
-    field!(r, |value| wrong_type(index(value)), |config| json!(config.r)),
-    field!(lora_alpha, |value| wrong_type(value.as_f64()), |config| number(config.lora_alpha)),
-    field!(lora_dropout, |value| wrong_type(value.as_f64()), |config| json!(config.lora_dropout)),
-    field!(rank_pattern, |value| wrong_type(patterns_from_json(value, index)), |config| patterns_to_json(
-        &config.rank_pattern,
-        |r| json!(r)
-    )),
-    field!(alpha_pattern, |value| wrong_type(patterns_from_json(value, Value::as_f64)), |config| {
-        patterns_to_json(&config.alpha_pattern, |alpha| number(*alpha))
-    }),
-    field!(use_rslora, |value| wrong_type(value.as_bool()), |config| json!(config.use_rslora)),
-    field!(use_dora, |value| wrong_type(value.as_bool()), |config| json!(config.use_dora)),
-    field!(bias, Bias::from_json, |config| json!(config.bias.as_str())),
-    field!(lora_bias, |value| wrong_type(value.as_bool()), |config| json!(config.lora_bias)),
-    field!(init_lora_weights, InitLoraWeights::from_json, |config| config.init_lora_weights.to_json()),
-    field!(trainable_token_indices, |value| wrong_type(TokenIndices::from_json(value)).map(Some), |config| {
-        config.trainable_token_indices.as_ref().map_or(Value::Null, TokenIndices::to_json)
-    }),
-    field!(ensure_weight_tying, |value| wrong_type(value.as_bool()), |config| json!(
-        config.ensure_weight_tying
-    )),
-    field!(fan_in_fan_out, |value| wrong_type(value.as_bool()), |config| json!(config.fan_in_fan_out)),
-];
+const FIELDS: &[Field<LoraConfig>] = fields! {
+    r,
+    lora_alpha: (typed, |alpha: &f64| number(*alpha)),
+    lora_dropout,
+    rank_pattern: (|value| patterns_from_json(value, index), |ranks: &Vec<(String, usize)>| patterns_to_json(ranks, |r| json!(r))),
+    alpha_pattern: (
+        |value| patterns_from_json(value, Value::as_f64),
+        |alphas: &Vec<(String, f64)>| patterns_to_json(alphas, |alpha| number(*alpha))
+    ),
+    use_rslora,
+    use_dora,
+    bias: (Bias::from_json, |bias: &Bias| json!(bias.as_str())),
+    lora_bias,
+    init_lora_weights: (InitLoraWeights::from_json, |init: &InitLoraWeights| init.to_json()),
+    trainable_token_indices: (
+        |value| TokenIndices::from_json(value).map(Some),
+        |tokens: &Option<TokenIndices>| tokens.as_ref().map_or(Value::Null, TokenIndices::to_json)
+    ),
+    ensure_weight_tying,
+    fan_in_fan_out,
+};
 
 impl Configuration for LoraConfig {
     fn targeting(&self) -> &Targeting {

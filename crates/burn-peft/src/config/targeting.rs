@@ -1,8 +1,10 @@
 //! What is targeted: the modules that are adapted and those that are trained whole.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
-use super::field::{Field, Hint, index, names, names_or_null, wrong_type};
+use super::field::{Field, Hint, fields, names, names_or_null, typed};
 use crate::error::PeftError;
 use crate::key_mapping::KeyMapping;
 use crate::target::{ALL_LINEAR, LayerFilter, Matcher, TargetModules, ancestors_and_self, matches_name};
@@ -29,54 +31,13 @@ pub struct Targeting {
     pub key_mapping: KeyMapping,
 }
 
-const FIELDS: &[Field<Targeting>] = &[
-    Field {
-        key: "target_modules",
-        read: |targeting, value| {
-            targeting.target_modules = Some(wrong_type(targets_from_json(value))?);
-            Ok(())
-        },
-        write: |targeting| targets_to_json(targeting.target_modules.as_ref()),
-    },
-    Field {
-        key: "exclude_modules",
-        read: |targeting, value| {
-            let excluded = wrong_type(targets_from_json(value))?;
-            targeting.exclude_modules =
-                Some(excluded).filter(|targets| *targets != TargetModules::Names(Default::default()));
-            Ok(())
-        },
-        write: |targeting| targets_to_json(targeting.exclude_modules.as_ref()),
-    },
-    Field {
-        key: "layers_to_transform",
-        read: |targeting, value| {
-            let layers = match value {
-                Value::Array(layers) => layers.iter().map(index).collect(),
-                layer => index(layer).map(|layer| vec![layer]),
-            };
-            targeting.layers_to_transform = Some(wrong_type(layers)?);
-            Ok(())
-        },
-        write: |targeting| json!(targeting.layers_to_transform),
-    },
-    Field {
-        key: "layers_pattern",
-        read: |targeting, value| {
-            targeting.layers_pattern = wrong_type(names(value))?;
-            Ok(())
-        },
-        write: |targeting| names_or_null(&targeting.layers_pattern),
-    },
-    Field {
-        key: "modules_to_save",
-        read: |targeting, value| {
-            targeting.modules_to_save = wrong_type(names(value))?;
-            Ok(())
-        },
-        write: |targeting| names_or_null(&targeting.modules_to_save),
-    },
-];
+const FIELDS: &[Field<Targeting>] = fields! {
+    target_modules: (|value| targets_from_json(value).map(Some), targets_to_json),
+    exclude_modules: (exclusions_from_json, targets_to_json),
+    layers_to_transform: (layers_from_json, |layers: &Option<Vec<usize>>| json!(layers)),
+    layers_pattern: (names, |patterns: &Vec<String>| names_or_null(patterns)),
+    modules_to_save: (names, |modules: &Vec<String>| names_or_null(modules)),
+};
 
 impl Targeting {
     /// These targets and nothing else.
@@ -204,7 +165,7 @@ fn is_part_of(module: &str, saved: &str) -> bool {
     !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
 }
 
-fn targets_to_json(targets: Option<&TargetModules>) -> Value {
+fn targets_to_json(targets: &Option<TargetModules>) -> Value {
     match targets {
         None => Value::Null,
         Some(TargetModules::Names(names)) => json!(names),
@@ -213,14 +174,21 @@ fn targets_to_json(targets: Option<&TargetModules>) -> Value {
     }
 }
 
-fn targets_from_json(value: &Value) -> Option<TargetModules> {
+fn targets_from_json(value: &Value) -> Result<TargetModules, Hint> {
     match value {
-        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Some(TargetModules::AllLinear),
-        Value::String(pattern) => Some(TargetModules::Regex(pattern.clone())),
-        Value::Array(names) => {
-            let names: Option<Vec<&str>> = names.iter().map(Value::as_str).collect();
-            Some(names?.into_iter().collect())
-        }
-        _ => None,
+        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Ok(TargetModules::AllLinear),
+        Value::String(pattern) => Ok(TargetModules::Regex(pattern.clone())),
+        names => typed(names).map(TargetModules::Names),
     }
+}
+
+/// No exclusion is none.
+fn exclusions_from_json(value: &Value) -> Result<Option<TargetModules>, Hint> {
+    let none = TargetModules::Names(BTreeSet::new());
+    targets_from_json(value).map(|targets| Some(targets).filter(|targets| *targets != none))
+}
+
+/// A list of layers, or a single one.
+fn layers_from_json(value: &Value) -> Result<Option<Vec<usize>>, Hint> {
+    typed(value).or_else(|_| typed(value).map(|layer| vec![layer])).map(Some)
 }

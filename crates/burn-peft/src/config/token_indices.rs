@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use super::field::index;
+use super::field::{Hint, typed};
 
 /// The tokens whose rows are trained. PEFT's `trainable_token_indices`.
 ///
@@ -50,15 +50,8 @@ impl TokenIndices {
         one.into_iter().chain(more.into_iter().flatten().map(|indices| &**indices))
     }
 
-    pub(crate) fn from_json(value: &Value) -> Option<Self> {
-        let indices = |value: &Value| value.as_array()?.iter().map(index).collect::<Option<Vec<usize>>>();
-        match value {
-            Value::Object(modules) => {
-                let modules = modules.iter().map(|(name, value)| Some((name.clone(), indices(value)?)));
-                modules.collect::<Option<_>>().map(Self::Modules)
-            }
-            list => indices(list).map(Self::Embedding),
-        }
+    pub(crate) fn from_json(value: &Value) -> Result<Self, Hint> {
+        if value.is_object() { typed(value).map(Self::Modules) } else { typed(value).map(Self::Embedding) }
     }
 
     pub(crate) fn to_json(&self) -> Value {

@@ -24,7 +24,7 @@ pub(super) const DESCRIPTION: Description = Description { keys: &[], of, check }
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let is_trained_bias = at.site.parameter == "bias"
-        && match config.bias() {
+        && match config.kind().bias() {
             Bias::None => false,
             Bias::All => true,
             Bias::LoraOnly => at.is_adapted,

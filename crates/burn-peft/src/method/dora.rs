@@ -28,14 +28,7 @@ const KEY: &str = "lora_magnitude_vector";
 
 pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check: |_, _| Ok(()) };
 
-const KEYS: &[KeyEnd] = &[KeyEnd {
-    front: KEY,
-    back: "",
-    tensor: "magnitude",
-    layer: None,
-    tells: Tells::Nothing,
-    is_read_by_tied_output: false,
-}];
+const KEYS: &[KeyEnd] = &[KeyEnd::new(KEY, "", "magnitude", Tells::Nothing)];
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let config = config.as_lora().filter(|config| config.use_dora)?;

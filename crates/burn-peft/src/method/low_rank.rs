@@ -45,46 +45,11 @@ pub(crate) const BIAS: &str = "bias";
 pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
 
 const KEYS: &[KeyEnd] = &[
-    KeyEnd {
-        front: "lora_A",
-        back: ".weight",
-        tensor: "A",
-        layer: None,
-        tells: Tells::Input,
-        is_read_by_tied_output: false,
-    },
-    KeyEnd {
-        front: "lora_B",
-        back: ".weight",
-        tensor: "B",
-        layer: None,
-        tells: Tells::Output,
-        is_read_by_tied_output: false,
-    },
-    KeyEnd {
-        front: "lora_B",
-        back: ".bias",
-        tensor: "bias of B",
-        layer: None,
-        tells: Tells::Nothing,
-        is_read_by_tied_output: false,
-    },
-    KeyEnd {
-        front: "lora_embedding_A",
-        back: "",
-        tensor: "A of an embedding",
-        layer: Some(Layer::Embedding),
-        tells: Tells::Input,
-        is_read_by_tied_output: false,
-    },
-    KeyEnd {
-        front: "lora_embedding_B",
-        back: "",
-        tensor: "B of an embedding",
-        layer: Some(Layer::Embedding),
-        tells: Tells::Output,
-        is_read_by_tied_output: false,
-    },
+    KeyEnd::new("lora_A", ".weight", "A", Tells::Input),
+    KeyEnd::new("lora_B", ".weight", "B", Tells::Output),
+    KeyEnd::new("lora_B", ".bias", "bias of B", Tells::Nothing),
+    KeyEnd::new("lora_embedding_A", "", "A of an embedding", Tells::Input).of(Layer::Embedding),
+    KeyEnd::new("lora_embedding_B", "", "B of an embedding", Tells::Output).of(Layer::Embedding),
 ];
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {

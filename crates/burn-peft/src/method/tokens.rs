@@ -35,14 +35,7 @@ const INPUT_EMBEDDING: &str = "embed_tokens";
 
 pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
 
-const KEYS: &[KeyEnd] = &[KeyEnd {
-    front: KEY,
-    back: "",
-    tensor: "rows of tokens",
-    layer: Some(Layer::Embedding),
-    tells: Tells::Width,
-    is_read_by_tied_output: true,
-}];
+const KEYS: &[KeyEnd] = &[KeyEnd::new(KEY, "", "rows of tokens", Tells::Width).of(Layer::Embedding).tied()];
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let (_, indices) = meant(config, at)?;

@@ -354,7 +354,7 @@ impl Told {
         });
         let own: Vec<Site> = own.collect();
         let selection = Selection::new(config.targeting()).ok();
-        let ranks = config.ranks().ok();
+        let ranks = config.kind().ranks().ok();
         let chosen = |site: Site| {
             let layer = weights.get(&*site.name).map_or(site.layer, |weight| weight.layer);
             let adapts = |selection: &Selection| {
@@ -381,7 +381,7 @@ impl Told {
     /// [`PeftError::InvalidPattern`].
     fn expected(&self, config: &PeftConfig) -> Result<Expected, PeftError> {
         Selection::new(config.targeting())?;
-        config.ranks()?;
+        config.kind().ranks()?;
         let mut expected = Expected::new();
         for at in &self.parameters {
             // A target that is saved as well is refused by another name.
@@ -401,7 +401,7 @@ impl Told {
         let key = &tensor.unnamed;
         let is_inside = tensor.end.starts_with("base_layer.");
         match (expected.get(key), keys::end_of(&tensor.end)) {
-            _ if keys::is_written_again(key, config.bias()) => TensorRole::Repeated,
+            _ if keys::is_written_again(key, config.kind().bias()) => TensorRole::Repeated,
             (Some((_, true)), _) => TensorRole::Copy,
             (Some(_), Some(end)) => TensorRole::Adapter(end.tensor),
             _ if is_inside && !self.adapted.contains(&tensor.module) => TensorRole::Unknown,

@@ -26,7 +26,7 @@ pub(crate) fn load(
     let mut files = AdapterFiles::read(directory)?;
     let parsed = adapter_config::parse(&files.config, &files.config_path)?.with_tensors();
     let (mut config, ignored_keys) = adapter_config::understood(parsed, &files.config_path)?;
-    config.targeting_mut().key_mapping = options.key_mapping.clone();
+    config.kind_mut().targeting_mut().key_mapping = options.key_mapping.clone();
     let plan = Plan::new(layout, name, &config)?;
     let bytes = files.tensors()?;
     let path = files.tensor_path;
@@ -114,7 +114,7 @@ fn compare_base(
 /// The tensors that nothing took.
 fn unexpected(plan: &Plan, stored: &tensors::Reader) -> Vec<TensorProblem> {
     let leftover = stored.leftover().into_iter();
-    let leftover = leftover.filter(|key| !keys::is_written_again(key, plan.config.bias()));
+    let leftover = leftover.filter(|key| !keys::is_written_again(key, plan.config.kind().bias()));
     leftover.map(|key| TensorProblem::Unexpected { key, closest: None }).collect()
 }
 

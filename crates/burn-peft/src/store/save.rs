@@ -22,7 +22,7 @@ pub(crate) fn save(layout: &Layout, name: &str, directory: &Path) -> Result<(), 
         return Err(PeftError::UnknownAdapter { name: name.to_string(), available: vec![] });
     };
     let mut config = config_to_write(layout, &first.info.config, &adapters)?;
-    config.make_plain(first.info.scale);
+    config.kind_mut().make_plain(first.info.scale);
     let mut tensors = vec![];
     for adapter in adapters {
         let site = &adapter.info.site;
@@ -63,10 +63,10 @@ fn config_to_write(
         .filter(|adapter| adapter.rank().is_some())
         .map(|adapter| &*adapter.info.site.name)
         .collect();
-    config.targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
+    config.kind_mut().targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
     // A file has its patterns in alphabetical order, and the first that matches counts. Where that changes a module's
     // rank or alpha, each module gets a pattern of its own.
-    let (ranks, sorted) = (config.ranks()?, config.ranks()?.sorted());
+    let (ranks, sorted) = (config.kind().ranks()?, config.kind().ranks()?.sorted());
     let mut own: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
     let mut order_matters = false;
     for &module in &modules {
@@ -78,7 +78,7 @@ fn config_to_write(
         let escape = |module: &str| format!("^{}", fancy_regex::escape(module));
         let ranks = own.iter().map(|(module, (r, _))| (escape(module), *r)).collect();
         let alphas = own.iter().map(|(module, (_, alpha))| (escape(module), *alpha)).collect();
-        config.set_ranks(ranks, alphas);
+        config.kind_mut().set_ranks(ranks, alphas);
     }
     Ok(config)
 }
@@ -94,8 +94,8 @@ fn targets_to_write(
         Some(TargetModules::AllLinear) => {
             // The file keeps its exclusions, so what they leave out may be meant by a short end.
             let mut all = config.clone();
-            all.targeting_mut().exclude_modules = None;
-            all.targeting_mut().modules_to_save = vec![];
+            all.kind_mut().targeting_mut().exclude_modules = None;
+            all.kind_mut().targeting_mut().modules_to_save = vec![];
             Choice::of(&parameters, &all)?.adapted
         }
         Some(TargetModules::Names(names)) if names.len() >= MANY_TARGETS => names.clone(),
@@ -108,7 +108,7 @@ fn targets_to_write(
     for candidate in [short, names] {
         let targets = TargetModules::Names(candidate);
         let mut written = config.clone();
-        written.targeting_mut().target_modules = Some(targets.clone());
+        written.kind_mut().targeting_mut().target_modules = Some(targets.clone());
         let meant = Choice::of(&parameters, &written);
         if meant.is_ok_and(|meant| meant.adapted.iter().map(String::as_str).eq(adapted.iter().copied())) {
             return Ok(Some(targets));
