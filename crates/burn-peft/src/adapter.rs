@@ -226,14 +226,13 @@ impl Adapters {
         let (shape, outer) = (output.shape(), output.dtype());
         let (batch, d_out) = (shape[0], shape[D - 1]);
         let n = shape.num_elements() / d_out.max(1);
-        let plain = output.clone();
         // What the layer gives from its base alone, without its bias.
         let product = || match (&self.merged, &bias) {
-            (None, None) => plain.clone().reshape([n, d_out]),
-            (None, Some(bias)) => plain.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
+            (None, None) => output.clone().reshape([n, d_out]),
+            (None, Some(bias)) => output.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
             (Some(_), _) => input().times(weight.base.clone()),
         };
-        let mut output = output;
+        let mut sum: Option<Tensor<D>> = None;
         for adapter in &self.list {
             let info = &adapter.info;
             let rows = self.rows.iter().find(|(name, _)| *name == info.name).map(|(_, rows)| rows);
@@ -264,10 +263,16 @@ impl Adapters {
                     Some(rows) => only_in(rows, added, batch),
                     None => added,
                 };
-                output = output + added;
+                sum = Some(match sum {
+                    Some(sum) => sum + added,
+                    None => added,
+                });
             }
         }
-        output
+        match sum {
+            Some(sum) => output + sum,
+            None => output,
+        }
     }
 }
 

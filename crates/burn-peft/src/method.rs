@@ -4,11 +4,6 @@
 //! it. It sees the parameter as a matrix of [`Site::dims`] and is asked for two things: what it makes of the weight
 //! ([`Method::apply`]), and what it adds to the output of a layer that works on activations ([`Method::forward`]).
 
-mod copied;
-mod dora;
-pub(crate) mod low_rank;
-mod shift;
-mod tokens;
 mod update;
 
 use std::fmt::Debug;
@@ -25,9 +20,17 @@ use crate::ops::Input;
 pub(crate) use low_rank::LowRank;
 pub(crate) use update::Update;
 
-/// The methods there are. At one parameter they act in this order.
-pub(crate) const METHODS: &[Description] =
-    &[copied::DESCRIPTION, low_rank::DESCRIPTION, dora::DESCRIPTION, tokens::DESCRIPTION, shift::DESCRIPTION];
+/// Each name is a file that describes a method in a constant `DESCRIPTION`.
+macro_rules! methods {
+    ($($name:ident),*) => {
+        $(pub(crate) mod $name;)*
+
+        /// The methods there are. At one parameter they act in this order.
+        pub(crate) const METHODS: &[Description] = &[$($name::DESCRIPTION),*];
+    };
+}
+
+methods![copied, low_rank, dora, tokens, shift];
 
 /// What can be said about a method before there is a model.
 pub(crate) struct Description {

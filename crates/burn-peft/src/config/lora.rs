@@ -587,4 +587,50 @@ mod tests {
             "invalid `target_modules`: expected names, a regular expression or `all-linear`, found nothing"
         );
     }
+
+    #[test]
+    fn serde_writes_and_reads_the_object_of_the_file() {
+        let config = LoraConfig::new(4)
+            .with_lora_alpha(6.5)
+            .with_use_dora(true)
+            .with_init_lora_weights(InitLoraWeights::PissaNiter(8))
+            .with_trainable_token_indices([("embed", vec![3, 1])])
+            .with_rank_pattern([("q", 2)])
+            .with_bias(Bias::LoraOnly)
+            .with_target_modules(["q", "v"])
+            .with_task_type("CAUSAL_LM")
+            .with_key_mapping(KeyMapping::new([("^a", "b")]));
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(
+            (&json["peft_type"], &json["r"], &json["lora_alpha"]),
+            (&json!("LORA"), &json!(4), &json!(6.5))
+        );
+        assert_eq!(json["init_lora_weights"], "pissa_niter_8");
+        assert_eq!(json["trainable_token_indices"], json!({"embed": [3, 1]}));
+        assert_eq!(json["key_mapping"], json!([["^a", "b"]]));
+        assert_eq!(serde_json::from_value::<LoraConfig>(json).unwrap(), config);
+
+        // What PEFT needs as a minimum, and all that is wrong with something else.
+        let few = json!({"peft_type": "LORA", "target_modules": "all-linear"});
+        let few: LoraConfig = serde_json::from_value(few).unwrap();
+        assert_eq!(few, LoraConfig::default().with_target_modules(TargetModules::AllLinear));
+        let wrong = json!({"r": "8", "bias": "some", "use_qalora": true});
+        let error = serde_json::from_value::<LoraConfig>(wrong).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "`r` is \"8\": the value has the wrong type for this key; `bias` is \"some\": expected \"none\", \"all\" or \
+             \"lora_only\"; `use_qalora` is true: merge the adapter in Python and load the merged model, or train one \
+             without this setting"
+        );
+    }
+
+    #[test]
+    fn what_excludes_each_other_is_refused() {
+        let good = || LoraConfig::new(4).with_target_modules(["q_proj"]);
+        assert!(good().with_use_dora(true).with_init_lora_weights(InitLoraWeights::Pissa).validate().is_ok());
+        assert_eq!(
+            message(good().with_lora_bias(true).with_init_lora_weights(InitLoraWeights::Gaussian)),
+            "invalid `lora_bias`: expected false beside this `init_lora_weights`, as in PEFT, found true"
+        );
+    }
 }
