@@ -55,8 +55,8 @@ pub enum InitLoraWeights {
     /// orthogonal to each other: neither factor is zero, and `A B` is. Needs an even rank; not for convolutions. PEFT's
     /// `"orthogonal"`.
     Orthogonal,
-    /// `B` is the first `r` rows and `A` the first `r` columns of a QR decomposition of the weight: with `Wᵀ = Q R`,
-    /// `Bᵀ = Q[:, ..r]` and `Aᵀ = R[..r]`. Not for convolutions. PEFT's `"olora"`
+    /// Factors from a QR decomposition of the weight: with `Wᵀ = Q R`, `Bᵀ` is the first `r` columns of `Q` and `Aᵀ` the
+    /// first `r` rows of `R`. Not for convolutions. PEFT's `"olora"`
     /// ([OLoRA, Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775)).
     ///
     /// The start is a part of the weight, and `A B` acts beside the rest, `W - scaling A₀ B₀`. PEFT subtracts this part from
