@@ -82,7 +82,7 @@ pub trait PeftModel: Module {
     ///
     /// # Errors
     /// - [`InvalidConfig`](PeftError::InvalidConfig), [`InvalidPattern`](PeftError::InvalidPattern): see
-    ///   [`LoraConfig::validate`]
+    ///   [`LoraConfig::validate`](crate::LoraConfig::validate)
     /// - [`InvalidAdapterName`](PeftError::InvalidAdapterName), [`AdapterExists`](PeftError::AdapterExists)
     /// - [`NoModuleMatched`](PeftError::NoModuleMatched), [`AllModulesExcluded`](PeftError::AllModulesExcluded),
     ///   [`NoModuleToSave`](PeftError::NoModuleToSave)

@@ -209,7 +209,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets [`bias`](Self::bias).
+    /// Sets [`bias`](field@Self::bias).
     pub fn with_bias(mut self, bias: Bias) -> Self {
         self.bias = bias;
         self

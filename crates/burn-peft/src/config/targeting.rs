@@ -23,7 +23,7 @@ pub struct Targeting {
     /// matches counts. Needs [`layers_to_transform`](Self::layers_to_transform). Default: any component.
     pub layers_pattern: Vec<String>,
     /// Modules that are trained and saved whole: those whose name ends with one of these. The adapter trains a copy of each
-    /// of their parameters, and no other update of them. Default: none.
+    /// of their parameters and changes them in no other way. Default: none.
     pub modules_to_save: Vec<String>,
     /// How Burn paths become the names in Hugging Face files, for targets, loading and saving. It is not part of the file.
     /// Default: paths and names are equal.
