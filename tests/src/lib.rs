@@ -21,3 +21,14 @@ struct Guide;
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/src/adapters.md")]
 struct Adapters;
+
+/// And those in the chapter on methods beyond LoRA.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/methods.md")]
+struct Methods;
+
+/// And those that crates.io shows.
+#[cfg(doctest)]
+#[doc = include_str!("../../crates/burn-peft/README.md")]
+#[doc = include_str!("../../crates/burn-peft-llama/README.md")]
+struct CrateReadmes;

@@ -1,14 +1,5 @@
-//! LLaMA for Burn, made for training.
-//!
-//! - [`LlamaForCausalLm`] is the model, loaded from and saved to Hugging Face directories
-//!   ([`from_pretrained`](LlamaForCausalLm::from_pretrained), [`save_pretrained`](LlamaForCausalLm::save_pretrained))
-//!   or made by [`LlamaConfig::init`]. Its parameters have the names of those checkpoints and its projections take the
-//!   adapters of [`burn_peft`]. Qwen2 is read as well; [`LlamaConfig::model_type`] tells the family.
-//! - [`Tokenizer`], [`ChatTemplate`] and [`Message`] turn conversations into tokens and labels, [`Collator`] turns
-//!   those into a [`Batch`].
-//! - [`LlamaForCausalLm::loss`] computes logits only where a label is; [`fit`] trains, [`evaluate`] measures.
-//! - [`LlamaForCausalLm::generate`] continues a batch of prompts.
-//! - [`merge_directory`] writes a model with adapters merged into its weights.
+//! LLaMA for [Burn](burn), made for training: Hugging Face checkpoints, masks, chat templates, loss at the labelled
+//! positions, adapters from [`burn_peft`]. Models of the Qwen2 family work as well.
 //!
 //! # Example
 //!
@@ -31,6 +22,39 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Operations
+//! | | |
+//! |---|---|
+//! | Load, save | [`LlamaForCausalLm::from_pretrained`], [`save_pretrained`](LlamaForCausalLm::save_pretrained), [`to_dtype`](LlamaForCausalLm::to_dtype); [`LlamaConfig::load`], or [`LlamaConfig::init`] for random weights |
+//! | Add, switch, merge adapters | the methods of [`burn_peft::PeftModel`]; [`untie_lm_head`](LlamaForCausalLm::untie_lm_head) before an adapter of a tied output layer |
+//! | Text to tokens | [`Tokenizer::load`], [`ChatTemplate`], [`Message`]; [`Tokenizer::encode_conversation`] labels the answers |
+//! | Tokens to batches | [`Example`], [`Collator`], [`Batch`] |
+//! | Train | [`fit`] with [`TrainingConfig`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
+//! | Measure | [`evaluate`], [`LlamaForCausalLm::forward`] |
+//! | Generate | [`LlamaForCausalLm::generate`] with [`GenerateOptions`] |
+//! | Files | [`merge_directory`]: adapters merged from directories to a directory |
+//!
+//! The parameters have the names of Hugging Face checkpoints, so adapters need no key mapping. [`LlamaConfig::model_type`]
+//! is the name of the family.
+//!
+//! # Features
+//! Both are off by default.
+//! - `hub`: `resolve` fetches a model directory from the Hugging Face Hub into the usual cache and returns its path.
+//! - `train`: `LlamaForCausalLm` implements the traits of burn-train, for Burn's own learner. It brings the CPU backend and
+//!   burn-dataset with it.
+//!
+//! # What it is not
+//! It is no inference server: there are no quantized weights, no paged cache, no speculative decoding. It is no
+//! collection of architectures either: a family is here if it is LLaMA with variations. The crate has no command line;
+//! [the repository](https://github.com/burn-peft/burn-peft) has examples with one.
+//!
+//! # How to go on
+//! - [Adapt your model](https://github.com/burn-peft/burn-peft/blob/main/docs/src/guide.md), and
+//!   [several adapters](https://github.com/burn-peft/burn-peft/blob/main/docs/src/adapters.md)
+//! - [The experiment on a real model](https://github.com/burn-peft/burn-peft/blob/main/docs/src/real-model.md)
+//! - [`examples/pokemon`](https://github.com/burn-peft/burn-peft/tree/main/examples/pokemon): from data to an adapter, with
+//!   evaluation
 
 mod attention;
 mod batch;

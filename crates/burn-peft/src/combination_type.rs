@@ -7,8 +7,8 @@ use std::fmt;
 ///
 /// Below, `Aᵢ` (`[d_in, rᵢ]`), `Bᵢ` (`[rᵢ, d_out]`) and `sᵢ` are the factors and the scaling of the `i`-th adapter at a
 /// layer, whose update is `sᵢ Aᵢ Bᵢ`, and `wᵢ` is its weight, of any sign. The result is `A` (`[d_in, r]`) and `B`
-/// (`[r, d_out]`) with a scaling of 1. One adapter alone is combined as [`Linear`](Self::Linear), whatever is asked
-/// for: `A B = w₁ s₁ A₁ B₁`.
+/// (`[r, d_out]`) with a scaling of 1. One adapter alone is always combined as [`Linear`](Self::Linear):
+/// `A B = w₁ s₁ A₁ B₁`. Adapters with DoRA, trained tokens or trained copies cannot be combined.
 ///
 /// | | acts on | rank `r` |
 /// |---|---|---|
@@ -27,18 +27,17 @@ use std::fmt;
 /// the cross terms are noise; [`Cat`](Self::Cat) and [`Svd`](Self::Svd) have none.
 ///
 /// # Pruning and elected signs
-/// Of a tensor of `n` elements with `density` d in `(0, 1]`, pruning by magnitude keeps exactly the `⌊d n⌋` elements of
-/// the greatest magnitude; among equal ones the first. Random pruning keeps each element with probability `d` and
-/// multiplies it by `1 / d`. A density of 1 prunes nothing.
+/// The `density` d is in `(0, 1]`. Pruning by magnitude keeps exactly the `⌊d n⌋` elements of greatest magnitude of a tensor
+/// of `n`, and the first among equal ones. Random pruning keeps each element with probability `d` and multiplies it by
+/// `1 / d`. A density of 1 prunes nothing.
 ///
-/// Where signs are elected, each element has one sign for all adapters, from the pruned tensors before they are
-/// weighted (see [`MajoritySign`]), and the result is the mean over the weighted elements that have this sign; 0 if
-/// none has.
+/// Where signs are elected, each element has one sign for all adapters. It comes from the pruned tensors before they are
+/// weighted (see [`MajoritySign`]). The result is the mean of the weighted elements that have this sign, or 0 if none has.
 ///
 /// # Differences from PEFT
 /// This is what PEFT 0.21.2 computes, with these exceptions.
-/// - There, the result takes `use_rslora` over from the first adapter, so with rsLoRA its scaling is `√r` instead of 1
-///   and the update is as many times too large. Here it is 1.
+/// - There, the result has the `use_rslora` of the first adapter. With rsLoRA its scaling is therefore `√r` instead of 1,
+///   and the update is too large by this factor. Here the scaling is 1.
 /// - There, a `rank` above the smaller dimension of a layer is an error or, for a square layer, gives factors of another
 ///   rank than the configuration's. Here they are padded with zeros.
 /// - PEFT's `svd_clamp`, and its `dare_linear_svd`, `dare_ties_svd` and `magnitude_prune_svd`, are not available.

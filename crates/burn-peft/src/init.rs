@@ -39,8 +39,8 @@ impl Start<'_> {
 
 /// How the factors `A` (`[d_in, r]`) and `B` (`[r, d_out]`) start. PEFT's `init_lora_weights`.
 ///
-/// For an embedding `A` (`[vocabulary, r]`) is zero and `B` is drawn from `N(0, 1)`, whichever is chosen but
-/// [`Random`](Self::Random), which is the same for all layers.
+/// An embedding has one start of its own: `A` (`[vocabulary, r]`) is zero and `B` is drawn from `N(0, 1)`. Only
+/// [`Random`](Self::Random) is the same for all layers.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InitLoraWeights {
@@ -55,25 +55,26 @@ pub enum InitLoraWeights {
     /// orthogonal to each other: neither factor is zero, and `A B` is. Needs an even rank; not for convolutions. PEFT's
     /// `"orthogonal"`.
     Orthogonal,
-    /// `B` is the first `r` rows and `A` the first `r` columns of a QR decomposition of the weight: with `Wᵀ = Q R`,
-    /// `Bᵀ = Q[:, ..r]` and `Aᵀ = R[..r]`. Not for convolutions. PEFT's `"olora"`
+    /// Factors from a QR decomposition of the weight: with `Wᵀ = Q R`, `Bᵀ` is the first `r` columns of `Q` and `Aᵀ` the
+    /// first `r` rows of `R`. Not for convolutions. PEFT's `"olora"`
     /// ([OLoRA, Büyükakyüz, 2024](https://arxiv.org/abs/2406.01775)).
     ///
-    /// The start is a part of the weight: what acts beside `A B` is `W - scaling A₀ B₀`. PEFT subtracts it from the base;
-    /// here the base stays as it is, `A₀` and `B₀` are kept beside it, and the adapter is saved as PEFT's conversion saves
-    /// it, an ordinary one of twice the rank.
+    /// The start is a part of the weight, and `A B` acts beside the rest, `W - scaling A₀ B₀`. PEFT subtracts this part from
+    /// the base. Here the base stays as it is, and `A₀` and `B₀` are kept beside it. The adapter is saved like one that PEFT
+    /// has converted: as plain LoRA of twice the rank.
     Olora,
     /// The `r` leading singular triplets of the weight: with `W = U S Vᵀ`, `A = U_r sqrt(S_r / scaling)` and
     /// `B = sqrt(S_r / scaling) V_rᵀ`. Not for convolutions. PEFT's `"pissa"`
     /// ([PiSSA, Meng et al., 2024](https://arxiv.org/abs/2404.02948)).
     ///
-    /// As for [`Olora`](Self::Olora), the start is a part of the weight, and the base stays as it is.
+    /// As with [`Olora`](Self::Olora), the start is a part of the weight, and the base stays as it is.
     Pissa,
-    /// As [`Pissa`](Self::Pissa), from this many rounds of a randomised decomposition: faster, and only near the leading
-    /// triplets. PEFT's `"pissa_niter_[number]"`.
+    /// As [`Pissa`](Self::Pissa), from this many rounds of a randomised decomposition: faster, and only close to the leading
+    /// triplets. PEFT's `"pissa_niter_[number]"`. An adapter that was saved in PEFT without conversion cannot be loaded,
+    /// since its start cannot be computed again.
     PissaNiter(usize),
-    /// A start that is not computed here, by PEFT's word for it: `eva`, `loftq` or `mica`. A trained adapter does not depend
-    /// on it; a new one cannot be made with it.
+    /// A start that is not computed here, by PEFT's word for it: `eva`, `loftq` or `mica`. A trained adapter loads, because
+    /// it no longer depends on its start. A new adapter cannot have it.
     Elsewhere(&'static str),
 }
 

@@ -1,13 +1,15 @@
-//! Parameter-efficient fine-tuning for [Burn](burn): LoRA on any [`Module`](burn::module::Module), in the format of
-//! Hugging Face [PEFT](https://github.com/huggingface/peft).
+//! Parameter-efficient fine-tuning for [Burn](burn): LoRA and its relatives on any [`Module`](burn::module::Module), in
+//! the format of Hugging Face [PEFT](https://github.com/huggingface/peft).
 //!
 //! - [`PeftModel`] adds adapters to a model, switches, merges, saves and loads them. Every module has its methods.
-//! - [`LoraConfig`] says which modules are adapted and how, with PEFT's names and defaults.
-//! - [`LoraLinear`] is `nn::Linear` made fast for adapters: one type in the model's struct changes, nothing else.
+//! - [`LoraConfig`] says which modules are adapted and how, with PEFT's names and defaults: LoRA, rsLoRA,
+//!   [DoRA](LoraConfig::use_dora), [starts](InitLoraWeights) such as PiSSA and OLoRA,
+//!   [trained tokens](LoraConfig::trainable_token_indices), trained biases and whole modules.
+//! - [`LoraLinear`] and [`LoraEmbedding`] are the activation-space layers: `nn::Linear` and `nn::Embedding` made fast for
+//!   adapters. In the model's struct one type changes, and nothing else.
 //!
-//! Plain `nn::Linear` and `nn::Embedding` inside a model that cannot be changed work as well, through their dense
-//! weight. Parameters, gradients, optimizers, records and devices are Burn's own; a backend is chosen by Burn's
-//! features in the program that uses this crate.
+//! Plain layers inside a model that you cannot change work as well, through their dense weight. Parameters, gradients,
+//! optimizers, records and devices are Burn's own. The program that uses this crate chooses a backend, by Burn's features.
 //!
 //! # Example
 //! ```
@@ -27,6 +29,30 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Operations
+//! | | |
+//! |---|---|
+//! | Add | [`add_adapter`](PeftModel::add_adapter), [`delete_adapter`](PeftModel::delete_adapter) |
+//! | Switch | [`set_adapter`](PeftModel::set_adapter), [`set_scale`](PeftModel::set_scale); as a copy: [`without_adapters`](PeftModel::without_adapters), [`for_rows`](PeftModel::for_rows), [`select_rows`](PeftModel::select_rows) |
+//! | Combine | [`add_weighted_adapter`](PeftModel::add_weighted_adapter), [`convert_to_lora`](PeftModel::convert_to_lora) |
+//! | Merge | for now: [`merge_adapter`](PeftModel::merge_adapter), [`merge_adapters`](PeftModel::merge_adapters), [`unmerge_adapter`](PeftModel::unmerge_adapter); for good: [`merge_and_unload`](PeftModel::merge_and_unload), [`unload`](PeftModel::unload) |
+//! | Files | [`save_adapter`](PeftModel::save_adapter), [`save_adapters`](PeftModel::save_adapters), [`load_adapter`](PeftModel::load_adapter), [`load_adapter_with`](PeftModel::load_adapter_with), [`hotswap_adapter`](PeftModel::hotswap_adapter); without a model: [`AdapterDirectory`], [`LoraConfig::from_pretrained`], [`LoraConfig::save_pretrained`] |
+//! | Inspect | [`adapters`](PeftModel::adapters), [`trainable_parameters`](PeftModel::trainable_parameters), [`adapter_tensors`](PeftModel::adapter_tensors), [`batch_rows`](PeftModel::batch_rows) |
+//! | Train | Burn's optimizers find the active adapters by themselves; [`LoraPlus`] gives them learning rates of their own |
+//!
+//! # What it is not
+//! It has no models, tokenizers, training loops or downloads:
+//! [burn-peft-llama](https://docs.rs/burn-peft-llama) has them for LLaMA and Qwen2. It adapts no quantized weights. Adapters
+//! of other kinds than LoRA (LoHa, IA³, prompt tuning and others) are refused by name.
+//!
+//! # How to go on
+//! - [Adapt your model](https://github.com/burn-peft/burn-peft/blob/main/docs/src/guide.md)
+//! - [Several adapters](https://github.com/burn-peft/burn-peft/blob/main/docs/src/adapters.md)
+//! - [More than LoRA](https://github.com/burn-peft/burn-peft/blob/main/docs/src/methods.md): DoRA, PiSSA and OLoRA, trained
+//!   tokens, LoRA+, conversion
+//! - [Compatibility with PEFT](https://github.com/burn-peft/burn-peft/blob/main/docs/src/peft-compatibility.md), key by key
+//! - [Why it is built this way](https://github.com/burn-peft/burn-peft/blob/main/docs/src/design.md)
 
 mod adapter;
 mod combination_type;

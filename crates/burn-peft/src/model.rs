@@ -25,11 +25,23 @@ pub const DEFAULT_ADAPTER: &str = "default";
 
 /// Adapters on any Burn [`Module`]: the model keeps its type, and every module has these methods.
 ///
-/// An adapter is attached to the weights it adapts. From there Burn carries it: its factors reach optimizers, records
+/// An adapter is attached to the weights it adapts. From there Burn carries it: its tensors reach optimizers, records
 /// and devices, and follow [`valid`](Module::valid) and [`train`](Module::train). Its name, scaling and dropout are not
 /// part of a record; [`save_adapter`](Self::save_adapter) writes them.
 ///
-/// An operation that fails leaves the model as it was.
+/// An operation that fails leaves the model as it was. Methods that return a model return a copy, which shares its tensors
+/// with this one; all others that change something change this one.
+///
+/// # Operations
+/// | | |
+/// |---|---|
+/// | Add | [`add_adapter`](Self::add_adapter), [`delete_adapter`](Self::delete_adapter) |
+/// | Switch | [`set_adapter`](Self::set_adapter), [`set_scale`](Self::set_scale); as a copy: [`without_adapters`](Self::without_adapters), [`for_rows`](Self::for_rows), [`select_rows`](Self::select_rows) |
+/// | Combine | [`add_weighted_adapter`](Self::add_weighted_adapter), [`convert_to_lora`](Self::convert_to_lora) |
+/// | Merge | for now: [`merge_adapter`](Self::merge_adapter), [`merge_adapters`](Self::merge_adapters), [`unmerge_adapter`](Self::unmerge_adapter); for good: [`merge_and_unload`](Self::merge_and_unload), [`unload`](Self::unload) |
+/// | Files | [`save_adapter`](Self::save_adapter), [`save_adapters`](Self::save_adapters), [`load_adapter`](Self::load_adapter), [`load_adapter_with`](Self::load_adapter_with), [`hotswap_adapter`](Self::hotswap_adapter) |
+/// | Inspect | [`adapters`](Self::adapters), [`trainable_parameters`](Self::trainable_parameters), [`adapter_tensors`](Self::adapter_tensors), [`batch_rows`](Self::batch_rows) |
+/// | Train | Burn's optimizers find the active adapters by themselves; [`LoraPlus`](crate::LoraPlus) gives them learning rates of their own |
 ///
 /// # Example
 /// ```
@@ -70,7 +82,7 @@ pub trait PeftModel: Module {
     ///
     /// # Errors
     /// - [`InvalidConfig`](PeftError::InvalidConfig), [`InvalidPattern`](PeftError::InvalidPattern): see
-    ///   [`LoraConfig::validate`]
+    ///   [`LoraConfig::validate`](crate::LoraConfig::validate)
     /// - [`InvalidAdapterName`](PeftError::InvalidAdapterName), [`AdapterExists`](PeftError::AdapterExists)
     /// - [`NoModuleMatched`](PeftError::NoModuleMatched), [`AllModulesExcluded`](PeftError::AllModulesExcluded),
     ///   [`NoModuleToSave`](PeftError::NoModuleToSave)
@@ -93,11 +105,11 @@ pub trait PeftModel: Module {
         Ok(plan.into_report())
     }
 
-    /// Makes exactly these adapters active: their updates are summed, and they are the ones that are trained. An empty
-    /// list disables all of them. Merged adapters are unmerged first.
+    /// Makes exactly these adapters active: the model computes the sum of their updates, and they are the ones that are
+    /// trained. An empty list disables all adapters. Merged adapters are unmerged first.
     ///
-    /// The active set alone decides what the model computes, bit for bit, whatever came before and in whatever order
-    /// adapters were added or are named here.
+    /// The active set alone decides what the model computes, bit for bit. Neither earlier operations nor the order in which
+    /// adapters were added or are named here make a difference.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`ConflictingCopies`](PeftError::ConflictingCopies),
@@ -112,8 +124,8 @@ pub trait PeftModel: Module {
         Ok(())
     }
 
-    /// The model with no adapter active and none merged: the base. A copy that shares every tensor with this one, which
-    /// stays as it is. PEFT's `with model.disable_adapter():`.
+    /// A copy of the model with no adapter active and none merged: the base. The copy shares every tensor with this model,
+    /// which stays as it is. PEFT's `with model.disable_adapter():`.
     ///
     /// ```
     /// # use burn::module::{Module, ParamId, Reparameterization};
@@ -145,18 +157,19 @@ pub trait PeftModel: Module {
         Ok(base)
     }
 
-    /// The model for a batch whose rows name their adapters, or none: row `i` is computed with the adapter `rows[i]`
-    /// alone, all rows at once. A copy that shares every tensor with this model, which stays as it is. For
-    /// inference: dropout does not act, and nothing is trained.
-    /// PEFT's `adapter_names=[..]`, with `None` for its `"__base__"`.
+    /// A copy of the model for a batch whose rows name their adapters: it computes row `i` with the adapter `rows[i]` alone,
+    /// or with none, all rows at once. The copy shares every tensor with this model, which stays as it is. It is for
+    /// inference: dropout does not act, and nothing is trained. PEFT's `adapter_names=[..]`, with `None` for its
+    /// `"__base__"`.
     ///
     /// Each adapter that is named costs its two narrow products on the whole batch; there is no loop over rows. The
     /// first axis of what the layers receive must be the batch.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter),
-    /// [`MixedBatch`](PeftError::MixedBatch) for adapters that work through the weight, which all rows share, or that
-    /// replace parameters, [`ForeignReparameterization`](PeftError::ForeignReparameterization).
+    /// [`MixedBatch`](PeftError::MixedBatch) for adapters that work through the weight, which all rows share, that replace
+    /// parameters, or that use DoRA or trained tokens under a tied output layer,
+    /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     ///
     /// # Panics
     /// The layers of the result panic on a batch with another number of rows.
@@ -189,23 +202,22 @@ pub trait PeftModel: Module {
         Ok(model)
     }
 
-    /// The number of rows that [`for_rows`](Self::for_rows) was given, if an adapter is named among
-    /// them; `None` for every other model, whose batches may have any number of rows.
+    /// The number of rows of the batch that [`for_rows`](Self::for_rows) was called for, if one of its rows names an
+    /// adapter. `None` for every other model, whose batches may have any number of rows.
     fn batch_rows(&self) -> Option<usize> {
         let layout = Layout::read_only(self);
         layout.states.values().flat_map(|state| &state.rows).map(|(_, mask)| mask.shape()[0]).next()
     }
 
-    /// The model for a batch that consists of these rows of the one that
-    /// [`for_rows`](Self::for_rows) was given: row `i` has the adapter of row `rows[i]`, which lets a
-    /// batch shrink when a sequence ends, grow or change its order. A copy that shares every tensor with this model. A
-    /// model whose rows name no adapter comes back as it is.
+    /// A copy of a model from [`for_rows`](Self::for_rows) for a batch of these of its rows: row `i` has the adapter of row
+    /// `rows[i]`. With it, a batch can shrink when a sequence ends, grow, or change its order. The copy shares every tensor
+    /// with this model. If no row names an adapter, it equals this model.
     ///
     /// # Errors
     /// [`ForeignReparameterization`](PeftError::ForeignReparameterization).
     ///
     /// # Panics
-    /// On a row that was given no name.
+    /// On a row that the batch of `for_rows` did not have.
     fn select_rows(&self, rows: &[usize]) -> Result<Self, PeftError> {
         let mut layout = Layout::of(self)?;
         let Some((_, mask)) = layout.states.values().flat_map(|state| &state.rows).next() else {
@@ -248,7 +260,7 @@ pub trait PeftModel: Module {
     /// - [`InvalidConfig`](PeftError::InvalidConfig): no sources, a weight that is not finite, a density or rank outside
     ///   its range
     /// - [`UnequalRanks`](PeftError::UnequalRanks), [`NonFiniteCombination`](PeftError::NonFiniteCombination)
-    /// - [`CannotCombine`](PeftError::CannotCombine): a source has trained copies of parameters
+    /// - [`CannotCombine`](PeftError::CannotCombine): a source has trained copies of parameters, DoRA or trained tokens
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn add_weighted_adapter(
         &mut self,
@@ -265,19 +277,20 @@ pub trait PeftModel: Module {
         Ok(report)
     }
 
-    /// Adds an adapter of plain LoRA that changes the weights as another one does, as closely as its rank allows: the
-    /// leading singular triplets of the change. It waits for [`set_adapter`](Self::set_adapter), and
-    /// [`save_adapter`](Self::save_adapter) writes it for readers who know plain LoRA alone. PEFT's `convert_to_lora` and
+    /// Adds an adapter of plain LoRA that changes the weights as another one does, as closely as its rank allows: it
+    /// consists of the leading singular triplets of the change. It waits for [`set_adapter`](Self::set_adapter), and
+    /// [`save_adapter`](Self::save_adapter) writes it for programs that read only plain LoRA. PEFT's `convert_to_lora` and
     /// `save_as_lora`.
     ///
-    /// The whole change is converted, magnitudes of DoRA and trained tokens included; PEFT drops the former in silence and
-    /// refuses the latter, and embeddings and convolutions.
+    /// The whole change is converted, with magnitudes of DoRA and trained tokens. PEFT drops the magnitudes silently, and
+    /// refuses tokens, embeddings and convolutions.
     ///
     /// # Errors
     /// - [`UnknownAdapter`](PeftError::UnknownAdapter), [`AdapterExists`](PeftError::AdapterExists),
     ///   [`InvalidAdapterName`](PeftError::InvalidAdapterName)
     /// - [`InvalidConfig`](PeftError::InvalidConfig) for a rank of 0 or a share outside `(0, 1]`
-    /// - [`CannotConvert`](PeftError::CannotConvert) for anything beside changes of weights
+    /// - [`CannotConvert`](PeftError::CannotConvert) for an adapter that changes more than single weights: trained biases,
+    ///   `lora_bias`, whole modules, trained tokens of a tied table
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn convert_to_lora(
         &mut self,
@@ -292,9 +305,9 @@ pub trait PeftModel: Module {
         Ok(report)
     }
 
-    /// Multiplies the scaling that an adapter was configured with by `scale`, from now on; a later call takes the place of
-    /// this one, it does not multiply again. [`save_adapter`](Self::save_adapter) writes a `lora_alpha` that says so.
-    /// PEFT's `set_scale`, which is not saved.
+    /// Multiplies the configured scaling of an adapter by `scale`. A later call replaces this factor, it does not multiply
+    /// again. [`save_adapter`](Self::save_adapter) writes a `lora_alpha` that includes the factor. PEFT's `set_scale`, which
+    /// PEFT does not save.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter),
@@ -369,14 +382,14 @@ pub trait PeftModel: Module {
         AdapterStatus::list(&Layout::read_only(self).states)
     }
 
-    /// Folds the active adapters into the weights for now, so that they cost nothing: `W + Σ scaling * A B`. PEFT's
+    /// Folds the active adapters into the weights for now, `W + Σ scaling * A B`: from then on they cost nothing. PEFT's
     /// `merge_adapter(safe_merge=True)`.
     ///
     /// The base is kept beside the merged weights, and [`unmerge_adapter`](Self::unmerge_adapter) gives it back bit for
     /// bit. Merged adapters are not trained. Whatever changes parameters (an optimizer's step, a record that is loaded)
     /// unmerges them, as does [`set_adapter`](Self::set_adapter).
     ///
-    /// A tied output layer reads the table of the embedding below its adapters. So it does while they are merged.
+    /// A tied output layer reads the table of the embedding without its adapters, and does so while they are merged.
     ///
     /// # Errors
     /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`ForeignReparameterization`](PeftError::ForeignReparameterization).
@@ -386,7 +399,7 @@ pub trait PeftModel: Module {
 
     /// Folds some of the active adapters into the weights for now, as [`merge_adapter`](Self::merge_adapter) does with all
     /// of them. The other active ones go on working beside the merged weights, and adapters that were merged before stay
-    /// merged. PEFT's `merge_adapter(adapter_names=[..])`, which lets the other active adapters fall silent.
+    /// merged. PEFT's `merge_adapter(adapter_names=[..])`, after which the other active adapters do not act.
     ///
     /// # Errors
     /// - [`InactiveAdapter`](PeftError::InactiveAdapter): only active adapters are merged
@@ -415,11 +428,11 @@ pub trait PeftModel: Module {
     ///
     /// The sum is formed in the type of the factors, f32 as a rule, and rounded once to the type of the weight.
     ///
-    /// A table that a tied output layer reads as well cannot be merged into: the merged model would be another one than
-    /// the adapted one. `LlamaForCausalLm` of burn-peft-llama has a method of this name that unties first. A model of your
-    /// own says that its output layer is tied with
-    /// [`LoraEmbedding::set_tied_output`](crate::LoraEmbedding::set_tied_output); of any other tied weight nothing is
-    /// known here, and it changes wherever it is read.
+    /// An adapter of a table that a tied output layer reads as well cannot be merged: the merged model would compute
+    /// something else. Trained tokens can, since both ends read them. `LlamaForCausalLm` of burn-peft-llama has a method of
+    /// this name that unties first. If the output layer of your own model is tied, call
+    /// [`LoraEmbedding::set_tied_output`](crate::LoraEmbedding::set_tied_output). Any other shared weight changes wherever
+    /// it is read.
     ///
     /// # Errors
     /// [`NonFiniteMerge`](PeftError::NonFiniteMerge), [`NoBiasToMergeInto`](PeftError::NoBiasToMergeInto),
@@ -456,12 +469,15 @@ pub trait PeftModel: Module {
     /// Writes an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which Python's
     /// `PeftModel.from_pretrained` reads. The directory is created if need be.
     ///
-    /// Whenever the process ends, and whoever else writes to the directory at the same time, it holds an adapter whole, or
-    /// none, never parts of two. Other calls of this crate wait, in this process and in others. What a killed process
-    /// left behind goes with the next save.
+    /// The directory always holds a whole adapter or none, never parts of two, even if the process is killed or other
+    /// processes write there at the same time. Other calls of this crate wait, in this process and in others. The next save
+    /// removes what a killed process left behind.
     ///
-    /// Long lists of targets are shortened as PEFT does it, to the shortest ends of names that mean the same modules;
-    /// `all-linear` is always spelled out like that.
+    /// An adapter with a start that is a part of the base ([`Pissa`](crate::InitLoraWeights::Pissa),
+    /// [`Olora`](crate::InitLoraWeights::Olora)) is written as plain LoRA of twice the rank.
+    ///
+    /// Long lists of targets become the shortest ends of names that mean the same modules, as in PEFT; `all-linear` is always
+    /// written like that.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`Io`](PeftError::Io),
@@ -501,12 +517,13 @@ pub trait PeftModel: Module {
         self.load_adapter_with(name, directory, &LoadOptions::new())
     }
 
-    /// As [`load_adapter`](Self::load_adapter), with other names in the file or what does not fit left out.
+    /// As [`load_adapter`](Self::load_adapter), with [`LoadOptions`]: other names in the file, or tensors that do not fit left
+    /// out.
     ///
     /// # Errors
     /// - [`NoAdapter`](PeftError::NoAdapter), [`Io`](PeftError::Io), [`Json`](PeftError::Json),
     ///   [`Safetensors`](PeftError::Safetensors): the directory or a file in it
-    /// - [`UnsupportedConfig`](PeftError::UnsupportedConfig): the configuration asks for more than LoRA as it is here
+    /// - [`UnsupportedConfig`](PeftError::UnsupportedConfig): the configuration asks for something that is not computed here
     /// - [`IncompatibleAdapter`](PeftError::IncompatibleAdapter), unless lenient: every tensor that is missing,
     ///   unexpected or misshapen, or is a weight of another base model
     /// - the errors of [`add_adapter`](Self::add_adapter)
@@ -522,8 +539,8 @@ pub trait PeftModel: Module {
         Ok(report)
     }
 
-    /// Puts the adapter in `directory` in the place of adapter `name`, which stays active or inactive; the base is not
-    /// touched. Its rank, targets and settings may be others. PEFT's `hotswap_adapter`.
+    /// Replaces the adapter `name` by the one in `directory`, active if the old one was. The base does not change. Rank,
+    /// targets and settings may differ. PEFT's `hotswap_adapter`.
     ///
     /// # Errors
     /// [`UnknownAdapter`](PeftError::UnknownAdapter), [`MergedAdapter`](PeftError::MergedAdapter), and those of

@@ -28,7 +28,7 @@ use crate::target::{Patterns, TargetModules};
 /// assert_eq!(config.with_use_rslora(true).scaling(), 8.0);
 /// ```
 ///
-/// With serde it is the object that `adapter_config.json` holds, so it fits into a configuration of yours.
+/// With serde it is the object in `adapter_config.json`, and so can be a field of your own configuration.
 ///
 /// # References
 /// [LoRA, Hu et al., 2021](https://arxiv.org/abs/2106.09685).
@@ -41,36 +41,39 @@ pub struct LoraConfig {
     pub lora_alpha: f64,
     /// Probability in `[0, 1)` with which an element of the adapter's input is zeroed while training. Default 0.
     ///
-    /// It needs [`LoraLinear`](crate::LoraLinear), where adapters see the layer's input; on a plain linear layer or a
-    /// convolution a value above 0 is refused. It does not act on embeddings, whose input are token ids.
+    /// It needs [`LoraLinear`](crate::LoraLinear), which gives its input to the adapter. On a plain linear layer or a
+    /// convolution, a value above 0 is refused. It does not act on embeddings, whose inputs are token ids.
     pub lora_dropout: f64,
-    /// Ranks of their own for some modules: pairs of a pattern and a rank, at least 1. A pattern is a regular expression
-    /// that matches the whole name of a module or its end behind a dot; the first one that matches counts. Default:
-    /// none.
+    /// Other ranks for some modules: pairs of a pattern and a rank of at least 1. A pattern is a regular expression that
+    /// matches the whole name of a module or its end behind a dot. The first pattern that matches counts. Default: none.
     pub rank_pattern: Vec<(String, usize)>,
     /// As [`rank_pattern`](Self::rank_pattern), for [`lora_alpha`](Self::lora_alpha). Default: none.
     pub alpha_pattern: Vec<(String, f64)>,
     /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`
     /// ([rsLoRA, Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732)). Default false.
     pub use_rslora: bool,
-    /// Train the norms of the weight's columns apart from their directions:
-    /// `W' = m / ‖W + scaling A B‖ (W + scaling A B)`, `m` of `[d_out]` trained, the norm a constant in backward
-    /// ([DoRA, Liu et al., 2024](https://arxiv.org/abs/2402.09353)). Default false.
+    /// DoRA: train the norms of the weight's columns apart from their directions,
+    /// `W' = m / ‖W + scaling A B‖ (W + scaling A B)`. `m`, `[d_out]`, is trained and starts as the norms of `W`; the norm in
+    /// the denominator is a constant in the backward pass
+    /// ([DoRA, Liu et al., 2024](https://arxiv.org/abs/2402.09353)). Not with [`lora_bias`](Self::lora_bias). Default false.
+    ///
+    /// Several active adapters with DoRA add up: each is measured against the base. In PEFT a later one also scales what
+    /// earlier ones added.
     pub use_dora: bool,
     /// Which biases of the base are trained. Default [`Bias::None`].
     pub bias: Bias,
-    /// Whether `B` has a bias, trained and scaled with the update. Not on embeddings, and a plain layer needs a bias of
-    /// its own to carry it. Default false.
+    /// Whether `B` has a bias, which is trained and scaled with the update. Embeddings cannot have one, and a plain layer
+    /// needs a bias of its own, to which it is added. Default false.
     pub lora_bias: bool,
     /// How the factors start. Default [`InitLoraWeights::KaimingUniform`].
     pub init_lora_weights: InitLoraWeights,
-    /// Tokens whose rows in an embedding or an output layer are trained. Their modules can be neither targets nor saved
-    /// whole. Default: none.
+    /// Tokens whose rows in an embedding or an output layer are trained. An output layer that is tied to the embedding
+    /// reads the same rows. The module can be neither a target nor saved whole. Default: none.
     pub trainable_token_indices: Option<TokenIndices>,
-    /// Whether what changes an embedding has to change an output layer that is tied to it. Trained tokens do that anyway;
-    /// with anything else on a tied embedding it is refused. Default false.
+    /// Whether an adapter of an embedding must also change an output layer that is tied to it. Trained tokens always do.
+    /// With anything else on a tied embedding it is refused. Default false.
     pub ensure_weight_tying: bool,
-    /// Whether PyTorch's base model stores its weights as `[d_in, d_out]`. Kept for the file and without effect here:
+    /// Whether PyTorch's base model stores its weights as `[d_in, d_out]`. It is kept for the file and changes nothing here:
     /// factors have one layout in memory and one in files. Default false.
     pub fan_in_fan_out: bool,
     /// Which modules are meant.
@@ -82,7 +85,7 @@ pub struct LoraConfig {
 /// A rank above this is a mistake, and would ask for more memory than there is.
 const MAX_RANK: usize = 65_536;
 
-/// Which biases of the base model an adapter trains, as copies: disabling the adapter gives the base's biases back.
+/// Which biases of the base model an adapter trains. It trains copies: without the adapter, the model has the base's biases.
 #[non_exhaustive]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Bias {
@@ -206,7 +209,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets [`bias`](Self::bias).
+    /// Sets [`bias`](field@Self::bias).
     pub fn with_bias(mut self, bias: Bias) -> Self {
         self.bias = bias;
         self
@@ -496,7 +499,7 @@ impl Configuration for LoraConfig {
 /// PEFT's key for how Burn paths become names: not part of its file, and only written if it says something.
 const KEY_MAPPING: &str = "key_mapping";
 
-/// The object that `adapter_config.json` holds, and the key mapping, if there is one.
+/// The object in `adapter_config.json`, and the key mapping, if there is one.
 impl Serialize for LoraConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = PeftConfig::from(self).to_map();

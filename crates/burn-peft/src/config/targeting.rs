@@ -13,21 +13,22 @@ use crate::target::{ALL_LINEAR, LayerFilter, Matcher, TargetModules, ancestors_a
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Targeting {
-    /// The modules to adapt. There is no default: a model is not asked for its architecture.
+    /// The modules to adapt. There is no default, as there are no lists of targets per architecture here.
     pub target_modules: Option<TargetModules>,
-    /// Modules that are left alone even if they are targets. Default: none.
+    /// Modules that are not adapted even if they are targets. Default: none.
     pub exclude_modules: Option<TargetModules>,
-    /// Of the modules that match a listed name by their end, only those in layers with these numbers. A module's layer
-    /// is the first component of its name that is a number behind another component. Default: all.
+    /// The numbers of the layers whose modules are adapted, for modules that match a listed name by their end. The number
+    /// of a module's layer is the first component of its name that is a number and follows another component. Default:
+    /// all layers.
     pub layers_to_transform: Option<Vec<usize>>,
-    /// Which component stands before a layer's number, `layers` or `h` for example, as regular expressions; the first
-    /// that is found counts. Needs [`layers_to_transform`](Self::layers_to_transform). Default: any.
+    /// The component in front of a layer's number, `layers` or `h` for example, as regular expressions. The first one that
+    /// matches counts. Needs [`layers_to_transform`](Self::layers_to_transform). Default: any component.
     pub layers_pattern: Vec<String>,
-    /// Modules that are trained and saved whole, every parameter a copy: those whose name ends with one of these. They
-    /// get no other update. Default: none.
+    /// Modules that are trained and saved whole: those whose name ends with one of these. The adapter trains a copy of each
+    /// of their parameters and changes them in no other way. Default: none.
     pub modules_to_save: Vec<String>,
-    /// How Burn paths become the names in Hugging Face files, for targets, for loading and for saving. Not part of the
-    /// file. Default: they are equal.
+    /// How Burn paths become the names in Hugging Face files, for targets, loading and saving. It is not part of the file.
+    /// Default: paths and names are equal.
     pub key_mapping: KeyMapping,
 }
 

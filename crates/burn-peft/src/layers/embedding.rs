@@ -8,13 +8,13 @@ use crate::adapter::Adapters;
 use crate::layers::transparent::transparent_layer;
 use crate::seam::Mark;
 
-/// `nn::Embedding` whose adapters work on what is looked up:
+/// `nn::Embedding` whose adapters work on the rows that are looked up:
 ///
 /// `y = W[ids] + Σ scaling * A[ids] B`, summed over the active adapters.
 ///
-/// The dense table `A B`, as large as the vocabulary times the width, is never built; on a plain `nn::Embedding` it is,
-/// at every forward pass. As [`LoraLinear`](crate::LoraLinear), the wrapper adds nothing to parameter paths, converts
-/// by [`From`] in both directions and dereferences to the plain layer.
+/// It never builds the dense table `A B`, as large as the vocabulary times the width. On a plain `nn::Embedding` every
+/// forward pass builds it. Like [`LoraLinear`](crate::LoraLinear), the wrapper adds nothing to parameter paths, converts by
+/// [`From`] in both directions and dereferences to the plain layer.
 ///
 /// # Example
 /// ```
@@ -45,11 +45,12 @@ impl LoraEmbedding {
         }
     }
 
-    /// Says whether the model's output layer reads the table of this embedding (`tie_word_embeddings`), below its
-    /// adapters, as `self.weight.base()`. Default false.
+    /// Says whether the model's output layer reads the table of this embedding (`tie_word_embeddings`), through
+    /// [`tied_output`](Self::tied_output). Default false.
     ///
-    /// With it, [`merge_and_unload`](crate::PeftModel::merge_and_unload) refuses to merge an adapter into the table, which
-    /// would change the output layer too.
+    /// If it does, trained tokens act in the output layer too, and
+    /// [`merge_and_unload`](crate::PeftModel::merge_and_unload) refuses to merge any other adapter into the table, which
+    /// would change the output layer.
     pub fn set_tied_output(&mut self, has_tied_output: bool) {
         self.has_tied_output = has_tied_output;
     }
@@ -66,8 +67,8 @@ impl LoraEmbedding {
     /// - output: `[batch_size, sequence, d_model]`
     ///
     /// # Panics
-    /// If rows of the batch were given adapters ([`for_rows`](crate::PeftModel::for_rows)) and the
-    /// batch has another number of rows.
+    /// If rows of the batch have adapters of their own ([`for_rows`](crate::PeftModel::for_rows)) and the batch has another
+    /// number of rows.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         let Some(adapters) = Adapters::of(&self.layer.weight) else {
             return self.layer.forward(ids);
@@ -76,7 +77,7 @@ impl LoraEmbedding {
     }
 
     /// `x Wᵀ`: the logits of an output layer that is tied to this embedding ([`set_tied_output`](Self::set_tied_output)).
-    /// It reads the table below the adapters, as in PEFT, but for trained tokens, which both ends share.
+    /// `W` is the table without adapters, but with their trained tokens, as in PEFT.
     ///
     /// # Shapes
     /// - x: `[n, d_model]`
@@ -88,7 +89,7 @@ impl LoraEmbedding {
         }
     }
 
-    /// Whether something is trained that [`tied_output`](Self::tied_output) reads.
+    /// Whether a parameter is trained that [`tied_output`](Self::tied_output) depends on.
     pub fn trains_tied_output(&self) -> bool {
         let adapters = Adapters::of(&self.layer.weight);
         self.layer.weight.base().is_require_grad() || adapters.is_some_and(Adapters::trains_tied_output)

@@ -53,7 +53,7 @@ impl LoraLinear {
     /// - output: `[.., d_output]`
     ///
     /// # Panics
-    /// If the input's last axis is not `d_input`, and if rows of the batch were given adapters
+    /// If the input's last axis is not `d_input`. Also if rows of the batch have adapters of their own
     /// ([`for_rows`](crate::PeftModel::for_rows)) and the first axis has another length.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         match Adapters::of(&self.layer.weight) {
@@ -62,12 +62,11 @@ impl LoraLinear {
         }
     }
 
-    /// Applies the layer to activations that were picked from a batch: the first axis of `input` is not the batch but, at
-    /// `i`, belongs to the batch's row `rows[i]`. Only where the rows of the batch were given adapters
-    /// ([`for_rows`](crate::PeftModel::for_rows)) does that make a difference to
-    /// [`forward`](Self::forward).
+    /// Applies the layer to activations that were picked from a batch: entry `i` of the first axis of `input` belongs to row
+    /// `rows[i]` of the batch. It differs from [`forward`](Self::forward) only if the rows of the batch have adapters of their
+    /// own ([`for_rows`](crate::PeftModel::for_rows)).
     ///
-    /// A model whose output layer reads some positions of a batch needs it, as the loss of a language model does.
+    /// You need it if your output layer reads only some positions of a batch, as in the loss of a language model.
     ///
     /// # Shapes
     /// - input: `[n, .., d_input]`
@@ -75,7 +74,7 @@ impl LoraLinear {
     /// - output: `[n, .., d_output]`
     ///
     /// # Panics
-    /// If the input's last axis is not `d_input`, and on a row that was given no name.
+    /// If the input's last axis is not `d_input`, and on a row that the batch of `for_rows` did not have.
     pub fn forward_rows<const D: usize>(&self, input: Tensor<D>, rows: &Tensor<1, Int>) -> Tensor<D> {
         match Adapters::of(&self.layer.weight) {
             Some(adapters) if !adapters.rows.is_empty() => {
