@@ -28,7 +28,7 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Makes a base model as the embedded one from scratch: text, tokenizer, training, a Hugging Face directory. The
+    /// Builds a base model like the embedded one from scratch: text, tokenizer, training, a Hugging Face directory. The
     /// experiment on it is `--model DIR`.
     Pretrain(PretrainArgs),
 }
@@ -101,7 +101,7 @@ const WITHOUT_ADAPTER: [&str; 16] = [
 pub struct ExperimentArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
     /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
-    /// base model if not given. One that `pretrain` made, recognised by its chat template, is used as the embedded one;
+    /// base model if not given. One that `pretrain` made, recognised by its chat template, works like the embedded one;
     /// the defaults below for `--model` are those of any other
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
     pub model: Option<String>,

@@ -234,9 +234,8 @@ fn held_out(findings: &Findings) -> String {
 
 /// How the columns are to be read, and what they come to.
 fn reading(findings: &Findings, rows: &[Row]) -> String {
-    let mut text = String::from(
-        "- **exact**: the types that the answer names are exactly the true ones, in whatever order",
-    );
+    let mut text =
+        String::from("- **exact**: the types that the answer names are exactly the true ones, in any order");
     text.push_str(if findings.results.iter().any(|result| result.seed != findings.results[0].seed) {
         "; mean and range over the seeds. The interval is Wilson's, all seeds together; a species may be held out by several seeds, which makes it somewhat narrow.\n"
     } else {

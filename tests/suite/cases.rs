@@ -284,7 +284,7 @@ mod values {
         let error = base("base-untied").add_adapter("new", &config).unwrap_err().to_string();
         assert_eq!(
             error,
-            "invalid `init_lora_weights`: expected a start that is computed here for a new adapter, found eva"
+            "invalid `init_lora_weights`: expected a start that can be computed here; `eva`, `loftq` and `mica` only load trained adapters, found eva"
         );
         // What the caller sets takes the place of the file's word.
         let config = config.with_init_lora_weights(InitLoraWeights::Gaussian);

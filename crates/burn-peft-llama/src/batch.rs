@@ -120,7 +120,7 @@ impl Collator {
     ///
     /// # Errors
     /// - [`LlamaError::EmptyBatch`] for no examples,
-    /// - [`LlamaError::LabelCount`] if an example has not one label per token,
+    /// - [`LlamaError::LabelCount`] if an example's label and token counts differ,
     /// - [`LlamaError::InvalidLabel`] for a negative label other than [`IGNORE_INDEX`],
     /// - [`LlamaError::SequenceTooLong`] for more than `max_length` tokens without truncation,
     /// - [`LlamaError::NoLabels`] for an example without a token to learn.

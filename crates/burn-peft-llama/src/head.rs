@@ -82,7 +82,7 @@ impl Head<'_> {
         }
         match self {
             Self::Own(layer) if layer.batch_rows().is_some() => None,
-            // With whatever adapters work there, merged or not.
+            // With all active adapters, merged or not.
             Self::Own(layer) => Some(dense(layer.weight.val().inner())),
             Self::Tied(embedding) => Some(dense(embedding.weight.base().inner()).transpose()),
         }

@@ -295,8 +295,7 @@ fn with_changes<'a>(
     changes.fold(value, |value, update| update.method.apply(update, value, base))
 }
 
-/// `added`, 0 where `rows` does not allow it: put there and not multiplied by, so that whatever an adapter gives,
-/// infinities and NaNs included, stays in its rows.
+/// `added`, 0 where `rows` does not allow it: masked instead of multiplied, so infinities and NaNs stay in their rows.
 fn only_in<const D: usize>(rows: &Tensor<1>, added: Tensor<D>, batch: usize) -> Tensor<D> {
     let asked = rows.shape()[0];
     assert!(batch == asked, "the batch has {batch} rows, adapters were named for {asked}");

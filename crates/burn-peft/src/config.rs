@@ -7,6 +7,8 @@ mod ranks;
 mod targeting;
 mod token_indices;
 
+use std::any::Any;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::{ConfigProblem, PeftError};
@@ -20,7 +22,7 @@ pub use targeting::Targeting;
 pub use token_indices::TokenIndices;
 
 /// What every kind of configuration can do: one `impl` in its own file, and a line in [`PeftConfig`].
-pub(crate) trait Configuration {
+pub(crate) trait Configuration: Any {
     fn targeting(&self) -> &Targeting;
     fn targeting_mut(&mut self) -> &mut Targeting;
     fn file(&self) -> &FileFields;
@@ -132,9 +134,13 @@ configurations! {
 impl PeftConfig {
     /// The configuration of LoRA, if it is one.
     pub fn as_lora(&self) -> Option<&LoraConfig> {
-        match self {
-            Self::Lora(config) => Some(config),
-        }
+        self.as_kind()
+    }
+
+    /// The configuration of this kind, if it is one.
+    pub(crate) fn as_kind<C: Configuration>(&self) -> Option<&C> {
+        let kind: &dyn Any = self.kind();
+        kind.downcast_ref()
     }
 
     /// What is targeted.
@@ -169,7 +175,7 @@ const PEFT_VERSION: &str = "0.21.2";
 
 const PEFT_TYPE: &str = "peft_type";
 
-/// Keys whose values PEFT writes by rules of its own, whatever it read.
+/// Keys that PEFT always rewrites.
 const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"];
 
 /// What can be done about a key that PEFT does not have either.

@@ -25,7 +25,7 @@ pub enum PeftError {
         found: String,
     },
 
-    /// A configuration file asks for something that this version cannot compute, or cannot be understood.
+    /// A configuration file has entries that this version cannot compute or read.
     #[error("cannot use the configuration in `{}`:{}", .path.display(), lines(.problems))]
     UnsupportedConfig {
         /// The file.
@@ -110,9 +110,9 @@ pub enum PeftError {
         modules: Vec<String>,
     },
 
-    /// Two active adapters would each put a copy of theirs in a parameter's place.
+    /// Two active adapters would each replace values of one parameter: by a trained copy, or by trained rows of tokens.
     #[error(
-        "adapters {} cannot be active together: each has a trained copy of {}\nhint: activate one of them",
+        "adapters {} cannot be active together: each replaces values of {}\nhint: activate one of them",
         join(.names),
         join(.parameters)
     )]
@@ -209,9 +209,9 @@ pub enum PeftError {
         combination_type: CombinationType,
     },
 
-    /// An adapter that replaces parameters cannot be combined with others.
+    /// Only updates of low rank can be combined.
     #[error(
-        "adapter `{name}` has a trained copy of `{parameter}`, and only updates of low rank can be combined\nhint: combine adapters without `modules_to_save` and with `bias` none"
+        "adapter `{name}` changes `{parameter}` by more than an update of low rank\nhint: convert it with `convert_to_lora`, or combine adapters without DoRA, trained tokens, `modules_to_save` and trained biases"
     )]
     CannotCombine {
         /// The adapter.
@@ -222,7 +222,7 @@ pub enum PeftError {
 
     /// An adapter does more than plain LoRA could.
     #[error(
-        "adapter `{name}` cannot be converted: what it does to `{parameter}` is no change of one weight\nhint: convert adapters without `modules_to_save`, `lora_bias` and trained biases, and without trained tokens on a tied embedding"
+        "adapter `{name}` cannot be converted: its change of `{parameter}` is more than a change of one weight\nhint: convert adapters without `modules_to_save`, `lora_bias` and trained biases, and without trained tokens on a tied embedding"
     )]
     CannotConvert {
         /// The adapter.
@@ -357,7 +357,7 @@ pub enum PeftError {
     NoAdapter {
         /// The directory.
         path: PathBuf,
-        /// What is missing or found instead.
+        /// What is missing, or what is there instead.
         reason: String,
         /// What can be done.
         hint: String,

@@ -87,7 +87,7 @@ const NEED_DATA: &[&str] = &["corda", "lora_ga"];
 const NITER: &str = "pissa_niter_";
 
 /// What can be done about an adapter whose start cannot be computed again.
-const CHANGED_BASE_HINT: &str = "its training changed the base model as well; convert it in PEFT when it is saved, with `path_initial_model_for_weight_conversion`, or merge it there and load the merged model";
+const CHANGED_BASE_HINT: &str = "its training changed the base model too; save it in PEFT with `path_initial_model_for_weight_conversion`, or merge it there and load the merged model";
 
 /// PEFT's word, `true` for the default.
 impl fmt::Display for InitLoraWeights {
@@ -116,7 +116,7 @@ impl InitLoraWeights {
 
     /// The start that PEFT's word means, or what can be done about it.
     pub(crate) fn from_json(value: &Value) -> Result<Self, &'static str> {
-        const UNKNOWN: &str = "PEFT has no such start; after training it does not matter, `true` will do";
+        const UNKNOWN: &str = "PEFT has no such start; if the adapter is trained, set it to `true`";
         match value {
             Value::Bool(true) => Ok(Self::KaimingUniform),
             Value::Bool(false) => Ok(Self::Random),

@@ -92,7 +92,7 @@ impl LoraPlus {
         let (mut raised, mut embeddings, mut biases) = (vec![], vec![], vec![]);
         for adapter in Layout::of(model)?.states.values().flat_map(|state| &state.list) {
             for (spec, tensor) in adapter.updates.iter().flat_map(Update::parts) {
-                // PEFT goes by names and by the number of axes, and so what it says holds for every method.
+                // PEFT decides by names and axes, so this works for every method.
                 let is_raised = spec.key.starts_with("lora_B") || spec.shape.len() == 1;
                 if spec.key.starts_with("lora_embedding") {
                     embeddings.push(tensor.id);

@@ -45,7 +45,7 @@ pub(crate) struct Description {
 /// The parameters that a configuration is judged by.
 pub(crate) struct Parameters<'a> {
     pub(crate) list: &'a [Chosen],
-    /// Whether they are all that a model has, and not those that a file tells of.
+    /// True for all parameters of a model, false for those found in a file.
     pub(crate) are_all: bool,
 }
 
@@ -253,7 +253,7 @@ pub(crate) trait Method: Debug + Send + Sync {
     }
 
     /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`: a bias, which
-    /// the weight has no place for.
+    /// cannot be folded into the weight.
     fn constant(&self, _of: &Update) -> Option<Tensor<2>> {
         None
     }

@@ -48,7 +48,7 @@ impl Target {
         self.methods.iter().map(|method| Ok(self.update(method, method.start(&at)?))).collect()
     }
 
-    /// New updates with these values, which have no graph, for the tensors of these names.
+    /// New updates with these values (without a graph) for the named tensors.
     ///
     /// # Errors
     /// Those of [`Method::start`].
@@ -268,7 +268,7 @@ impl Choice {
         if !unsupported.is_empty() {
             return Err(PeftError::UnsupportedModules { modules: unsupported });
         }
-        // `validate` has seen to it that there are targets.
+        // `validate` guarantees that there are targets.
         let wanted = targeting.target_modules.as_ref().unwrap_or(&TargetModules::AllLinear);
         let exclusions = targeting.exclude_modules.as_ref();
         if matched.is_empty() {
@@ -328,7 +328,7 @@ fn check_tie(config: &PeftConfig, at: &Chosen, methods: &[Arc<dyn Method>]) -> R
     })
 }
 
-/// An output layer that is tied to the embedding owns no parameter, so nothing would come of asking for it.
+/// An output layer that is tied to the embedding owns no parameter, so there is nothing to adapt.
 ///
 /// # Errors
 /// [`PeftError::NoOutputLayer`], [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].

@@ -1,7 +1,7 @@
 //! The one place that knows how Burn carries adapters: reading every state of a model and putting edited ones back.
 //!
-//! Burn shows a parameter's reparameterization to nobody but the parameter's owner, and these modules are anybody's. So
-//! the states themselves help: while a model is traversed here, each [`Adapters`] that the traversal meets looks at the
+//! Only the owner of a parameter can read its reparameterization, and the modules of a model are not ours. So the states
+//! themselves help: while a model is traversed here, each [`Adapters`] that the traversal meets looks at the
 //! [`Wish`] of this thread and hands out a copy of itself, or tells itself to drop at the next `materialize()`. In every
 //! other traversal there is no wish.
 //!
@@ -96,7 +96,7 @@ impl Layout {
         }
     }
 
-    /// Reads a model of which nothing will be changed; the parameters of foreign states count as the model's own.
+    /// Reads a model without changing it; the parameters of foreign states count as the model's own.
     pub(crate) fn read_only<M: Module>(model: &M) -> Self {
         Reader::of(model).layout
     }
@@ -272,7 +272,7 @@ impl Adapters {
     }
 }
 
-/// Parameters appear as `<parameter>.peft.<adapter>.{a,b,bias,copy}`.
+/// Parameters appear as `<parameter>.peft.<adapter>.<tensor>`.
 impl Module for Adapters {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.list.collect_devices(devices)

@@ -147,7 +147,7 @@ impl States {
                     return refuse(format!("`{module}` is a plain layer, whose weight all rows share"));
                 }
                 if !adapter.updates.iter().all(|update| update.method.allows_mixed_batches()) {
-                    return refuse(format!("what it does to `{module}` is for all rows, in PEFT too"));
+                    return refuse(format!("its change of `{module}` applies to all rows, as in PEFT"));
                 }
             }
         }

@@ -7,7 +7,7 @@ use burn_peft_llama::PaddingSide;
 use burn_peft_tests::fixture::{Fixture, Training, directory, read_file, read_json};
 use burn_peft_tests::parameters::{base_parameters, parameters, transposed};
 use burn_peft_tests::tolerance::{
-    FORWARD, REORDERED, TRAINED, TRAJECTORY, assert_close, assert_close_number,
+    FORWARD, REORDERED, TRAINED, TRAJECTORY, assert_close, assert_close_number, assert_different,
 };
 use serde::Deserialize;
 
@@ -214,4 +214,64 @@ fn the_leading_triplets_of_a_large_weight_are_found() {
     assert_close("Gram matrices", &of_a.clone().into_data(), &of_b.into_data(), FORWARD);
     let scaled = a.clone().matmul(of_a);
     assert_close("W Bᵀ", &weight.matmul(b.transpose()).into_data(), &scaled.into_data(), TRAINED);
+}
+
+/// In peft the start is a part of the base, and dropout acts on the adapter's input alone.
+#[test]
+fn dropout_leaves_the_start_in_the_base() {
+    let device = Device::flex().autodiff();
+    for use_dora in [false, true] {
+        device.seed(4);
+        let mut model = One::new(TensorData::new(vec![1.0f32, 0.0, 0.0, 1.0], [2, 2]), &device);
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(3.0)
+            .with_lora_dropout(0.5)
+            .with_use_dora(use_dora)
+            .with_init_lora_weights(InitLoraWeights::Pissa)
+            .with_target_modules(["layer"]);
+        model.add_adapter("default", config).unwrap();
+        // Nothing is left of the weight beside the adapter, which sees 0 or 2 for each 1.
+        const ROWS: usize = 1_000;
+        let y = model.layer.forward(Tensor::<2>::ones([ROWS, 2], &device)).into_data();
+        let found: Vec<f64> = y.iter().collect();
+        assert!(found.iter().all(|y| y.abs() < 1e-5 || (y - 2.0).abs() < 1e-5), "dora: {use_dora}");
+        let share = found.iter().filter(|y| **y > 1.0).count() as f64 / found.len() as f64;
+        // Six standard deviations of 2 000 draws.
+        assert!((share - 0.5).abs() < 0.07, "{share}");
+    }
+}
+
+#[test]
+fn dora_from_a_start_is_saved_and_loaded() {
+    let device = Device::flex();
+    device.seed(6);
+    let weight = Tensor::<2>::random([9, 7], Distribution::Normal(0.0, 1.0), &device).into_data();
+    let x = Tensor::<2>::random([4, 9], Distribution::Normal(0.0, 1.0), &device);
+    for start in [InitLoraWeights::Pissa, InitLoraWeights::Olora] {
+        let mut model = One::new(weight.clone(), &device);
+        let before = model.layer.forward(x.clone()).into_data();
+        let config = LoraConfig::new(2)
+            .with_lora_alpha(3.0)
+            .with_use_dora(true)
+            .with_use_rslora(true)
+            .with_init_lora_weights(start)
+            .with_target_modules(["layer"]);
+        model.add_adapter("default", config).unwrap();
+        assert_close("fresh", &model.layer.forward(x.clone()).into_data(), &before, REORDERED);
+        let moved = TensorData::new((0..14).map(|i| 0.1 * i as f32 - 0.6).collect::<Vec<_>>(), [2, 7]);
+        let magnitudes = TensorData::new((0..7).map(|i| 1.0 + 0.2 * i as f32).collect::<Vec<_>>(), [1, 7]);
+        let mut model = super::with_values(model, &[("b", moved), ("magnitude", magnitudes)]);
+        let expected = model.layer.forward(x.clone()).into_data();
+        assert_different("trained", &expected, &before);
+
+        let directory = tempfile::tempdir().unwrap();
+        model.save_adapter("default", directory.path()).unwrap();
+        let mut again = One::new(weight.clone(), &device);
+        let report = again.load_adapter("default", directory.path()).unwrap();
+        assert_eq!(report.injection.modules[0].r, Some(4));
+        assert_close("loaded", &again.layer.forward(x.clone()).into_data(), &expected, REORDERED);
+        // Merged, through the dense weight.
+        model.merge_and_unload().unwrap();
+        assert_close("merged", &model.layer.forward(x.clone()).into_data(), &expected, REORDERED);
+    }
 }

@@ -32,7 +32,7 @@ fn what_cannot_be_is_refused_by_name() {
     );
     assert_eq!(
         message(config([("nope", vec![5])])),
-        format!("{start} names of embeddings or output layers, found `nope`, which is none")
+        format!("{start} names of embeddings or linear layers, found `nope`, which matches none")
     );
     let both = "modules that are neither in `target_modules` nor in `modules_to_save`, found `model.embed_tokens`, which is in";
     assert_eq!(

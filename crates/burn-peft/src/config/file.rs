@@ -1,4 +1,4 @@
-//! What a configuration file carries along, and nothing here depends on.
+//! Entries of a configuration file without effect on the computation.
 
 use serde_json::{Map, Value};
 
@@ -8,7 +8,7 @@ use super::field::{Field, Hint, fields};
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct FileFields {
-    /// The base model's directory or hub id, for those who load the adapter later. Default: unknown.
+    /// The base model's directory or hub id, for later readers of the adapter. Default: unknown.
     pub base_model_name_or_path: Option<String>,
     /// PEFT's `task_type`, `CAUSAL_LM` for a language model. Default: unset.
     pub task_type: Option<String>,

@@ -8,7 +8,7 @@ use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::field::{Field, Hint, fields, index, number, patterns_from_json, patterns_to_json, typed};
-use super::{Configuration, FileFields, PeftConfig, Ranks, Targeting, TokenIndices, is_neutral};
+use super::{Configuration, FileFields, PEFT_TYPE, PeftConfig, Ranks, Targeting, TokenIndices, is_neutral};
 use crate::error::{ConfigProblem, PeftError};
 use crate::init::InitLoraWeights;
 use crate::key_mapping::KeyMapping;
@@ -149,8 +149,14 @@ impl LoraConfig {
     /// # Errors
     /// As [`PeftConfig::from_pretrained`].
     pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
-        let PeftConfig::Lora(config) = PeftConfig::from_pretrained(directory)?;
-        Ok(config)
+        let directory = directory.as_ref();
+        let config = PeftConfig::from_pretrained(directory)?;
+        let other = || {
+            let found = json!(config.peft_type());
+            let problems = vec![ConfigProblem::new(PEFT_TYPE, &found, "give an adapter of type LORA")];
+            PeftError::UnsupportedConfig { path: directory.into(), problems }
+        };
+        config.as_lora().cloned().ok_or_else(other)
     }
 
     /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `LoraConfig.save_pretrained`.
@@ -331,7 +337,7 @@ fn default_of(key: &str) -> Value {
     }
 }
 
-/// What can be done about a configuration that asks for something else than LoRA as it is computed here.
+/// What can be done about a setting that is not supported.
 const UNSUPPORTED_HINT: &str =
     "merge the adapter in Python and load the merged model, or train one without this setting";
 
@@ -426,7 +432,7 @@ impl Configuration for LoraConfig {
         match self.init_lora_weights {
             InitLoraWeights::Elsewhere(word) => Err(PeftError::InvalidConfig {
                 field: "init_lora_weights",
-                expected: "a start that is computed here for a new adapter",
+                expected: "a start that can be computed here; `eva`, `loftq` and `mica` only load trained adapters",
                 found: word.to_string(),
             }),
             _ => Ok(()),
@@ -523,7 +529,8 @@ impl<'de> Deserialize<'de> for LoraConfig {
             let problems: Vec<String> = parsed.problems.iter().map(ToString::to_string).collect();
             return Err(D::Error::custom(problems.join("; ")));
         }
-        let PeftConfig::Lora(config) = parsed.config;
+        let config = parsed.config.as_lora().cloned();
+        let config = config.ok_or_else(|| D::Error::custom("`peft_type` is not \"LORA\""))?;
         Ok(config.with_key_mapping(KeyMapping::new(rules)))
     }
 }

@@ -90,7 +90,19 @@ impl Method for Dora {
         let product =
             if x.acts { x.input.times(pass.base.clone()).mul_scalar(x.factor) } else { (pass.product)() };
         let update = low_rank::product(&x.input, a, b, of.scaling * x.factor) * gain.clone();
-        Some(cast(product, DType::F32) * (gain - 1.0) + update)
+        let output = cast(product, DType::F32) * (gain - 1.0) + update;
+        // A start that is part of the base sees the whole input once, as the base does.
+        let dropped = self.low_rank.start_of(of, &x.input).filter(|_| x.acts);
+        Some(match (dropped, self.low_rank.start_of(of, &pass.input)) {
+            (Some(dropped), Some(whole)) => output + dropped.mul_scalar(x.factor) - whole,
+            _ => output,
+        })
+    }
+
+    fn plain(&self, of: &Update, site: &Site) -> Option<Update> {
+        let (low_rank, mut tensors) = self.low_rank.doubled(of)?;
+        tensors.push(of[MAGNITUDE].val());
+        Some(Update::new(Arc::new(Self { low_rank }), site, tensors).scaled(of.scaling))
     }
 
     fn rank(&self) -> Option<usize> {

@@ -18,7 +18,7 @@ use crate::config::{LoraConfig, PeftConfig};
 use crate::error::PeftError;
 use crate::init::{InitLoraWeights, Start};
 use crate::layer::{Layer, Site, Space};
-use crate::ops::low_rank;
+use crate::ops::{Input, low_rank};
 use crate::tensor::cast;
 
 /// An update of low rank. In memory its factors are `A`, `[d_in, r]`, and `B`, `[r, d_out]`: the transposes of PEFT's
@@ -96,6 +96,12 @@ impl LowRank {
         })
     }
 
+    /// `scaling * (x A0) B0`, if the start is part of the base.
+    pub(super) fn start_of(&self, of: &Update, x: &Input) -> Option<Tensor<2>> {
+        let (a, b) = (of.get(A0)?.val(), of.get(B0)?.val());
+        Some(low_rank::product(x, a, b, of.scaling))
+    }
+
     /// `A` and `B` of the whole change: `[A, A0]` and `[B; -B0]` where the start is part of the base, so that it is taken
     /// off again.
     pub(super) fn factors(&self, of: &Update) -> (Tensor<2>, Tensor<2>) {
@@ -104,6 +110,20 @@ impl LowRank {
             return (a, b);
         }
         (Tensor::cat(vec![a, of[A0].val()], 1), Tensor::cat(vec![b, of[B0].val().neg()], 0))
+    }
+
+    /// The same change as factors of twice the rank that start from the base as it is, if the file needs it.
+    pub(super) fn doubled(&self, of: &Update) -> Option<(Self, Vec<Tensor<2>>)> {
+        if !self.is_doubled_in_file {
+            return None;
+        }
+        let (mut a, mut b) = self.factors(of);
+        if !self.init.is_part_of_base() {
+            a = Tensor::cat(vec![a.clone(), a.zeros_like()], 1);
+            b = Tensor::cat(vec![b.clone(), b.zeros_like()], 0);
+        }
+        let (r, init) = (2 * self.r, InitLoraWeights::default());
+        Some((Self { r, init, is_doubled_in_file: false, ..self.clone() }, vec![a, b]))
     }
 }
 
@@ -139,7 +159,7 @@ impl Method for LowRank {
         tensors
     }
 
-    /// f32 whatever the weight's type is, as PEFT's `autocast_adapter_dtype` has it.
+    /// Always f32, as with PEFT's `autocast_adapter_dtype`.
     fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {
         let (a, b) = self.init.factors(at, self.r, self.scaling)?;
         let mut tensors = vec![a.clone(), b.clone()];
@@ -173,12 +193,16 @@ impl Method for LowRank {
         cast(value, dtype) + low_rank::matrix(a, b, of.scaling, dtype)
     }
 
-    /// `scaling * (dropout(x) A) B`
+    /// `scaling * (dropout(x) A) B`, and the start off again, if it is part of the base: `- scaling * (x A0) B0`.
     fn forward(&self, of: &Update, pass: &Pass) -> Option<Tensor<2>> {
-        let (a, b) = self.factors(of);
+        let (a, b) = (of[A].val(), of[B].val());
         let x = pass.dropped(of, &a);
         // Dropout's 1 / (1 - p) goes along with the scaling.
-        Some(low_rank::product(&x.input, a, b, of.scaling * x.factor))
+        let update = low_rank::product(&x.input, a, b, of.scaling * x.factor);
+        Some(match self.start_of(of, &pass.input) {
+            Some(start) => update - start,
+            None => update,
+        })
     }
 
     fn constant(&self, of: &Update) -> Option<Tensor<2>> {
@@ -186,20 +210,9 @@ impl Method for LowRank {
     }
 
     fn plain(&self, of: &Update, site: &Site) -> Option<Update> {
-        if !self.is_doubled_in_file {
-            return None;
-        }
-        let (mut a, mut b) = self.factors(of);
-        if !self.init.is_part_of_base() {
-            (a, b) = (
-                Tensor::cat(vec![a.clone(), a.zeros_like()], 1),
-                Tensor::cat(vec![b.clone(), b.zeros_like()], 0),
-            );
-        }
-        let (r, init) = (2 * self.r, InitLoraWeights::default());
-        let method = Self { r, init, is_doubled_in_file: false, ..self.clone() };
-        let bias = of.get(BIAS).map(|bias| bias.val());
-        Some(Update::new(Arc::new(method), site, [a, b].into_iter().chain(bias).collect()).scaled(of.scaling))
+        let (method, mut tensors) = self.doubled(of)?;
+        tensors.extend(of.get(BIAS).map(|bias| bias.val()));
+        Some(Update::new(Arc::new(method), site, tensors).scaled(of.scaling))
     }
 
     fn parts(&self, of: &Update) -> Option<Parts> {

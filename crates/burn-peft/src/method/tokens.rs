@@ -25,7 +25,7 @@ struct Tokens {
     is_tied: bool,
 }
 
-/// The rows, `[tokens, width]`, not what they differ by, whatever PEFT calls them.
+/// The rows themselves (`[tokens, width]`), not differences, despite PEFT's name.
 const ROWS: &str = "tokens";
 const KEY: &str = "token_adapter.trainable_tokens_delta";
 const FIELD: &str = "trainable_token_indices";
@@ -96,7 +96,9 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     let missing =
         names.into_iter().find(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
     match missing.filter(|_| parameters.are_all) {
-        Some(name) => invalid("names of embeddings or output layers", format!("`{name}`, which is none")),
+        Some(name) => {
+            invalid("names of embeddings or linear layers", format!("`{name}`, which matches none"))
+        }
         None => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! The input of a layer, whatever its kind.
+//! The input of any layer.
 
 use burn::tensor::module::{embedding, linear};
 use burn::tensor::{Int, Tensor};

@@ -62,7 +62,7 @@ pub struct TargetCoverage {
     pub modules: usize,
     /// The numbers of their layers, ascending.
     pub layers: Vec<usize>,
-    /// The other layers of the stack that the configuration means as well, and which have no such module.
+    /// Layers of the stack that the configuration also targets but that have no such module.
     pub missing_layers: Vec<usize>,
 }
 
@@ -114,8 +114,8 @@ impl fmt::Display for TargetCoverage {
 
 /// Where the adapted modules lie.
 ///
-/// `modules` are all modules of the model; `is_meant` tells of a name whether a module of this name would have been
-/// adapted.
+/// `modules` are all modules of the model; `is_meant` says whether the configuration would adapt a
+/// module of this name.
 pub(super) fn coverage<'a, E>(
     adapted: impl IntoIterator<Item = &'a str>,
     modules: impl IntoIterator<Item = &'a str>,

@@ -118,7 +118,7 @@ pub struct StoredModule {
 }
 
 impl AdapterDirectory {
-    /// Reads an adapter directory. Whatever can be read is: [`problems`](Self::problems) tells what else is wrong.
+    /// Reads an adapter directory. Reads as much as it can; [`problems`](Self::problems) lists the rest.
     ///
     /// # Errors
     /// - [`PeftError::NoAdapter`]: a file is missing, the tensors are a pickle or those of several adapters, or the files
@@ -217,7 +217,7 @@ impl AdapterDirectory {
     /// - [`PeftError::KeyPrefix`] if all keys lack PEFT's prefix or have something in front of it
     /// - [`PeftError::InconsistentAdapter`] with every tensor that is missing, unexpected, or of a shape or type that
     ///   does not fit the configuration
-    /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`] and whatever else the layers cannot do
+    /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`] and other refusals of the methods
     /// - [`PeftError::NoAdapter`] if there are no factors at all
     pub fn problems(&self) -> Vec<PeftError> {
         // Without these nothing can be said about tensors.

@@ -23,7 +23,7 @@ pub(super) struct AdapterFiles {
 }
 
 impl AdapterFiles {
-    /// Reads both files. That there are no tensors is told when they are [asked for](Self::tensors).
+    /// Reads both files. Missing tensors become an error only in [`tensors`](Self::tensors).
     ///
     /// # Errors
     /// [`PeftError::NoAdapter`] if there is no configuration, [`PeftError::Io`].

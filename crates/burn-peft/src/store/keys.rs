@@ -52,7 +52,7 @@ pub(super) fn end_of(end: &str) -> Option<&'static KeyEnd> {
 /// A key without the name of an adapter in it, and that name: `x.lora_A.default.weight` is `x.lora_A.weight` of
 /// `default`.
 ///
-/// So are keys named in memory, where a model has several adapters, and in files of those who save what is in memory.
+/// PEFT uses such keys in memory, where a model has several adapters, and some programs save them.
 pub(super) fn without_name(key: &str) -> (String, Option<&str>) {
     if let Some((front, rest)) = key.rsplit_once(&format!(".{}.", WRAPPERS[0])) {
         // The wrapper of a module that is saved whole goes with the name.

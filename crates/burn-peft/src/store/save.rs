@@ -51,7 +51,7 @@ pub(crate) fn save(layout: &Layout, name: &str, directory: &Path) -> Result<(), 
     staged_config.put().map_err(PeftError::io(&config_path))
 }
 
-/// The configuration as a file has to say it, so that whoever reads it arrives at these adapters.
+/// The configuration as a file has to say it, so that reading it gives these adapters.
 fn config_to_write(
     layout: &Layout,
     config: &PeftConfig,
