@@ -11,7 +11,7 @@ use crate::config::PeftConfig;
 use crate::layer::Site;
 use crate::method::{Pass, Update};
 use crate::ops::Input;
-use crate::tensor::{cast, like, on_kind_of};
+use crate::tensor::{cast, like};
 
 /// What an adapter is besides its updates.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub(crate) struct AdapterInfo {
     pub(crate) name: Arc<str>,
     pub(crate) config: Arc<PeftConfig>,
     pub(crate) site: Arc<Site>,
+    /// Whether the parameter is the weight of a module that is a target.
+    pub(crate) is_target: bool,
     pub(crate) active: bool,
     /// The factor of [`set_scale`](crate::PeftModel::set_scale).
     pub(crate) scale: f64,
@@ -37,8 +39,17 @@ impl Adapter {
     /// Active adapters take part in the forward pass and are trained; the others do neither.
     pub(crate) fn set_active(mut self, active: bool) -> Self {
         self.info.active = active;
+        self.set_trained(active)
+    }
+
+    /// The same adapter, for a forward pass that does not train it.
+    fn frozen(self) -> Self {
+        self.set_trained(false)
+    }
+
+    fn set_trained(mut self, trained: bool) -> Self {
         let train = |update: Update| {
-            update.map_parts(|spec, tensor| tensor.set_require_grad(active && spec.is_trained))
+            update.map_parts(|spec, tensor| tensor.set_require_grad(trained && spec.is_trained))
         };
         self.updates = self.updates.into_iter().map(train).collect();
         self
@@ -119,7 +130,9 @@ impl Adapters {
     /// The names and ranks of the adapters, for the `Display` of their layer.
     pub(crate) fn describe(&self) -> String {
         let describe = |adapter: &Adapter| {
-            let rank = adapter.rank().map_or("copy".to_string(), |rank| format!("r {rank}"));
+            let names: Vec<&str> =
+                adapter.updates.iter().flat_map(Update::parts).map(|(spec, _)| spec.name).collect();
+            let rank = adapter.rank().map_or_else(|| names.join(" and "), |rank| format!("r {rank}"));
             let inactive = if adapter.info.active { "" } else { ", inactive" };
             format!("{} ({rank}{inactive})", adapter.info.name)
         };
@@ -202,12 +215,19 @@ impl Adapters {
     pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
         let table = weight.base();
         let output = x.clone().matmul(table.clone().transpose());
-        let tied = self.active().flat_map(|adapter| &adapter.updates);
-        let added = tied.filter_map(|update| update.method.forward_tied(update, &x, &table));
-        added.fold(output, |output, added| {
-            let added = cast(added, output.dtype());
-            output + added
-        })
+        let mut output = output;
+        for adapter in self.active() {
+            // Merged adapters are not trained.
+            let adapter =
+                if self.is_merged(&adapter.info.name) { adapter.clone().frozen() } else { adapter.clone() };
+            for update in &adapter.updates {
+                if let Some(added) = update.method.forward_tied(update, &x, &table) {
+                    let dtype = output.dtype();
+                    output = output + cast(added, dtype);
+                }
+            }
+        }
+        output
     }
 
     /// Whether an active adapter changes what [`tied`](Self::tied) gives.
@@ -235,23 +255,18 @@ impl Adapters {
         let mut sum: Option<Tensor<D>> = None;
         for adapter in &self.list {
             let info = &adapter.info;
+            let is_merged = self.is_merged(&info.name);
             let rows = self.rows.iter().find(|(name, _)| *name == info.name).map(|(_, rows)| rows);
             if rows.is_none() && !info.active {
                 continue;
             }
-            let is_merged = self.is_merged(&info.name);
+            // Merged adapters are not trained.
+            let adapter = if is_merged { adapter.clone().frozen() } else { adapter.clone() };
             for update in &adapter.updates {
                 let pass =
                     || Pass { input: input(), product: &product, base: &weight.base, drops: rows.is_none() };
                 let forward = if is_merged { None } else { update.method.forward(update, &pass()) };
-                let constant = update.method.constant(update).map(|constant| {
-                    // Merged adapters are not trained.
-                    if is_merged && constant.is_autodiff() {
-                        on_kind_of(constant.inner(), &weight.base.device())
-                    } else {
-                        constant
-                    }
-                });
+                let constant = update.method.constant(update);
                 let added = match (forward, constant) {
                     (Some(forward), Some(constant)) => forward + constant,
                     (Some(forward), None) => forward,

@@ -58,7 +58,7 @@ pub(crate) fn add(
         config.targeting =
             Targeting { key_mapping: own.targeting().key_mapping.clone(), ..Targeting::default() };
         config.file = own.file().clone();
-        let (a, b) = factors(parameter, adapter, rank);
+        let (a, b) = factors(parameter, adapter, rank)?;
         ranks.push((format!("^{}", fancy_regex::escape(&site.name)), a.dims()[1]));
         found.insert(parameter.path.clone(), (a, b));
     }
@@ -80,12 +80,22 @@ pub(crate) fn add(
 }
 
 /// `A = U S` and `B = Vᵀ` of the leading singular triplets of what `adapter` changes the parameter by.
-fn factors(parameter: &BaseParameter, adapter: &Adapter, rank: LoraRank) -> (Tensor<2>, Tensor<2>) {
+///
+/// # Errors
+/// [`PeftError::NonFiniteWeight`].
+fn factors(
+    parameter: &BaseParameter,
+    adapter: &Adapter,
+    rank: LoraRank,
+) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
     let name = adapter.info.name.clone();
     let alone = Adapters { list: vec![adapter.clone().set_active(true)], ..Adapters::default() };
     let base = parameter.value();
     let change = alone.effective(base.clone(), &[name].into()) - base.cast(DType::F32);
     let change = adapter.info.site.to_matrix(change);
+    if !change.clone().is_finite().all().into_scalar::<bool>() {
+        return Err(PeftError::NonFiniteWeight { modules: vec![adapter.info.site.name.clone()] });
+    }
     let [n, m] = change.dims();
     let random = |columns| Tensor::random([m, columns], Distribution::Normal(0.0, 1.0), &change.device());
     let r = match rank {
@@ -114,5 +124,5 @@ fn factors(parameter: &BaseParameter, adapter: &Adapter, rank: LoraRank) -> (Ten
         }
     };
     let (u, values, v) = singular::leading(&change, r, random);
-    (u * values, v.transpose())
+    Ok((u * values, v.transpose()))
 }

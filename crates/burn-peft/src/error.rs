@@ -329,6 +329,13 @@ pub enum PeftError {
         modules: Vec<String>,
     },
 
+    /// A weight, or what an adapter changes it by, has infinities or NaNs, so it cannot be decomposed.
+    #[error("non-finite numbers at {}\nhint: look for NaNs and infinities in the weights and in the tensors of the adapter", join(.modules))]
+    NonFiniteWeight {
+        /// Names of the modules.
+        modules: Vec<String>,
+    },
+
     /// The tensors of an adapter file do not fit the model.
     #[error(
         "the adapter in `{}` does not fit the model:{}\nhint: {}; in code, `LoadOptions` can rename keys and leave out what does not fit",

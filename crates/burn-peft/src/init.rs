@@ -208,3 +208,16 @@ fn check_rank(at: &Start, r: usize) -> Result<(), PeftError> {
         found: format!("{r} for `{}`, whose smaller dimension is {smaller}", at.site.name),
     })
 }
+
+/// The weight that a start is taken from: decompositions do not end on infinities and NaNs.
+///
+/// # Errors
+/// [`PeftError::NonFiniteWeight`].
+fn finite(at: &Start) -> Result<Tensor<2>, PeftError> {
+    let w = at.matrix();
+    if w.clone().is_finite().all().into_scalar::<bool>() {
+        Ok(w)
+    } else {
+        Err(PeftError::NonFiniteWeight { modules: vec![at.site.name.clone()] })
+    }
+}

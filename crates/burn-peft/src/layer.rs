@@ -48,14 +48,14 @@ impl Site {
     }
 
     pub(crate) fn elements(&self) -> usize {
-        self.shape.iter().product()
+        product(&self.shape)
     }
 
     /// The matrix `[d_in, d_out]` as which methods see the parameter: a convolution's weight `[out, in, kernel..]` maps
     /// from `in * kernel..` to `out`, and what belongs to no layer is one row.
     pub(crate) fn dims(&self) -> [usize; 2] {
         match (self.layer, &self.shape[..]) {
-            (Layer::Conv, [out, rest @ ..]) if self.is_adaptable() => [rest.iter().product(), *out],
+            (Layer::Conv, [out, rest @ ..]) if self.is_adaptable() => [product(rest), *out],
             (Layer::Linear | Layer::Embedding, [d_in, d_out]) => [*d_in, *d_out],
             _ => [1, self.elements()],
         }
@@ -91,4 +91,9 @@ impl Site {
         }
         (shape, is_linear || self.is_turned())
     }
+}
+
+/// The number of elements of a shape, which a file may have made up: at most the greatest number there is.
+pub(crate) fn product(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |product: usize, &size| product.saturating_mul(size))
 }

@@ -14,7 +14,7 @@ use burn::tensor::Tensor;
 use crate::config::PeftConfig;
 use crate::error::PeftError;
 use crate::init::Start;
-use crate::layer::{Layer, Site};
+use crate::layer::{Layer, Site, product};
 use crate::ops::Input;
 
 pub(crate) use low_rank::LowRank;
@@ -144,14 +144,14 @@ pub(crate) struct TensorSpec {
 impl TensorSpec {
     /// A factor: `[.., first axis of the file]` in memory.
     pub(crate) fn factor(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
-        let rows = shape.iter().skip(1).product();
+        let rows = product(shape.get(1..).unwrap_or_default());
         let dims = [rows, shape.first().copied().unwrap_or(0)];
         Self { name, key: key.to_string(), shape, dims, is_transposed: true, is_trained: true }
     }
 
     /// A vector: one row in memory.
     pub(crate) fn vector(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
-        let dims = [1, shape.iter().product()];
+        let dims = [1, product(&shape)];
         Self { name, key: key.to_string(), shape, dims, is_transposed: false, is_trained: true }
     }
 
@@ -173,7 +173,7 @@ impl TensorSpec {
     }
 
     pub(crate) fn elements(&self) -> usize {
-        self.dims[0] * self.dims[1]
+        product(&self.dims)
     }
 
     /// The tensor as the file has it, flattened.

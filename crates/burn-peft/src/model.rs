@@ -90,6 +90,7 @@ pub trait PeftModel: Module {
     /// - [`DropoutNeedsLoraLinear`](PeftError::DropoutNeedsLoraLinear),
     ///   [`LoraBiasUnsupported`](PeftError::LoraBiasUnsupported)
     /// - [`AmbiguousKeyMapping`](PeftError::AmbiguousKeyMapping)
+    /// - [`NonFiniteWeight`](PeftError::NonFiniteWeight) for a start that is taken from the weight
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn add_adapter(
         &mut self,
@@ -291,6 +292,7 @@ pub trait PeftModel: Module {
     /// - [`InvalidConfig`](PeftError::InvalidConfig) for a rank of 0 or a share outside `(0, 1]`
     /// - [`CannotConvert`](PeftError::CannotConvert) for an adapter that changes more than single weights: trained biases,
     ///   `lora_bias`, whole modules, trained tokens of a tied table
+    /// - [`NonFiniteWeight`](PeftError::NonFiniteWeight)
     /// - [`ForeignReparameterization`](PeftError::ForeignReparameterization)
     fn convert_to_lora(
         &mut self,

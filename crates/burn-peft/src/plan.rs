@@ -30,6 +30,8 @@ pub use report::{AdaptedModule, InjectionReport, TargetCoverage};
 pub(crate) struct Target {
     pub(crate) parameter: BaseParameter,
     pub(crate) site: Arc<Site>,
+    /// Whether its module is a target of the configuration.
+    pub(crate) is_adapted: bool,
     /// At least one.
     pub(crate) methods: Vec<Arc<dyn Method>>,
 }
@@ -117,7 +119,12 @@ impl Plan {
             let methods = at.methods(config);
             check_tie(config, at, &methods)?;
             if !methods.is_empty() {
-                targets.push(Target { parameter: (*parameter).clone(), site: site.clone(), methods });
+                targets.push(Target {
+                    parameter: (*parameter).clone(),
+                    site: site.clone(),
+                    is_adapted: at.is_adapted,
+                    methods,
+                });
             }
         }
         Ok(Self {
@@ -173,6 +180,7 @@ impl Plan {
                 name: self.name.clone(),
                 config: self.config.clone(),
                 site: target.site.clone(),
+                is_target: target.is_adapted && target.site.is_adaptable(),
                 active: is_first,
                 scale: 1.0,
             };

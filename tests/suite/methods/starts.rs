@@ -275,3 +275,31 @@ fn dora_from_a_start_is_saved_and_loaded() {
         assert_close("merged", &model.layer.forward(x.clone()).into_data(), &expected, REORDERED);
     }
 }
+
+#[test]
+fn weights_that_cannot_be_decomposed_are_refused() {
+    let device = Device::flex();
+    let mut values = vec![0.5f32; 12];
+    values[5] = f32::NAN;
+    for start in [InitLoraWeights::Pissa, InitLoraWeights::Olora, InitLoraWeights::PissaNiter(2)] {
+        let config = LoraConfig::new(2).with_init_lora_weights(start).with_target_modules(["layer"]);
+        let mut model = One::new(TensorData::new(values.clone(), [4, 3]), &device);
+        let error = model.add_adapter("default", &config).unwrap_err();
+        assert!(matches!(&error, PeftError::NonFiniteWeight { modules } if modules == &["layer"]), "{error}");
+        let mut model = One::new(TensorData::new(vec![0.5f32; 12], [4, 3]), &device);
+        let error = model.add_adapter("default", config.clone().with_target_modules(["layer"])).err();
+        assert!(error.is_none());
+        model.unload().unwrap();
+        let large = LoraConfig::new(4).with_init_lora_weights(start).with_target_modules(["layer"]);
+        let error = model.add_adapter("default", large).unwrap_err();
+        assert!(matches!(error, PeftError::InvalidConfig { field: "r", .. }), "{error}");
+    }
+    let mut model = One::new(TensorData::new(vec![0.5f32; 12], [4, 3]), &device);
+    let negative = LoraConfig::new(2).with_lora_alpha(-2.0).with_init_lora_weights(InitLoraWeights::Pissa);
+    let error = model.add_adapter("default", negative.with_target_modules(["layer"])).unwrap_err();
+    assert!(matches!(error, PeftError::InvalidConfig { field: "lora_alpha", .. }), "{error}");
+    let huge = LoraConfig::new(2).with_lora_alpha(1e300).with_init_lora_weights(InitLoraWeights::Random);
+    model.add_adapter("default", huge.with_target_modules(["layer"])).unwrap();
+    let error = model.convert_to_lora("plain", "default", 2).unwrap_err();
+    assert!(matches!(error, PeftError::NonFiniteWeight { .. }), "{error}");
+}

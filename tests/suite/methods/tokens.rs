@@ -25,6 +25,10 @@ fn what_cannot_be_is_refused_by_name() {
         error.to_string()
     };
     let start = "invalid `trainable_token_indices`: expected";
+    assert_eq!(
+        message(config(Vec::<usize>::new())),
+        format!("{start} at least one token, found an empty list")
+    );
     assert_eq!(message(config([5, 5])), format!("{start} each token once, found 5 twice"));
     assert_eq!(
         message(config([5, 96])),
@@ -94,4 +98,19 @@ fn merged_tokens_stay_tied() {
         let batch = fixture.batch(PaddingSide::Right, &device);
         assert_close(case, &masked_logits(&model, &batch), fixture.data("merged.logits"), REORDERED);
     }
+}
+
+#[test]
+fn merged_tokens_are_not_trained() {
+    use burn::optim::GradientsParams;
+    use burn_peft_tests::parameters::gradients;
+    let device = Device::flex().autodiff();
+    let fixture = Fixture::open("gqa-tied-tokens");
+    let mut model = load_adapted(&fixture, &device);
+    model.add_adapter("other", LoraConfig::new(2).with_target_modules(["o_proj"])).unwrap();
+    model.set_adapter(&["default", "other"]).unwrap();
+    model.merge_adapters(&["default"]).unwrap();
+    let loss = model.loss(&fixture.batch(PaddingSide::Right, &device));
+    let found = gradients(&model, &GradientsParams::from_grads(loss.backward(), &model));
+    assert!(!found.is_empty() && found.keys().all(|path| path.contains(".other.")), "{:?}", found.keys());
 }

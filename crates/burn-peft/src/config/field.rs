@@ -95,10 +95,15 @@ pub(crate) fn patterns_to_json<T>(patterns: &[(String, T)], value: impl Fn(&T) -
     Value::Object(map)
 }
 
+/// From an object, or from a list of pairs, which has an order.
 pub(crate) fn patterns_from_json<T>(
     value: &Value,
     read: impl Fn(&Value) -> Option<T>,
 ) -> Result<Vec<(String, T)>, Hint> {
+    if let Value::Array(pairs) = value {
+        let pair = |pair: &Value| Some((pair.get(0)?.as_str()?.to_string(), read(pair.get(1)?)?));
+        return pairs.iter().map(pair).collect::<Option<_>>().ok_or(WRONG_TYPE);
+    }
     let patterns = value.as_object().ok_or(WRONG_TYPE)?.iter();
     patterns
         .map(|(pattern, value)| Some((pattern.clone(), read(value)?)))

@@ -419,6 +419,9 @@ impl Configuration for LoraConfig {
             let repeated = list.iter().enumerate().find(|(i, index)| list[..*i].contains(index));
             repeated.map(|(_, index)| *index)
         });
+        if self.trainable_token_indices.iter().flat_map(TokenIndices::lists).any(<[usize]>::is_empty) {
+            invalid("trainable_token_indices", "at least one token", &"an empty list");
+        }
         if let Some(index) = twice {
             invalid("trainable_token_indices", "each token once", &format!("{index} twice"));
         }
@@ -509,6 +512,17 @@ const KEY_MAPPING: &str = "key_mapping";
 impl Serialize for LoraConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = PeftConfig::from(self).to_map();
+        // The file has patterns in alphabetical order; here the first that matches has to stay the first.
+        for (key, patterns) in
+            [("rank_pattern", json!(self.rank_pattern)), ("alpha_pattern", json!(self.alpha_pattern))]
+        {
+            let is_sorted = patterns
+                .as_array()
+                .is_some_and(|patterns| patterns.is_sorted_by_key(|pair| pair[0].to_string()));
+            if !is_sorted {
+                map.insert(key.to_string(), patterns);
+            }
+        }
         let rules = &self.targeting.key_mapping.rules;
         map.extend((!rules.is_empty()).then(|| (KEY_MAPPING.to_string(), json!(rules))));
         map.serialize(serializer)
@@ -605,7 +619,7 @@ mod tests {
             .with_use_dora(true)
             .with_init_lora_weights(InitLoraWeights::PissaNiter(8))
             .with_trainable_token_indices([("embed", vec![3, 1])])
-            .with_rank_pattern([("q", 2)])
+            .with_rank_pattern([("q", 2), (r"a\.q", 3)])
             .with_bias(Bias::LoraOnly)
             .with_target_modules(["q", "v"])
             .with_task_type("CAUSAL_LM")

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::{Start, check_rank};
+use super::{Start, check_rank, finite};
 use crate::error::PeftError;
 use crate::ops::singular;
 
@@ -13,7 +13,7 @@ use crate::ops::singular;
 /// [`PeftError::InvalidConfig`] for a rank above the smaller dimension.
 pub(super) fn factors(at: &Start, r: usize) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
     check_rank(at, r)?;
-    let w = at.matrix();
+    let w = finite(at)?;
     let q = singular::orthonormal(w.clone().narrow(0, 0, r).transpose());
     Ok((w.matmul(q.clone()), q.transpose()))
 }

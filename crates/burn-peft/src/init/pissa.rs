@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::{Start, check_rank, normal};
+use super::{Start, check_rank, finite, normal};
 use crate::error::PeftError;
 use crate::ops::singular;
 
@@ -15,7 +15,14 @@ pub(super) fn factors(
     rounds: Option<usize>,
 ) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
     check_rank(at, r)?;
-    let w = at.matrix();
+    if scaling <= 0.0 {
+        return Err(PeftError::InvalidConfig {
+            field: "lora_alpha",
+            expected: "a number above 0 for a start from singular values",
+            found: format!("a scaling of {scaling} for `{}`", at.site.name),
+        });
+    }
+    let w = finite(at)?;
     let random = |columns| normal(at, [at.site.dims()[1], columns], 1.0);
     let (u, values, v) = match rounds {
         None => singular::leading(&w, r, random),

@@ -89,7 +89,7 @@ impl LoraEmbedding {
         }
     }
 
-    /// Whether a parameter is trained that [`tied_output`](Self::tied_output) depends on.
+    /// Whether [`tied_output`](Self::tied_output) depends on a trained parameter, or on more than the table.
     pub fn trains_tied_output(&self) -> bool {
         let adapters = Adapters::of(&self.layer.weight);
         self.layer.weight.base().is_require_grad() || adapters.is_some_and(Adapters::trains_tied_output)

@@ -334,7 +334,10 @@ impl Told {
             }
             let is_conv = site.layer == Layer::Conv;
             match end.tells {
-                Tells::Input if is_conv => site.shape[1..].copy_from_slice(rest),
+                Tells::Input if is_conv && rest.len() + 1 == site.shape.len() => {
+                    site.shape[1..].copy_from_slice(rest);
+                }
+                Tells::Input if is_conv => {}
                 Tells::Input => site.shape[0] = rest.first().copied().unwrap_or(UNKNOWN),
                 Tells::Output => site.shape[usize::from(!is_conv)] = first.copied().unwrap_or(UNKNOWN),
                 Tells::Width => site.shape[1] = tensor.shape.last().copied().unwrap_or(UNKNOWN),
@@ -426,9 +429,13 @@ impl StoredTensor {
     fn wrong_shape(&self, expected: &[usize]) -> Option<TensorProblem> {
         let fits = |(expected, found): (&usize, &usize)| *expected == UNKNOWN || expected == found;
         let is_right = expected.len() == self.shape.len() && expected.iter().zip(&self.shape).all(fits);
+        // Where the file does not tell a size, its own stands for it.
+        let told = |(axis, &size): (usize, &usize)| {
+            if size == UNKNOWN { self.shape.get(axis).copied().unwrap_or(1) } else { size }
+        };
         (!is_right).then(|| TensorProblem::Shape {
             key: self.key.clone(),
-            expected: expected.to_vec(),
+            expected: expected.iter().enumerate().map(told).collect(),
             found: self.shape.clone(),
         })
     }
@@ -676,5 +683,24 @@ mod tests {
         assert!(matches!(error, PeftError::Safetensors { .. }), "{error}");
         let config = LoraConfig::from_pretrained(directory.path()).unwrap();
         assert_eq!(config, LoraConfig::new(2).with_target_modules(["q"]));
+    }
+
+    #[test]
+    fn shapes_that_make_no_sense_are_told_and_nothing_panics() {
+        let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2}"#;
+        let key = |end: &str| format!("{Q}.{end}");
+        let cases: [&[(&str, &[usize])]; 5] = [
+            &[("lora_B.weight", &[4, 2, 1]), ("lora_embedding_A", &[2, 9])],
+            &[("lora_B.weight", &[4, 2, 1, 1])],
+            &[("lora_A.weight", &[2, 5]), ("lora_B.weight", &[3, 2, 1, 1])],
+            &[("lora_A.weight", &[2, 5, 1, 1]), ("lora_B.weight", &[3, 2, 1, 1, 1])],
+            &[("lora_A.weight", &[]), ("lora_B.weight", &[3, 2])],
+        ];
+        for case in cases {
+            let tensors: Vec<_> = case.iter().map(|(end, shape)| (key(end), *shape, Dtype::F32)).collect();
+            let found = problems(config, &tensors);
+            assert!(!found.is_empty(), "{case:?}");
+            assert!(found.iter().all(|text| !text.contains(&usize::MAX.to_string())), "{found:?}");
+        }
     }
 }

@@ -60,7 +60,7 @@ fn config_to_write(
     let mut config = config.clone();
     let modules: BTreeSet<&str> = adapters
         .iter()
-        .filter(|adapter| adapter.rank().is_some())
+        .filter(|adapter| adapter.info.is_target)
         .map(|adapter| &*adapter.info.site.name)
         .collect();
     config.kind_mut().targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
