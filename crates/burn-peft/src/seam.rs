@@ -210,7 +210,7 @@ impl Reparameterizer for Table {
 /// What a traversal wants of the states that it meets.
 enum Wish {
     /// A copy of the one that was met last.
-    Read(Option<Adapters>),
+    Read(Option<Box<Adapters>>),
     /// That they drop themselves.
     Drop,
 }
@@ -238,7 +238,7 @@ impl Wish {
     /// The copy that a state has handed out.
     fn take() -> Option<Adapters> {
         WISH.with_borrow_mut(|wish| match wish {
-            Some(Self::Read(state)) => state.take(),
+            Some(Self::Read(state)) => state.take().map(|state| *state),
             _ => None,
         })
     }
@@ -247,7 +247,7 @@ impl Wish {
     fn offer(state: &Adapters) {
         WISH.with_borrow_mut(|wish| {
             if let Some(Self::Read(place)) = wish {
-                *place = Some(state.clone());
+                *place = Some(Box::new(state.clone()));
             }
         });
     }
