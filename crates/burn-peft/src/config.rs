@@ -21,19 +21,20 @@ pub(crate) use targeting::Selection;
 pub use targeting::Targeting;
 pub use token_indices::TokenIndices;
 
-/// What every kind of configuration can do: one `impl` in its own file, and a line in [`PeftConfig`].
+/// What a kind of configuration can do beside having `targeting` and `file`: one `impl` in its own file, and a line in
+/// [`PeftConfig`].
 pub(crate) trait Configuration: Any {
-    fn targeting(&self) -> &Targeting;
-    fn targeting_mut(&mut self) -> &mut Targeting;
-    fn file(&self) -> &FileFields;
-    fn file_mut(&mut self) -> &mut FileFields;
-
     /// Everything that is wrong with its values, those of [`Targeting`] left out.
     fn problems(&self) -> Vec<PeftError>;
 
     /// What keeps a new adapter from being made with it.
     fn check_new(&self) -> Result<(), PeftError> {
         Ok(())
+    }
+
+    /// Keys that PEFT writes and that are supported at their neutral value only: `null`, `false`, or empty.
+    fn neutral_only(&self) -> &'static [&'static str] {
+        &[]
     }
 
     /// Puts an entry of `adapter_config.json` that is not null into it; `None` if it has no such key.
@@ -43,10 +44,12 @@ pub(crate) trait Configuration: Any {
     fn write(&self) -> Map<String, Value>;
 
     /// Ranks and alphas of modules, patterns considered.
-    fn ranks(&self) -> Result<Ranks, PeftError>;
+    fn ranks(&self) -> Result<Ranks, PeftError> {
+        Ok(Ranks::default())
+    }
 
     /// Gives modules ranks and alphas of their own.
-    fn set_ranks(&mut self, ranks: Vec<(String, usize)>, alphas: Vec<(String, f64)>);
+    fn set_ranks(&mut self, _ranks: Vec<(String, usize)>, _alphas: Vec<(String, f64)>) {}
 
     /// Makes it the configuration of the same adapter without a start that is part of the base, its scaling times `scale`.
     fn make_plain(&mut self, scale: f64);
@@ -110,7 +113,33 @@ macro_rules! configurations {
                 }
             }
 
-            /// What every kind can do.
+            /// What is targeted.
+            pub fn targeting(&self) -> &Targeting {
+                match self {
+                    $(Self::$kind(config) => &config.targeting,)*
+                }
+            }
+
+            pub(crate) fn targeting_mut(&mut self) -> &mut Targeting {
+                match self {
+                    $(Self::$kind(config) => &mut config.targeting,)*
+                }
+            }
+
+            /// What a file carries along.
+            pub fn file(&self) -> &FileFields {
+                match self {
+                    $(Self::$kind(config) => &config.file,)*
+                }
+            }
+
+            fn file_mut(&mut self) -> &mut FileFields {
+                match self {
+                    $(Self::$kind(config) => &mut config.file,)*
+                }
+            }
+
+            /// What the kind can do.
             pub(crate) fn kind(&self) -> &dyn Configuration {
                 match self {
                     $(Self::$kind(config) => config,)*
@@ -143,16 +172,6 @@ impl PeftConfig {
         kind.downcast_ref()
     }
 
-    /// What is targeted.
-    pub fn targeting(&self) -> &Targeting {
-        self.kind().targeting()
-    }
-
-    /// What a file carries along.
-    pub fn file(&self) -> &FileFields {
-        self.kind().file()
-    }
-
     /// Checks every value.
     ///
     /// # Errors
@@ -181,6 +200,10 @@ const REWRITTEN: &[&str] = &["inference_mode", "peft_version", "runtime_config"]
 /// What can be done about a key that PEFT does not have either.
 const UNKNOWN_HINT: &str =
     "PEFT 0.21 has no such key; if the adapter works without it, delete the entry from the file";
+
+/// What can be done about a setting that is not supported.
+const UNSUPPORTED_HINT: &str =
+    "merge the adapter in Python and load the merged model, or train one without this setting";
 
 /// What can be done about an adapter of another kind.
 const KIND_HINT: &str =
@@ -211,8 +234,8 @@ impl PeftConfig {
     pub(crate) fn to_map(&self) -> Map<String, Value> {
         let kind = self.kind();
         let mut map = kind.write();
-        map.extend(kind.targeting().write());
-        map.extend(kind.file().write());
+        map.extend(self.targeting().write());
+        map.extend(self.file().write());
         let own = [
             (PEFT_TYPE, json!(self.peft_type())),
             ("peft_version", json!(PEFT_VERSION)),
@@ -233,17 +256,26 @@ impl PeftConfig {
         let Some(mut config) = config else {
             // The other entries of another kind of adapter mean nothing here.
             let found = map.get(PEFT_TYPE).map(Value::to_string).unwrap_or_default();
-            let problem = ConfigProblem { field: PEFT_TYPE.to_string(), found, hint: KIND_HINT };
+            let problem =
+                ConfigProblem { field: PEFT_TYPE.to_string(), found, hint: KIND_HINT, is_unread: true };
             let config = LoraConfig::default().into();
             return Parsed { config, ignored: vec![], problems: vec![problem], peft_version };
         };
         let (mut ignored, mut problems) = (vec![], vec![]);
         for (key, value) in map.iter().filter(|(key, _)| !REWRITTEN.contains(&&***key) && *key != PEFT_TYPE) {
+            let is_known = config.kind().neutral_only().contains(&&**key);
             match config.read(key, value) {
-                None if is_neutral(value) => ignored.push((key.clone(), value.clone())),
-                None => problems.push(ConfigProblem::new(key, value, UNKNOWN_HINT)),
+                None if is_neutral(value) => {
+                    ignored.extend((!is_known).then(|| (key.clone(), value.clone())));
+                }
+                None => {
+                    let hint = if is_known { UNSUPPORTED_HINT } else { UNKNOWN_HINT };
+                    problems.push(ConfigProblem::new(key, value, hint));
+                }
                 Some(Ok(())) => {}
-                Some(Err(hint)) => problems.push(ConfigProblem::new(key, value, hint)),
+                Some(Err(hint)) => {
+                    problems.push(ConfigProblem { is_unread: true, ..ConfigProblem::new(key, value, hint) });
+                }
             }
         }
         Parsed { config, ignored, problems, peft_version }
@@ -251,10 +283,8 @@ impl PeftConfig {
 
     /// Puts one entry into the configuration; `None` if it has no such key.
     fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
-        let kind = self.kind_mut();
-        let read = kind.targeting_mut().read(key, value);
-        let read = read.or_else(|| kind.file_mut().read(key, value));
-        read.or_else(|| kind.read(key, value))
+        let read = self.targeting_mut().read(key, value).or_else(|| self.file_mut().read(key, value));
+        read.or_else(|| self.kind_mut().read(key, value))
     }
 }
 

@@ -436,11 +436,13 @@ pub struct ConfigProblem {
     pub found: String,
     /// What is wrong, or what can be done instead.
     pub hint: &'static str,
+    /// Whether the value could not be read, so that a default stands in its place.
+    pub(crate) is_unread: bool,
 }
 
 impl ConfigProblem {
     pub(crate) fn new(field: &str, found: &serde_json::Value, hint: &'static str) -> Self {
-        Self { field: field.to_string(), found: found.to_string(), hint }
+        Self { field: field.to_string(), found: found.to_string(), hint, is_unread: false }
     }
 }
 

@@ -88,6 +88,12 @@ impl TargetModules {
 /// Patterns with a value each, ready to match.
 pub(crate) struct Patterns<T>(Vec<(Pattern, T)>);
 
+impl<T> Default for Patterns<T> {
+    fn default() -> Self {
+        Self(vec![])
+    }
+}
+
 impl<T: Copy> Patterns<T> {
     /// # Errors
     /// [`PatternError::Invalid`].

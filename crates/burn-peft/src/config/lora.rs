@@ -8,7 +8,7 @@ use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::field::{Field, Hint, fields, index, number, patterns_from_json, patterns_to_json, typed};
-use super::{Configuration, FileFields, PEFT_TYPE, PeftConfig, Ranks, Targeting, TokenIndices, is_neutral};
+use super::{Configuration, FileFields, PEFT_TYPE, PeftConfig, Ranks, Targeting, TokenIndices};
 use crate::error::{ConfigProblem, PeftError};
 use crate::init::InitLoraWeights;
 use crate::key_mapping::KeyMapping;
@@ -337,10 +337,6 @@ fn default_of(key: &str) -> Value {
     }
 }
 
-/// What can be done about a setting that is not supported.
-const UNSUPPORTED_HINT: &str =
-    "merge the adapter in Python and load the merged model, or train one without this setting";
-
 const FIELDS: &[Field<LoraConfig>] = fields! {
     r,
     lora_alpha: (typed, |alpha: &f64| number(*alpha)),
@@ -364,22 +360,6 @@ const FIELDS: &[Field<LoraConfig>] = fields! {
 };
 
 impl Configuration for LoraConfig {
-    fn targeting(&self) -> &Targeting {
-        &self.targeting
-    }
-
-    fn targeting_mut(&mut self) -> &mut Targeting {
-        &mut self.targeting
-    }
-
-    fn file(&self) -> &FileFields {
-        &self.file
-    }
-
-    fn file_mut(&mut self) -> &mut FileFields {
-        &mut self.file
-    }
-
     fn problems(&self) -> Vec<PeftError> {
         let mut problems = vec![];
         let mut invalid = |field, expected, found: &dyn fmt::Display| {
@@ -442,15 +422,16 @@ impl Configuration for LoraConfig {
         }
     }
 
+    fn neutral_only(&self) -> &'static [&'static str] {
+        NEUTRAL_ONLY
+    }
+
     fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
         if KEPT.contains(&key) {
             if *value != default_of(key) {
                 self.file.keep(key, value);
             }
             return Some(Ok(()));
-        }
-        if NEUTRAL_ONLY.contains(&key) {
-            return Some(if is_neutral(value) { Ok(()) } else { Err(UNSUPPORTED_HINT) });
         }
         Field::read_into(FIELDS, self, key, value)
     }

@@ -6,6 +6,7 @@ use crate::error::PeftError;
 use crate::target::Patterns;
 
 /// `r` and `lora_alpha` with their patterns, compiled once for many modules.
+#[derive(Default)]
 pub(crate) struct Ranks {
     pub(crate) default: (usize, f64),
     pub(crate) rank_pattern: Patterns<usize>,

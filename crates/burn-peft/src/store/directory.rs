@@ -218,30 +218,15 @@ impl AdapterDirectory {
     /// - [`PeftError::InconsistentAdapter`] with every tensor that is missing, unexpected, or of a shape or type that
     ///   does not fit the configuration
     /// - [`PeftError::TargetAlsoSaved`], [`PeftError::LoraBiasUnsupported`] and other refusals of the methods
-    /// - [`PeftError::NoAdapter`] if there are no factors at all
+    /// - [`PeftError::NoAdapter`] if there are no tensors of an adapter at all
     pub fn problems(&self) -> Vec<PeftError> {
-        // Without these nothing can be said about tensors.
-        const TENSORS_DEPEND_ON: &[&str] = &[
-            "bias",
-            "exclude_modules",
-            "layers_pattern",
-            "layers_to_transform",
-            "lora_bias",
-            "modules_to_save",
-            "peft_type",
-            "r",
-            "rank_pattern",
-            "target_modules",
-            "trainable_token_indices",
-            "use_dora",
-        ];
         let mut problems = vec![];
         if !self.config_problems.is_empty() {
             let path = self.path.join(CONFIG_FILE);
             problems.push(PeftError::UnsupportedConfig { path, problems: self.config_problems.clone() });
         }
-        let unreadable = |problem: &ConfigProblem| TENSORS_DEPEND_ON.contains(&&*problem.field);
-        if self.config_problems.iter().any(unreadable) {
+        // Where a default stands in for a value, nothing can be said about tensors.
+        if self.config_problems.iter().any(|problem| problem.is_unread) {
             return problems;
         }
         problems.extend(self.config.problems());
@@ -250,10 +235,10 @@ impl AdapterDirectory {
             problems.push(other.refused(&self.path.join(TENSOR_FILE)));
             return problems;
         }
-        if self.modules.is_empty() {
+        if !self.tensors.iter().any(|tensor| keys::end_of(&tensor.end).is_some()) {
             problems.push(PeftError::NoAdapter {
                 path: self.path.clone(),
-                reason: format!("there are no pairs of factors in `{TENSOR_FILE}`"),
+                reason: format!("there are no tensors of an adapter in `{TENSOR_FILE}`"),
                 hint: "give the directory of an adapter after it was trained and saved".into(),
             });
         }
@@ -640,7 +625,7 @@ mod tests {
     #[test]
     fn an_adapter_without_factors_or_with_a_broken_pattern_is_none() {
         let found = problems(r#"{"peft_type": "LORA", "target_modules": ["q"]}"#, &[]);
-        assert!(found.len() == 1 && found[0].contains("no pairs of factors"), "{found:?}");
+        assert!(found.len() == 1 && found[0].contains("no tensors of an adapter"), "{found:?}");
         let found = problems(r#"{"peft_type": "LORA", "target_modules": "(q", "r": 2}"#, &q(2));
         assert_eq!(found, ["invalid regular expression `(q`"]);
     }

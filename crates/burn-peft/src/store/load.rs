@@ -26,7 +26,7 @@ pub(crate) fn load(
     let mut files = AdapterFiles::read(directory)?;
     let parsed = adapter_config::parse(&files.config, &files.config_path)?.with_tensors();
     let (mut config, ignored_keys) = adapter_config::understood(parsed, &files.config_path)?;
-    config.kind_mut().targeting_mut().key_mapping = options.key_mapping.clone();
+    config.targeting_mut().key_mapping = options.key_mapping.clone();
     let plan = Plan::new(layout, name, &config)?;
     let bytes = files.tensors()?;
     let path = files.tensor_path;

@@ -63,7 +63,7 @@ fn config_to_write(
         .filter(|adapter| adapter.info.is_target)
         .map(|adapter| &*adapter.info.site.name)
         .collect();
-    config.kind_mut().targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
+    config.targeting_mut().target_modules = targets_to_write(layout, &config, &modules)?;
     // A file has its patterns in alphabetical order, and the first that matches counts. Where that changes a module's
     // rank or alpha, each module gets a pattern of its own.
     let (ranks, sorted) = (config.kind().ranks()?, config.kind().ranks()?.sorted());
@@ -94,8 +94,8 @@ fn targets_to_write(
         Some(TargetModules::AllLinear) => {
             // The file keeps its exclusions, so what they leave out may be meant by a short end.
             let mut all = config.clone();
-            all.kind_mut().targeting_mut().exclude_modules = None;
-            all.kind_mut().targeting_mut().modules_to_save = vec![];
+            all.targeting_mut().exclude_modules = None;
+            all.targeting_mut().modules_to_save = vec![];
             Choice::of(&parameters, &all)?.adapted
         }
         Some(TargetModules::Names(names)) if names.len() >= MANY_TARGETS => names.clone(),
@@ -108,7 +108,7 @@ fn targets_to_write(
     for candidate in [short, names] {
         let targets = TargetModules::Names(candidate);
         let mut written = config.clone();
-        written.kind_mut().targeting_mut().target_modules = Some(targets.clone());
+        written.targeting_mut().target_modules = Some(targets.clone());
         let meant = Choice::of(&parameters, &written);
         if meant.is_ok_and(|meant| meant.adapted.iter().map(String::as_str).eq(adapted.iter().copied())) {
             return Ok(Some(targets));
