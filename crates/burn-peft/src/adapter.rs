@@ -42,11 +42,6 @@ impl Adapter {
         self.set_trained(active)
     }
 
-    /// The same adapter, for a forward pass that does not train it.
-    fn frozen(self) -> Self {
-        self.set_trained(false)
-    }
-
     fn set_trained(mut self, trained: bool) -> Self {
         let train = |update: Update| {
             update.map_parts(|spec, tensor| tensor.set_require_grad(trained && spec.is_trained))
@@ -70,9 +65,11 @@ impl Adapter {
         self.updates.iter().find_map(|update| update.method.rank())
     }
 
-    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`.
-    pub(crate) fn constant(&self) -> Option<Tensor<2>> {
-        self.updates.iter().filter_map(|update| update.method.constant(update)).reduce(|sum, next| sum + next)
+    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`; `bias` is the
+    /// layer's own.
+    pub(crate) fn constant(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<2>> {
+        let constants = self.updates.iter().filter_map(|update| update.method.constant(update, bias));
+        constants.reduce(|sum, next| sum + next)
     }
 }
 
@@ -110,6 +107,15 @@ struct Weight {
     start: Tensor<2>,
     /// The base, or the active copy in its place.
     base: Tensor<2>,
+}
+
+/// How an adapter takes part in a forward pass.
+#[derive(Clone, Copy)]
+struct Acting {
+    /// Its change of the weight is in the merged weight already.
+    is_merged: bool,
+    /// Only some rows of the batch name it.
+    is_for_some_rows: bool,
 }
 
 impl Adapters {
@@ -194,11 +200,18 @@ impl Adapters {
         x: Tensor<D>,
     ) -> Tensor<D> {
         let weight = self.weight(weight.base());
-        let output = linear(x.clone(), weight.start.clone(), bias.clone());
         let d_in = x.shape()[D - 1];
         let n = x.shape().num_elements() / d_in.max(1);
-        let input = || Input::Activations(x.clone().reshape([n, d_in]));
-        self.add_to(output, input, &weight, bias)
+        let rows = x.clone().reshape([n, d_in]);
+        let input =
+            self.add_each(
+                x,
+                |update, acting| {
+                    if acting.is_merged { None } else { update.method.input(update, &rows) }
+                },
+            );
+        let output = linear(input, weight.start.clone(), bias.clone());
+        self.add_to(output, Input::Activations(rows), &weight, bias)
     }
 
     /// `W[ids] + Σ` what the adapters add, `[batch, sequence]` to `[batch, sequence, d_out]`: the forward pass of an
@@ -207,7 +220,7 @@ impl Adapters {
         let weight = self.weight(weight.base());
         let output = embedding(weight.start.clone(), ids.clone());
         let [batch, sequence] = ids.dims();
-        self.add_to(output, || Input::Ids(ids.clone().reshape([batch * sequence])), &weight, None)
+        self.add_to(output, Input::Ids(ids.reshape([batch * sequence])), &weight, None)
     }
 
     /// `x Wᵀ`, `[n, d_out]` to `[n, rows of W]`: an output layer that is tied to the embedding with the table `weight`. It
@@ -215,19 +228,7 @@ impl Adapters {
     pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
         let table = weight.base();
         let output = x.clone().matmul(table.clone().transpose());
-        let mut output = output;
-        for adapter in self.active() {
-            // Merged adapters are not trained.
-            let adapter =
-                if self.is_merged(&adapter.info.name) { adapter.clone().frozen() } else { adapter.clone() };
-            for update in &adapter.updates {
-                if let Some(added) = update.method.forward_tied(update, &x, &table) {
-                    let dtype = output.dtype();
-                    output = output + cast(added, dtype);
-                }
-            }
-        }
-        output
+        self.add_each(output, |update, _| update.method.forward_tied(update, &x, &table))
     }
 
     /// Whether an active adapter changes what [`tied`](Self::tied) gives.
@@ -236,46 +237,62 @@ impl Adapters {
         updates.any(|update| update.method.is_read_by_tied_output())
     }
 
+    /// The output of a layer that works on activations with what the adapters add to it.
     fn add_to<const D: usize>(
         &self,
         output: Tensor<D>,
-        input: impl Fn() -> Input,
+        input: Input,
         weight: &Weight,
         bias: Option<Tensor<1>>,
     ) -> Tensor<D> {
-        let (shape, outer) = (output.shape(), output.dtype());
-        let (batch, d_out) = (shape[0], shape[D - 1]);
+        let shape = output.shape();
+        let d_out = shape[D - 1];
         let n = shape.num_elements() / d_out.max(1);
         // What the layer gives from its base alone, without its bias.
+        let plain = output.clone();
         let product = || match (&self.merged, &bias) {
-            (None, None) => output.clone().reshape([n, d_out]),
-            (None, Some(bias)) => output.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
-            (Some(_), _) => input().times(weight.base.clone()),
+            (None, None) => plain.clone().reshape([n, d_out]),
+            (None, Some(bias)) => plain.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
+            (Some(_), _) => input.times(weight.base.clone()),
         };
+        self.add_each(output, |update, acting| {
+            let pass = Pass {
+                input: &input,
+                product: &product,
+                base: &weight.base,
+                drops: !acting.is_for_some_rows,
+            };
+            let forward = if acting.is_merged { None } else { update.method.forward(update, &pass) };
+            match (forward, update.method.constant(update, bias.as_ref())) {
+                (Some(forward), Some(constant)) => Some(forward + constant),
+                (forward, constant) => forward.or(constant.map(|constant| constant.expand([n, d_out]))),
+            }
+        })
+    }
+
+    /// `to` with what `each` gives for the updates at work, as rows of `to`; where rows of a batch name their adapters, only
+    /// in the rows that name it.
+    fn add_each<const D: usize>(
+        &self,
+        to: Tensor<D>,
+        each: impl Fn(&Update, Acting) -> Option<Tensor<2>>,
+    ) -> Tensor<D> {
+        let (shape, outer) = (to.shape(), to.dtype());
         let mut sum: Option<Tensor<D>> = None;
         for adapter in &self.list {
             let info = &adapter.info;
-            let is_merged = self.is_merged(&info.name);
             let rows = self.rows.iter().find(|(name, _)| *name == info.name).map(|(_, rows)| rows);
             if rows.is_none() && !info.active {
                 continue;
             }
+            let acting = Acting { is_merged: self.is_merged(&info.name), is_for_some_rows: rows.is_some() };
             // Merged adapters are not trained.
-            let adapter = if is_merged { adapter.clone().frozen() } else { adapter.clone() };
-            for update in &adapter.updates {
-                let pass =
-                    || Pass { input: input(), product: &product, base: &weight.base, drops: rows.is_none() };
-                let forward = if is_merged { None } else { update.method.forward(update, &pass()) };
-                let constant = update.method.constant(update);
-                let added = match (forward, constant) {
-                    (Some(forward), Some(constant)) => forward + constant,
-                    (Some(forward), None) => forward,
-                    (None, Some(constant)) => constant.expand([n, d_out]),
-                    (None, None) => continue,
-                };
+            let frozen = acting.is_merged.then(|| adapter.clone().set_trained(false));
+            for update in &frozen.as_ref().unwrap_or(adapter).updates {
+                let Some(added) = each(update, acting) else { continue };
                 let added = cast(added, outer).reshape(shape.clone());
                 let added = match rows {
-                    Some(rows) => only_in(rows, added, batch),
+                    Some(rows) => only_in(rows, added, shape[0]),
                     None => added,
                 };
                 sum = Some(match sum {
@@ -285,8 +302,8 @@ impl Adapters {
             }
         }
         match sum {
-            Some(sum) => output + sum,
-            None => output,
+            Some(sum) => to + sum,
+            None => to,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Configurations of adapters: what is targeted, what the method is, and what a file carries along.
 
-mod field;
+pub(crate) mod field;
 mod file;
 mod lora;
 mod ranks;
@@ -8,12 +8,16 @@ mod targeting;
 mod token_indices;
 
 use std::any::Any;
+use std::path::Path;
 
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::error::{ConfigProblem, PeftError};
+use crate::key_mapping::KeyMapping;
+use field::Hint;
 
-pub(crate) use field::Hint;
 pub use file::FileFields;
 pub use lora::{Bias, LoraConfig};
 pub(crate) use ranks::Ranks;
@@ -21,8 +25,8 @@ pub(crate) use targeting::Selection;
 pub use targeting::Targeting;
 pub use token_indices::TokenIndices;
 
-/// What a kind of configuration can do beside having `targeting` and `file`: one `impl` in its own file, and a line in
-/// [`PeftConfig`].
+/// What a kind of configuration can do beside having the fields `targeting` and `file`: one `impl` in its own file, and a
+/// line in `configurations!`.
 pub(crate) trait Configuration: Any {
     /// Everything that is wrong with its values, those of [`Targeting`] left out.
     fn problems(&self) -> Vec<PeftError>;
@@ -43,6 +47,16 @@ pub(crate) trait Configuration: Any {
     /// Its own entries, as PEFT writes them.
     fn write(&self) -> Map<String, Value>;
 
+    /// Those of its entries whose order counts here and not in files.
+    fn in_order(&self) -> Map<String, Value> {
+        Map::new()
+    }
+
+    /// Keys of [`Targeting`] that its files do not have.
+    fn not_targeted_by(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Ranks and alphas of modules, patterns considered.
     fn ranks(&self) -> Result<Ranks, PeftError> {
         Ok(Ranks::default())
@@ -51,8 +65,9 @@ pub(crate) trait Configuration: Any {
     /// Gives modules ranks and alphas of their own.
     fn set_ranks(&mut self, _ranks: Vec<(String, usize)>, _alphas: Vec<(String, f64)>) {}
 
-    /// Makes it the configuration of the same adapter without a start that is part of the base, its scaling times `scale`.
-    fn make_plain(&mut self, scale: f64);
+    /// Makes it the configuration of what [`Method::plain`](crate::method::Method::plain) gives, whose scaling is `scale`
+    /// times what it was.
+    fn make_plain(&mut self, _scale: f64) {}
 
     /// Which biases of the base are trained.
     fn bias(&self) -> Bias {
@@ -71,6 +86,16 @@ pub(crate) trait Configuration: Any {
 
     /// What a person wants to know of it: `rank 8, alpha 16`.
     fn describe(&self) -> String;
+}
+
+/// What can be done about an adapter of another kind than these.
+macro_rules! other_kind {
+    ($first:literal $(, $more:literal)*) => {
+        concat!(
+            "only adapters of type ", $first $(, " or ", $more)*,
+            " can be loaded; merge this one in PEFT and load the merged model"
+        )
+    };
 }
 
 /// Declares the configurations there are, with PEFT's word for each.
@@ -95,7 +120,59 @@ macro_rules! configurations {
                     Self::$kind(config.clone())
                 }
             }
+
+            impl $config {
+                /// Reads `adapter_config.json` of an adapter directory. PEFT's `from_pretrained`.
+                ///
+                /// # Errors
+                /// As [`PeftConfig::from_pretrained`]; also [`PeftError::UnsupportedConfig`] for an adapter of another
+                /// kind.
+                pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
+                    let directory = directory.as_ref();
+                    let config = PeftConfig::from_pretrained(directory)?;
+                    let hint = concat!("give an adapter of type ", $word);
+                    let problem = ConfigProblem::new(PEFT_TYPE, &json!(config.peft_type()), hint);
+                    let other = || PeftError::UnsupportedConfig {
+                        path: directory.into(),
+                        problems: vec![problem],
+                    };
+                    config.as_kind().cloned().ok_or_else(other)
+                }
+
+                /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `save_pretrained`.
+                ///
+                /// # Errors
+                /// [`PeftError::Io`].
+                pub fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<(), PeftError> {
+                    PeftConfig::from(self).save_pretrained(directory)
+                }
+
+                /// Checks every value.
+                ///
+                /// # Errors
+                /// As [`PeftConfig::validate`].
+                pub fn validate(&self) -> Result<(), PeftError> {
+                    PeftConfig::from(self).validate()
+                }
+            }
+
+            /// As [`PeftConfig`].
+            impl Serialize for $config {
+                fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                    PeftConfig::from(self).serialize(serializer)
+                }
+            }
+
+            /// As [`PeftConfig`].
+            impl<'de> Deserialize<'de> for $config {
+                fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                    let config = PeftConfig::deserialize(deserializer)?.as_kind().cloned();
+                    config.ok_or_else(|| D::Error::custom(concat!("`peft_type` is not \"", $word, "\"")))
+                }
+            }
         )*
+
+        const OTHER_KIND: &str = other_kind!($($word),*);
 
         impl PeftConfig {
             /// PEFT's `peft_type`.
@@ -205,10 +282,6 @@ const UNKNOWN_HINT: &str =
 const UNSUPPORTED_HINT: &str =
     "merge the adapter in Python and load the merged model, or train one without this setting";
 
-/// What can be done about an adapter of another kind.
-const KIND_HINT: &str =
-    "only adapters of type LORA can be loaded; merge this one in PEFT and load the merged model";
-
 /// What a configuration file says.
 pub(crate) struct Parsed {
     /// The entries that were understood; defaults for all others.
@@ -234,7 +307,9 @@ impl PeftConfig {
     pub(crate) fn to_map(&self) -> Map<String, Value> {
         let kind = self.kind();
         let mut map = kind.write();
-        map.extend(self.targeting().write());
+        map.extend(
+            self.targeting().write().into_iter().filter(|(key, _)| !kind.not_targeted_by().contains(&&**key)),
+        );
         map.extend(self.file().write());
         let own = [
             (PEFT_TYPE, json!(self.peft_type())),
@@ -257,7 +332,7 @@ impl PeftConfig {
             // The other entries of another kind of adapter mean nothing here.
             let found = map.get(PEFT_TYPE).map(Value::to_string).unwrap_or_default();
             let problem =
-                ConfigProblem { field: PEFT_TYPE.to_string(), found, hint: KIND_HINT, is_unread: true };
+                ConfigProblem { field: PEFT_TYPE.to_string(), found, hint: OTHER_KIND, is_unread: true };
             let config = LoraConfig::default().into();
             return Parsed { config, ignored: vec![], problems: vec![problem], peft_version };
         };
@@ -285,6 +360,39 @@ impl PeftConfig {
     fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
         let read = self.targeting_mut().read(key, value).or_else(|| self.file_mut().read(key, value));
         read.or_else(|| self.kind_mut().read(key, value))
+    }
+}
+
+/// A key for how Burn paths become names: not part of PEFT's file, and only written if it says something.
+const KEY_MAPPING: &str = "key_mapping";
+
+/// The object in `adapter_config.json`, and the key mapping, if there is one.
+impl Serialize for PeftConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = self.to_map();
+        map.extend(self.kind().in_order());
+        let rules = &self.targeting().key_mapping.rules;
+        map.extend((!rules.is_empty()).then(|| (KEY_MAPPING.to_string(), json!(rules))));
+        map.serialize(serializer)
+    }
+}
+
+/// # Errors
+/// Every entry that cannot be used, by name.
+impl<'de> Deserialize<'de> for PeftConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut map = Map::deserialize(deserializer)?;
+        let rules: Vec<(String, String)> = match map.remove(KEY_MAPPING) {
+            Some(rules) => serde_json::from_value(rules).map_err(D::Error::custom)?,
+            None => vec![],
+        };
+        let Parsed { mut config, problems, .. } = Self::parse(&map);
+        if !problems.is_empty() {
+            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            return Err(D::Error::custom(problems.join("; ")));
+        }
+        config.targeting_mut().key_mapping = KeyMapping::new(rules);
+        Ok(config)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use burn::module::Module;
 use burn::tensor::{DType, Distribution, Tensor};
 
 use crate::adapter::{Adapter, AdapterInfo, Adapters};
@@ -51,7 +52,9 @@ pub(crate) fn add(
         };
         let AdapterInfo { site, config: own, .. } = &adapter.info;
         let is_tied = adapter.updates.iter().any(|update| update.method.is_read_by_tied_output());
-        if !site.is_adaptable() || adapter.replaces() || adapter.constant().is_some() || is_tied {
+        let bias = layout.bias_of(site).map(BaseParameter::value);
+        let constant = adapter.valid().constant(bias.as_ref());
+        if !site.is_adaptable() || adapter.replaces() || constant.is_some() || is_tied {
             let (name, parameter) = (source.to_string(), site.full_name());
             return Err(PeftError::CannotConvert { name, parameter });
         }

@@ -130,9 +130,8 @@ fn effective_values(layout: &Layout, names: &BTreeSet<Arc<str>>) -> Sums {
     for parameter in &layout.parameters {
         let Some(state) = layout.states.get(&parameter.path) else { continue };
         if state.active().any(|adapter| names.contains(&adapter.info.name)) {
-            let base = parameter.value();
-            let dtype = base.dtype();
-            sums.insert(parameter.path.clone(), (state.effective(base, names), dtype));
+            let sum = state.effective(parameter.value(), names);
+            sums.insert(parameter.path.clone(), (sum, parameter.dtype));
         }
     }
     sums
@@ -145,21 +144,26 @@ fn effective_values(layout: &Layout, names: &BTreeSet<Arc<str>>) -> Sums {
 /// [`PeftError::NoBiasToMergeInto`].
 fn add_constants(layout: &Layout, sums: &mut Sums) -> Result<(), PeftError> {
     let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut added = vec![];
     for adapter in layout.states.values().flat_map(Adapters::active) {
         let info = &adapter.info;
-        let Some(constant) = adapter.valid().constant() else { continue };
-        let path = format!("{}.bias", info.site.module);
-        let Some(bias) = layout.parameters.iter().find(|parameter| parameter.path == path) else {
-            homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone());
+        let bias = layout.bias_of(&info.site).map(|bias| {
+            let sum = sums.get(&bias.path).cloned();
+            let (value, dtype) = sum.unwrap_or_else(|| (bias.value(), bias.dtype));
+            (bias.path.clone(), value, dtype)
+        });
+        let Some(constant) = adapter.valid().constant(bias.as_ref().map(|(_, value, _)| value)) else {
             continue;
         };
-        let (value, dtype) = sums.remove(&path).unwrap_or_else(|| {
-            let base = bias.value();
-            let dtype = base.dtype();
-            (base, dtype)
-        });
-        let constant = constant.reshape(value.shape());
-        sums.insert(path, (cast(value, constant.dtype()) + constant, dtype));
+        match bias {
+            Some(bias) => added.push((bias, constant)),
+            None => homeless.entry(info.name.to_string()).or_default().push(info.site.module.clone()),
+        }
+    }
+    for ((path, value, dtype), constant) in added {
+        let (sum, _) = sums.remove(&path).unwrap_or((value, dtype));
+        let constant = constant.reshape(sum.shape());
+        sums.insert(path, (cast(sum, constant.dtype()) + constant, dtype));
     }
     match homeless.pop_first() {
         Some((name, modules)) => Err(PeftError::NoBiasToMergeInto { name, modules }),

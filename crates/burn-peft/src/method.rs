@@ -1,8 +1,8 @@
 //! What a method is: the one description that keys, loading, saving, inspection, counts, reports and refusals read.
 //!
-//! A method changes one parameter. Everything about it stands in one file below `method/`, and [`METHODS`] has a line for
-//! it. It sees the parameter as a matrix of [`Site::dims`] and is asked for two things: what it makes of the weight
-//! ([`Method::apply`]), and what it adds to the output of a layer that works on activations ([`Method::forward`]).
+//! A method changes one parameter. Everything about it stands in one file below `method/`, whose name is a word in
+//! `methods![..]`. It sees the parameter as a matrix of [`Site::dims`] and is asked for two things: what it makes of the
+//! weight ([`Method::apply`]), and what it adds to the output of a layer that works on activations ([`Method::forward`]).
 
 mod update;
 
@@ -31,6 +31,9 @@ macro_rules! methods {
 }
 
 methods![copied, low_rank, dora, tokens, shift];
+
+/// The module into which PEFT moves the parameters of one that it adapts.
+pub(crate) const BASE_LAYER: &str = "base_layer.";
 
 /// What can be said about a method before there is a model.
 pub(crate) struct Description {
@@ -98,11 +101,11 @@ impl KeyEnd {
         Self { front, back, tensor, layer: None, tells, is_read_by_tied_output: false }
     }
 
-    const fn of(self, layer: Layer) -> Self {
+    pub(crate) const fn of(self, layer: Layer) -> Self {
         Self { layer: Some(layer), ..self }
     }
 
-    const fn tied(self) -> Self {
+    pub(crate) const fn tied(self) -> Self {
         Self { is_read_by_tied_output: true, ..self }
     }
 
@@ -137,39 +140,41 @@ pub(crate) struct TensorSpec {
     pub(crate) dims: [usize; 2],
     /// Whether the file has the transpose.
     pub(crate) is_transposed: bool,
-    /// Whether it is trained; a tensor that is not is no part of the file either.
+    /// Whether it is trained and stored; a constant is neither.
     pub(crate) is_trained: bool,
 }
 
 impl TensorSpec {
     /// A factor: `[.., first axis of the file]` in memory.
-    pub(crate) fn factor(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
+    pub(crate) fn factor(name: &'static str, key: KeyEnd, shape: Vec<usize>) -> Self {
         let rows = product(shape.get(1..).unwrap_or_default());
         let dims = [rows, shape.first().copied().unwrap_or(0)];
-        Self { name, key: key.to_string(), shape, dims, is_transposed: true, is_trained: true }
+        Self { name, key: key.text(), shape, dims, is_transposed: true, is_trained: true }
     }
 
     /// A vector: one row in memory.
-    pub(crate) fn vector(name: &'static str, key: &str, shape: Vec<usize>) -> Self {
+    pub(crate) fn vector(name: &'static str, key: KeyEnd, shape: Vec<usize>) -> Self {
         let dims = [1, product(&shape)];
-        Self { name, key: key.to_string(), shape, dims, is_transposed: false, is_trained: true }
+        Self { name, key: key.text(), shape, dims, is_transposed: false, is_trained: true }
     }
 
     /// Rows of a matrix, in the file as in memory.
-    pub(crate) fn rows(name: &'static str, key: &str, dims: [usize; 2]) -> Self {
+    pub(crate) fn rows(name: &'static str, key: KeyEnd, dims: [usize; 2]) -> Self {
         let shape = dims.to_vec();
-        Self { name, key: key.to_string(), shape, dims, is_transposed: false, is_trained: true }
+        Self { name, key: key.text(), shape, dims, is_transposed: false, is_trained: true }
     }
 
-    /// The parameter at `site` itself.
-    pub(crate) fn parameter(name: &'static str, key: &str, site: &Site) -> Self {
+    /// A constant of the update: no part of the file.
+    pub(crate) fn constant(name: &'static str, dims: [usize; 2]) -> Self {
+        let (key, shape) = (String::new(), dims.to_vec());
+        Self { name, key, shape, dims, is_transposed: false, is_trained: false }
+    }
+
+    /// The parameter at `site` itself, whose own name in the file stands behind `front`.
+    pub(crate) fn parameter(name: &'static str, front: &str, site: &Site) -> Self {
         let (shape, is_transposed) = site.stored();
-        Self { name, key: key.to_string(), shape, dims: site.dims(), is_transposed, is_trained: true }
-    }
-
-    /// The same in memory, and no part of the file: a constant of the update.
-    pub(crate) fn frozen(self) -> Self {
-        Self { is_trained: false, ..self }
+        let key = format!("{front}{}", site.parameter);
+        Self { name, key, shape, dims: site.dims(), is_transposed, is_trained: true }
     }
 
     pub(crate) fn elements(&self) -> usize {
@@ -246,15 +251,21 @@ pub(crate) trait Method: Debug + Send + Sync {
     /// `value` with this change. `base` is what the parameter is without any: the base, or the copy in its place.
     fn apply(&self, of: &Update, value: Tensor<2>, base: &Tensor<2>) -> Tensor<2>;
 
+    /// What it adds to the input of a linear layer that works on activations before the weight meets it, `[n, d_in]`. Other
+    /// methods see the input without it.
+    fn input(&self, _of: &Update, _x: &Tensor<2>) -> Option<Tensor<2>> {
+        None
+    }
+
     /// What it adds to the output of a layer that works on activations, `[n, d_out]`; what it adds whatever the input
-    /// is belongs to [`constant`](Self::constant). `None` for methods that act on the weight alone.
+    /// is belongs to [`constant`](Self::constant). `None` for methods that act on the weight or on the input alone.
     fn forward(&self, _of: &Update, _pass: &Pass) -> Option<Tensor<2>> {
         None
     }
 
-    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`: a bias, which
-    /// cannot be folded into the weight.
-    fn constant(&self, _of: &Update) -> Option<Tensor<2>> {
+    /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`: what cannot be
+    /// folded into the weight, but can be into the layer's own `bias`, `[d_out]`.
+    fn constant(&self, _of: &Update, _bias: Option<&Tensor<1>>) -> Option<Tensor<2>> {
         None
     }
 
@@ -289,8 +300,8 @@ pub(crate) struct Parts {
 
 /// What a method sees of a forward pass.
 pub(crate) struct Pass<'a> {
-    pub(crate) input: Input,
-    /// What the layer gives without this method, its bias left out: `x W`. `[n, d_out]`
+    pub(crate) input: &'a Input,
+    /// What the base gives, its bias left out: `x W`. `[n, d_out]`
     pub(crate) product: &'a dyn Fn() -> Tensor<2>,
     /// The base of the weight, `[d_in, d_out]`.
     pub(crate) base: &'a Tensor<2>,

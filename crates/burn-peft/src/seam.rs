@@ -18,10 +18,11 @@ use std::sync::Arc;
 use burn::module::{
     Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
 };
-use burn::tensor::{Device, Shape, Tensor};
+use burn::tensor::{DType, Device, Shape, Tensor};
 
 use crate::adapter::{Adapter, Adapters, AttachedState, Merged};
 use crate::error::PeftError;
+use crate::layer::Site;
 use crate::method::Update;
 use crate::states::States;
 
@@ -58,6 +59,7 @@ const REPARAMETERIZATION: &str = "Reparameterization";
 pub(crate) struct BaseParameter {
     pub(crate) path: String,
     pub(crate) shape: Shape,
+    pub(crate) dtype: DType,
     pub(crate) device: Device,
     /// The container that owns it, `Struct:Linear` for example.
     pub(crate) container: String,
@@ -99,6 +101,12 @@ impl Layout {
     /// Reads a model without changing it; the parameters of foreign states count as the model's own.
     pub(crate) fn read_only<M: Module>(model: &M) -> Self {
         Reader::of(model).layout
+    }
+
+    /// The bias of the layer that `site` belongs to, if it has one.
+    pub(crate) fn bias_of(&self, site: &Site) -> Option<&BaseParameter> {
+        let path = format!("{}.bias", site.module);
+        self.parameters.iter().find(|parameter| parameter.path == path)
     }
 }
 
@@ -168,6 +176,7 @@ impl ModuleVisitor for Reader {
         self.layout.parameters.push(BaseParameter {
             path: self.path.join("."),
             shape: base.shape(),
+            dtype: base.dtype(),
             device: param.lazy_device(),
             container: self.containers.last().cloned().unwrap_or_default(),
             requires_grad: base.is_require_grad(),

@@ -3,6 +3,8 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use crate::target::{ALL_LINEAR, TargetModules};
+
 /// What is wrong with an entry, or what can be done instead.
 pub(crate) type Hint = &'static str;
 
@@ -83,6 +85,24 @@ pub(crate) fn names(value: &Value) -> Result<Vec<String>, Hint> {
 
 pub(crate) fn names_or_null(names: &[String]) -> Value {
     if names.is_empty() { Value::Null } else { json!(names) }
+}
+
+pub(crate) fn targets_to_json(targets: &Option<TargetModules>) -> Value {
+    match targets {
+        None => Value::Null,
+        Some(TargetModules::Names(names)) => json!(names),
+        Some(TargetModules::Regex(pattern)) => json!(pattern),
+        Some(TargetModules::AllLinear) => json!(ALL_LINEAR),
+    }
+}
+
+/// Names, a regular expression, or PEFT's word for all linear layers.
+pub(crate) fn targets_from_json(value: &Value) -> Result<TargetModules, Hint> {
+    match value {
+        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Ok(TargetModules::AllLinear),
+        Value::String(pattern) => Ok(TargetModules::Regex(pattern.clone())),
+        names => typed(names).map(TargetModules::Names),
+    }
 }
 
 pub(crate) fn patterns_to_json<T>(patterns: &[(String, T)], value: impl Fn(&T) -> Value) -> Value {

@@ -1,14 +1,11 @@
 //! The configuration of LoRA.
 
 use std::fmt;
-use std::path::Path;
 
-use serde::de::{Deserialize, Deserializer, Error as _};
-use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::field::{Field, Hint, fields, index, number, patterns_from_json, patterns_to_json, typed};
-use super::{Configuration, FileFields, PEFT_TYPE, PeftConfig, Ranks, Targeting, TokenIndices};
+use super::{Configuration, FileFields, Ranks, Targeting, TokenIndices};
 use crate::error::{ConfigProblem, PeftError};
 use crate::init::InitLoraWeights;
 use crate::key_mapping::KeyMapping;
@@ -144,29 +141,6 @@ impl LoraConfig {
         }
     }
 
-    /// Reads `adapter_config.json` of an adapter directory. PEFT's `LoraConfig.from_pretrained`.
-    ///
-    /// # Errors
-    /// As [`PeftConfig::from_pretrained`].
-    pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
-        let directory = directory.as_ref();
-        let config = PeftConfig::from_pretrained(directory)?;
-        let other = || {
-            let found = json!(config.peft_type());
-            let problems = vec![ConfigProblem::new(PEFT_TYPE, &found, "give an adapter of type LORA")];
-            PeftError::UnsupportedConfig { path: directory.into(), problems }
-        };
-        config.as_lora().cloned().ok_or_else(other)
-    }
-
-    /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `LoraConfig.save_pretrained`.
-    ///
-    /// # Errors
-    /// [`PeftError::Io`].
-    pub fn save_pretrained(&self, directory: impl AsRef<Path>) -> Result<(), PeftError> {
-        PeftConfig::from(self).save_pretrained(directory)
-    }
-
     /// Sets [`lora_alpha`](Self::lora_alpha).
     pub fn with_lora_alpha(mut self, lora_alpha: f64) -> Self {
         self.lora_alpha = lora_alpha;
@@ -290,14 +264,6 @@ impl LoraConfig {
     pub(crate) fn scaling_of(&self, r: usize, lora_alpha: f64) -> f64 {
         let r = r as f64;
         lora_alpha / if self.use_rslora { r.sqrt() } else { r }
-    }
-
-    /// Checks every value.
-    ///
-    /// # Errors
-    /// As [`PeftConfig::validate`].
-    pub fn validate(&self) -> Result<(), PeftError> {
-        PeftConfig::from(self).validate()
     }
 }
 
@@ -442,6 +408,17 @@ impl Configuration for LoraConfig {
         map
     }
 
+    /// The first pattern that matches counts; files have them in alphabetical order.
+    fn in_order(&self) -> Map<String, Value> {
+        let patterns =
+            [("rank_pattern", json!(self.rank_pattern)), ("alpha_pattern", json!(self.alpha_pattern))];
+        let is_sorted = |patterns: &Value| {
+            patterns.as_array().is_some_and(|patterns| patterns.is_sorted_by_key(|pair| pair[0].to_string()))
+        };
+        let kept = patterns.into_iter().filter(|(_, patterns)| !is_sorted(patterns));
+        kept.map(|(key, patterns)| (key.to_string(), patterns)).collect()
+    }
+
     fn ranks(&self) -> Result<Ranks, PeftError> {
         Ok(Ranks {
             default: (self.r, self.lora_alpha),
@@ -483,50 +460,6 @@ impl Configuration for LoraConfig {
 
     fn describe(&self) -> String {
         format!("rank {}, alpha {}", self.r, self.lora_alpha)
-    }
-}
-
-/// PEFT's key for how Burn paths become names: not part of its file, and only written if it says something.
-const KEY_MAPPING: &str = "key_mapping";
-
-/// The object in `adapter_config.json`, and the key mapping, if there is one.
-impl Serialize for LoraConfig {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = PeftConfig::from(self).to_map();
-        // The file has patterns in alphabetical order; here the first that matches has to stay the first.
-        for (key, patterns) in
-            [("rank_pattern", json!(self.rank_pattern)), ("alpha_pattern", json!(self.alpha_pattern))]
-        {
-            let is_sorted = patterns
-                .as_array()
-                .is_some_and(|patterns| patterns.is_sorted_by_key(|pair| pair[0].to_string()));
-            if !is_sorted {
-                map.insert(key.to_string(), patterns);
-            }
-        }
-        let rules = &self.targeting.key_mapping.rules;
-        map.extend((!rules.is_empty()).then(|| (KEY_MAPPING.to_string(), json!(rules))));
-        map.serialize(serializer)
-    }
-}
-
-/// # Errors
-/// Every entry that cannot be used, by name.
-impl<'de> Deserialize<'de> for LoraConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut map = Map::deserialize(deserializer)?;
-        let rules: Vec<(String, String)> = match map.remove(KEY_MAPPING) {
-            Some(rules) => serde_json::from_value(rules).map_err(D::Error::custom)?,
-            None => vec![],
-        };
-        let parsed = PeftConfig::parse(&map);
-        if !parsed.problems.is_empty() {
-            let problems: Vec<String> = parsed.problems.iter().map(ToString::to_string).collect();
-            return Err(D::Error::custom(problems.join("; ")));
-        }
-        let config = parsed.config.as_lora().cloned();
-        let config = config.ok_or_else(|| D::Error::custom("`peft_type` is not \"LORA\""))?;
-        Ok(config.with_key_mapping(KeyMapping::new(rules)))
     }
 }
 

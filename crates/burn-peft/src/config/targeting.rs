@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::field::{Field, Hint, fields, names, names_or_null, typed};
+use super::field::{Field, Hint, fields, names, names_or_null, targets_from_json, targets_to_json, typed};
 use crate::error::PeftError;
 use crate::key_mapping::KeyMapping;
-use crate::target::{ALL_LINEAR, LayerFilter, Matcher, TargetModules, ancestors_and_self, matches_name};
+use crate::target::{LayerFilter, Matcher, TargetModules, ancestors_and_self, matches_name};
 
 /// Which modules of a model an adapter concerns.
 #[non_exhaustive]
@@ -164,23 +164,6 @@ fn lies_within(module: &str, saved: &str) -> bool {
 /// with it, not only behind a dot, with all it contains.
 fn is_part_of(module: &str, saved: &str) -> bool {
     !saved.is_empty() && ancestors_and_self(module).any(|module| module.ends_with(saved))
-}
-
-fn targets_to_json(targets: &Option<TargetModules>) -> Value {
-    match targets {
-        None => Value::Null,
-        Some(TargetModules::Names(names)) => json!(names),
-        Some(TargetModules::Regex(pattern)) => json!(pattern),
-        Some(TargetModules::AllLinear) => json!(ALL_LINEAR),
-    }
-}
-
-fn targets_from_json(value: &Value) -> Result<TargetModules, Hint> {
-    match value {
-        Value::String(text) if text.eq_ignore_ascii_case(ALL_LINEAR) => Ok(TargetModules::AllLinear),
-        Value::String(pattern) => Ok(TargetModules::Regex(pattern.clone())),
-        names => typed(names).map(TargetModules::Names),
-    }
 }
 
 /// No exclusion is none.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{Chosen, Description, Method, Parameters, TensorSpec, Update};
+use super::{BASE_LAYER, Chosen, Description, Method, Parameters, TensorSpec, Update};
 use crate::config::{Bias, PeftConfig};
 use crate::error::PeftError;
 use crate::init::Start;
@@ -44,8 +44,7 @@ fn check(_config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError>
 
 impl Method for Copied {
     fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
-        let inside = if self.is_in_base_layer { "base_layer." } else { "" };
-        vec![TensorSpec::parameter(COPY, &format!("{inside}{}", site.parameter), site)]
+        vec![TensorSpec::parameter(COPY, if self.is_in_base_layer { BASE_LAYER } else { "" }, site)]
     }
 
     fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {

@@ -24,11 +24,10 @@ struct Dora {
 
 /// `m`, `[1, d_out]`.
 const MAGNITUDE: &str = "magnitude";
-const KEY: &str = "lora_magnitude_vector";
 
-pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check: |_, _| Ok(()) };
+const KEY: KeyEnd = KeyEnd::new("lora_magnitude_vector", "", "magnitude", Tells::Nothing);
 
-const KEYS: &[KeyEnd] = &[KeyEnd::new(KEY, "", "magnitude", Tells::Nothing)];
+pub(super) const DESCRIPTION: Description = Description { keys: &[KEY], of, check: |_, _| Ok(()) };
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let config = config.as_lora().filter(|config| config.use_dora)?;
@@ -92,8 +91,8 @@ impl Method for Dora {
         let update = low_rank::product(&x.input, a, b, of.scaling * x.factor) * gain.clone();
         let output = cast(product, DType::F32) * (gain - 1.0) + update;
         // A start that is part of the base sees the whole input once, as the base does.
-        let dropped = self.low_rank.start_of(of, &x.input).filter(|_| x.acts);
-        Some(match (dropped, self.low_rank.start_of(of, &pass.input)) {
+        let start_of = |input| if x.acts { self.low_rank.start_of(of, input) } else { None };
+        Some(match (start_of(&x.input), start_of(pass.input)) {
             (Some(dropped), Some(whole)) => output + dropped.mul_scalar(x.factor) - whole,
             _ => output,
         })

@@ -42,15 +42,16 @@ const A0: &str = "a0";
 const B0: &str = "b0";
 pub(crate) const BIAS: &str = "bias";
 
-pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
+const KEY_A: KeyEnd = KeyEnd::new("lora_A", ".weight", "A", Tells::Input);
+const KEY_B: KeyEnd = KeyEnd::new("lora_B", ".weight", "B", Tells::Output);
+pub(super) const KEY_BIAS: KeyEnd = KeyEnd::new("lora_B", ".bias", "bias of B", Tells::Nothing);
+const EMBEDDING_A: KeyEnd =
+    KeyEnd::new("lora_embedding_A", "", "A of an embedding", Tells::Input).of(Layer::Embedding);
+const EMBEDDING_B: KeyEnd =
+    KeyEnd::new("lora_embedding_B", "", "B of an embedding", Tells::Output).of(Layer::Embedding);
 
-const KEYS: &[KeyEnd] = &[
-    KeyEnd::new("lora_A", ".weight", "A", Tells::Input),
-    KeyEnd::new("lora_B", ".weight", "B", Tells::Output),
-    KeyEnd::new("lora_B", ".bias", "bias of B", Tells::Nothing),
-    KeyEnd::new("lora_embedding_A", "", "A of an embedding", Tells::Input).of(Layer::Embedding),
-    KeyEnd::new("lora_embedding_B", "", "B of an embedding", Tells::Output).of(Layer::Embedding),
-];
+pub(super) const DESCRIPTION: Description =
+    Description { keys: &[KEY_A, KEY_B, KEY_BIAS, EMBEDDING_A, EMBEDDING_B], of, check };
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let config = config.as_lora().filter(|config| !config.use_dora)?;
@@ -98,8 +99,15 @@ impl LowRank {
 
     /// `scaling * (x A0) B0`, if the start is part of the base.
     pub(super) fn start_of(&self, of: &Update, x: &Input) -> Option<Tensor<2>> {
-        let (a, b) = (of.get(A0)?.val(), of.get(B0)?.val());
-        Some(low_rank::product(x, a, b, of.scaling))
+        self.init.is_part_of_base().then(|| {
+            let (a, b) = Self::start_factors(of);
+            low_rank::product(x, a, b, of.scaling)
+        })
+    }
+
+    /// `A0` and `B0`, which are constants even if the whole model is made trainable.
+    fn start_factors(of: &Update) -> (Tensor<2>, Tensor<2>) {
+        (of[A0].val().detach(), of[B0].val().detach())
     }
 
     /// `A` and `B` of the whole change: `[A, A0]` and `[B; -B0]` where the start is part of the base, so that it is taken
@@ -109,7 +117,8 @@ impl LowRank {
         if !self.init.is_part_of_base() {
             return (a, b);
         }
-        (Tensor::cat(vec![a, of[A0].val()], 1), Tensor::cat(vec![b, of[B0].val().neg()], 0))
+        let (a0, b0) = Self::start_factors(of);
+        (Tensor::cat(vec![a, a0], 1), Tensor::cat(vec![b, b0.neg()], 0))
     }
 
     /// The same change as factors of twice the rank that start from the base as it is, if the file needs it.
@@ -130,31 +139,20 @@ impl LowRank {
 impl Method for LowRank {
     fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
         let ([d_in, d_out], r) = (site.dims(), self.r);
-        let mut tensors = match site.layer {
-            Layer::Embedding => vec![
-                TensorSpec::factor(A, "lora_embedding_A", vec![r, d_in]),
-                TensorSpec::factor(B, "lora_embedding_B", vec![d_out, r]),
-            ],
-            Layer::Conv => {
-                // `A` is a convolution of the same kernel, `B` one of kernel 1.
-                let mut b = vec![d_out, r];
-                b.resize(site.shape.len(), 1);
-                let a = [&[r], &site.shape[1..]].concat();
-                vec![TensorSpec::factor(A, "lora_A.weight", a), TensorSpec::factor(B, "lora_B.weight", b)]
-            }
-            Layer::Linear | Layer::Other => vec![
-                TensorSpec::factor(A, "lora_A.weight", vec![r, d_in]),
-                TensorSpec::factor(B, "lora_B.weight", vec![d_out, r]),
-            ],
-        };
+        let (mut a, mut b) = (vec![r, d_in], vec![d_out, r]);
+        if site.layer == Layer::Conv {
+            // `A` is a convolution of the same kernel, `B` one of kernel 1.
+            a = [&[r], &site.shape[1..]].concat();
+            b.resize(site.shape.len(), 1);
+        }
+        let is_embedding = site.layer == Layer::Embedding;
+        let (key_a, key_b) = if is_embedding { (EMBEDDING_A, EMBEDDING_B) } else { (KEY_A, KEY_B) };
+        let mut tensors = vec![TensorSpec::factor(A, key_a, a), TensorSpec::factor(B, key_b, b)];
         if self.init.is_part_of_base() {
-            tensors.extend([
-                TensorSpec::rows(A0, "", [d_in, r]).frozen(),
-                TensorSpec::rows(B0, "", [r, d_out]).frozen(),
-            ]);
+            tensors.extend([TensorSpec::constant(A0, [d_in, r]), TensorSpec::constant(B0, [r, d_out])]);
         }
         if self.has_bias {
-            tensors.push(TensorSpec::vector(BIAS, "lora_B.bias", vec![d_out]));
+            tensors.push(TensorSpec::vector(BIAS, KEY_BIAS, vec![d_out]));
         }
         tensors
     }
@@ -199,13 +197,13 @@ impl Method for LowRank {
         let x = pass.dropped(of, &a);
         // Dropout's 1 / (1 - p) goes along with the scaling.
         let update = low_rank::product(&x.input, a, b, of.scaling * x.factor);
-        Some(match self.start_of(of, &pass.input) {
+        Some(match self.start_of(of, pass.input) {
             Some(start) => update - start,
             None => update,
         })
     }
 
-    fn constant(&self, of: &Update) -> Option<Tensor<2>> {
+    fn constant(&self, of: &Update, _bias: Option<&Tensor<1>>) -> Option<Tensor<2>> {
         Some(of.get(BIAS)?.val().mul_scalar(of.scaling))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 
-use super::low_rank::BIAS;
+use super::low_rank::{BIAS, KEY_BIAS};
 use super::{Chosen, Description, Method, Parameters, Parts, TensorSpec, Update};
 use crate::config::PeftConfig;
 use crate::error::PeftError;
@@ -50,7 +50,7 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
 
 impl Method for Shift {
     fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
-        vec![TensorSpec::vector(SHIFT, "lora_B.bias", site.shape.clone())]
+        vec![TensorSpec::vector(SHIFT, KEY_BIAS, site.shape.clone())]
     }
 
     fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {

@@ -27,15 +27,16 @@ struct Tokens {
 
 /// The rows themselves (`[tokens, width]`), not differences, despite PEFT's name.
 const ROWS: &str = "tokens";
-const KEY: &str = "token_adapter.trainable_tokens_delta";
 const FIELD: &str = "trainable_token_indices";
 
 /// The module that a list of tokens without a name means.
 const INPUT_EMBEDDING: &str = "embed_tokens";
 
-pub(super) const DESCRIPTION: Description = Description { keys: KEYS, of, check };
+const KEY: KeyEnd = KeyEnd::new("token_adapter.trainable_tokens_delta", "", "rows of tokens", Tells::Width)
+    .of(Layer::Embedding)
+    .tied();
 
-const KEYS: &[KeyEnd] = &[KeyEnd::new(KEY, "", "rows of tokens", Tells::Width).of(Layer::Embedding).tied()];
+pub(super) const DESCRIPTION: Description = Description { keys: &[KEY], of, check };
 
 fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
     let (_, indices) = meant(config, at)?;
@@ -95,7 +96,7 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     };
     let missing =
         names.into_iter().find(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
-    match missing.filter(|_| parameters.are_all) {
+    match missing.filter(|_| parameters.are_all || found.is_empty()) {
         Some(name) => {
             invalid("names of embeddings or linear layers", format!("`{name}`, which matches none"))
         }
@@ -176,7 +177,7 @@ impl Method for Tokens {
 
     fn forward(&self, of: &Update, pass: &Pass) -> Option<Tensor<2>> {
         let difference = self.difference(of, pass.base);
-        Some(match &pass.input {
+        Some(match pass.input {
             Input::Activations(x) => self.columns(x, difference, pass.base.dims()[1]),
             Input::Ids(ids) => {
                 let (n, tokens) = (ids.dims()[0], self.indices.len());

@@ -16,7 +16,7 @@ use super::{CONFIG_FILE, TENSOR_FILE, adapter_config, keys, tensors};
 use crate::config::{Parsed, PeftConfig, Selection};
 use crate::error::{ConfigProblem, PeftError, TensorProblem};
 use crate::layer::{Layer, Site, Space};
-use crate::method::{Chosen, METHODS, Parameters, Tells};
+use crate::method::{BASE_LAYER, Chosen, METHODS, Parameters, Tells};
 
 /// An adapter directory in PEFT's format, read without a model: what it says, what it holds, and what is wrong with it.
 ///
@@ -387,7 +387,7 @@ impl Told {
     /// What a tensor is to an adapter that asks for these.
     fn role(&self, tensor: &StoredTensor, config: &PeftConfig, expected: &Expected) -> TensorRole {
         let key = &tensor.unnamed;
-        let is_inside = tensor.end.starts_with("base_layer.");
+        let is_inside = tensor.end.starts_with(BASE_LAYER);
         match (expected.get(key), keys::end_of(&tensor.end)) {
             _ if keys::is_written_again(key, config.kind().bias()) => TensorRole::Repeated,
             (Some((_, true)), _) => TensorRole::Copy,

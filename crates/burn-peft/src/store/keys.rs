@@ -2,7 +2,7 @@
 
 use crate::config::Bias;
 use crate::layer::Site;
-use crate::method::{KeyEnd, METHODS, TensorSpec};
+use crate::method::{BASE_LAYER, KeyEnd, METHODS, TensorSpec};
 
 /// PEFT wraps the model twice, in `PeftModel` and in `LoraModel`, and saves the path through both.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -22,11 +22,8 @@ pub(super) fn join(module: &str, end: &str) -> String {
 /// `is_adapted` tells whether the module has adapter tensors as well: PEFT has moved its own parameters into `base_layer`
 /// then.
 pub(super) fn base(site: &Site, is_adapted: bool) -> TensorSpec {
-    let inside = if is_adapted { BASE_LAYER } else { "" };
-    TensorSpec::parameter("base", &format!("{inside}{}", site.parameter), site)
+    TensorSpec::parameter("base", if is_adapted { BASE_LAYER } else { "" }, site)
 }
-
-const BASE_LAYER: &str = "base_layer.";
 
 /// A key taken apart: the module's name, and what stands behind it. `None` if it is no key of PEFT's.
 pub(super) fn split(key: &str) -> Option<(&str, &str)> {
@@ -84,13 +81,14 @@ pub(super) fn is_written_again(key: &str, bias: Bias) -> bool {
 
 /// Whether a key is that of a parameter of the base, `x.weight` or `x.bias`.
 pub(super) fn is_of_base(key: &str) -> bool {
-    let is_of_adapter = |part: &str| {
-        let of_method = ends().any(|end| end.front.split('.').next() == Some(part));
-        of_method || part.starts_with("lora_") || WRAPPERS.contains(&part)
-    };
     key.starts_with(PREFIX)
         && key.rsplit('.').next().is_some_and(|end| ["weight", "bias"].contains(&end))
-        && !key.split('.').any(is_of_adapter)
+        && !key.split('.').any(|part| is_of_adapter(part) || WRAPPERS.contains(&part))
+}
+
+/// Whether a component of a key is that of an adapter's tensor: one that a method has, or another of LoRA's.
+pub(super) fn is_of_adapter(part: &str) -> bool {
+    ends().any(|end| end.front.split('.').next() == Some(part)) || part.starts_with("lora_")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::keys::PREFIX;
+use super::keys::{PREFIX, is_of_adapter};
 use crate::error::PeftError;
 
 /// How the keys of a file begin, and how they should.
@@ -21,12 +21,12 @@ impl OtherPrefix {
     /// by nobody: they need only begin like the others.
     pub(super) fn between(unexpected: &[String], missing: &[String]) -> Option<Self> {
         let wanted: BTreeSet<&str> = missing.iter().map(String::as_str).collect();
-        let is_own = |key: &&String| key.contains(".lora_");
+        let is_own = |key: &&String| key.split('.').any(is_of_adapter);
         let first = unexpected.iter().find(is_own).or(unexpected.first())?;
         // Another layer or another tensor of the adapter is another matter.
         let is_outside = |(found, expected): &(&str, &str)| {
-            let inside = |part: &&str| part.starts_with("lora_") || part.parse::<usize>().is_ok();
-            !found.split('.').chain(expected.split('.')).any(|part| inside(&part))
+            let inside = |part: &str| is_of_adapter(part) || part.parse::<usize>().is_ok();
+            !found.split('.').chain(expected.split('.')).any(inside)
         };
         let rules = missing.iter().filter_map(|key| beginnings(first, key)).filter(is_outside);
         let rules: BTreeSet<(&str, &str)> = rules.collect();
@@ -56,7 +56,7 @@ impl OtherPrefix {
             return (at > 0 && have_it).then(|| prefix(front, ""));
         }
         let lack_it = keys.iter().all(|key| !key.contains(PREFIX));
-        (lack_it && keys.iter().any(|key| key.contains(".lora_"))).then(|| prefix("", PREFIX))
+        (lack_it && keys.iter().any(|key| key.split('.').any(is_of_adapter))).then(|| prefix("", PREFIX))
     }
 
     /// The error about the file at `path`.
