@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use burn_peft_files::closest;
 
 use crate::adapter::{Adapter, AdapterInfo};
-use crate::config::{LoraConfig, PeftConfig, Selection};
+use crate::config::{LoraConfig, PeftConfig, Ranks, Selection};
 use crate::error::PeftError;
 use crate::init::Start;
 use crate::layer::{Layer, Site, Space};
@@ -98,20 +98,12 @@ impl Plan {
         let choice = Choice::of(&parameters, config)?;
         let unmatched_modules_to_save =
             unmatched_modules_to_save(&parameters, &config.targeting().modules_to_save)?;
-        let ranks = config.kind().ranks()?;
-        let selection = Selection::new(config.targeting())?;
-        let mut chosen = vec![];
-        for (_, site) in &parameters {
-            let (r, lora_alpha) = ranks.of(&site.name)?;
-            chosen.push(Chosen {
-                site: site.clone(),
-                is_adapted: choice.adapted.contains(&site.name),
-                is_saved: selection.saves(&site.name),
-                is_tied: site.is_adaptable() && layout.tied_tables.contains(&site.module),
-                r,
-                lora_alpha,
-            });
-        }
+        let chooser = Chooser::new(config)?;
+        let choose = |(_, site): &Parameter| {
+            let is_tied = site.is_adaptable() && layout.tied_tables.contains(&site.module);
+            chooser.choose(site.clone(), choice.adapted.contains(&site.name), is_tied)
+        };
+        let chosen = parameters.iter().map(choose).collect::<Result<Vec<_>, _>>()?;
         let all = Parameters { list: &chosen, are_all: true };
         METHODS.iter().try_for_each(|method| (method.check)(config, &all))?;
         let mut targets = vec![];
@@ -132,7 +124,7 @@ impl Plan {
             config: Arc::new(config.clone()),
             targets,
             unmatched_modules_to_save,
-            unmatched_patterns: ranks.unmatched(&choice.adapted)?,
+            unmatched_patterns: chooser.ranks.unmatched(&choice.adapted)?,
             choice,
         })
     }
@@ -227,6 +219,33 @@ impl Plan {
             unmatched_modules_to_save: self.unmatched_modules_to_save,
             num_params,
         }
+    }
+}
+
+/// A configuration, ready to be asked about parameters.
+pub(crate) struct Chooser<'a> {
+    pub(crate) selection: Selection<'a>,
+    ranks: Ranks,
+}
+
+impl<'a> Chooser<'a> {
+    /// # Errors
+    /// [`PeftError::InvalidPattern`].
+    pub(crate) fn new(config: &'a PeftConfig) -> Result<Self, PeftError> {
+        Ok(Self { selection: Selection::new(config.targeting())?, ranks: config.kind().ranks()? })
+    }
+
+    /// # Errors
+    /// [`PeftError::EndlessPattern`].
+    pub(crate) fn choose(
+        &self,
+        site: Arc<Site>,
+        is_adapted: bool,
+        is_tied: bool,
+    ) -> Result<Chosen, PeftError> {
+        let (r, lora_alpha) = self.ranks.of(&site.name)?;
+        let is_saved = self.selection.saves(&site.name);
+        Ok(Chosen { site, is_adapted, is_saved, is_tied, r, lora_alpha })
     }
 }
 

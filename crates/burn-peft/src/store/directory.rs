@@ -13,10 +13,11 @@ use safetensors::tensor::Dtype;
 use super::files::{AdapterFiles, unreadable};
 use super::prefix::OtherPrefix;
 use super::{CONFIG_FILE, TENSOR_FILE, adapter_config, keys, tensors};
-use crate::config::{Parsed, PeftConfig, Selection};
+use crate::config::{Parsed, PeftConfig};
 use crate::error::{ConfigProblem, PeftError, TensorProblem};
 use crate::layer::{Layer, Site, Space};
 use crate::method::{BASE_LAYER, Chosen, METHODS, Parameters, Tells};
+use crate::plan::Chooser;
 
 /// An adapter directory in PEFT's format, read without a model: what it says, what it holds, and what is wrong with it.
 ///
@@ -132,11 +133,10 @@ impl AdapterDirectory {
             adapter_config::parse(&files.config, &files.config_path)?.with_tensors();
         let bytes = files.tensors()?;
         let mut tensors = stored_tensors(&files.tensor_path, &bytes)?;
-        let told = Told::of(&tensors, &config);
         // A pattern that does not compile tells nothing; it is a problem of its own.
-        let expected = told.expected(&config).unwrap_or_default();
+        let told = Told::of(&tensors, &config).unwrap_or_default();
         for tensor in &mut tensors {
-            tensor.role = told.role(tensor, &config, &expected);
+            tensor.role = told.role(tensor, &config);
         }
         Ok(Self {
             path: path.into(),
@@ -176,7 +176,7 @@ impl AdapterDirectory {
         &self.tensors
     }
 
-    /// The modules with an update of low rank, sorted by name.
+    /// The modules of which the file has both factors of an update, sorted by name.
     pub fn modules(&self) -> &[StoredModule] {
         &self.modules
     }
@@ -242,10 +242,16 @@ impl AdapterDirectory {
                 hint: "give the directory of an adapter after it was trained and saved".into(),
             });
         }
-        let told = Told::of(&self.tensors, &self.config);
-        // A pattern that does not compile is among the problems of the configuration already.
-        let Ok(expected) = told.expected(&self.config) else { return problems };
-        let found = self.tensor_problems(&expected);
+        let told = match Told::of(&self.tensors, &self.config) {
+            Ok(told) => told,
+            Err(error) => {
+                // A pattern that does not compile is among the problems of the configuration already.
+                let is_told = matches!(error, PeftError::InvalidPattern { .. });
+                problems.extend((!is_told).then_some(error));
+                return problems;
+            }
+        };
+        let found = self.tensor_problems(&told.expected);
         if !found.is_empty() {
             problems.push(self.inconsistent(found));
         }
@@ -288,17 +294,21 @@ type Expected = BTreeMap<String, (Vec<usize>, bool)>;
 const UNKNOWN: usize = usize::MAX;
 
 /// What a file tells of the model that its adapter is for.
+#[derive(Default)]
 struct Told {
     /// The weights that it has adapter tensors of, and the parameters of which it has values, by what the configuration says
     /// about them.
     parameters: Vec<Chosen>,
     /// Modules with adapter tensors.
     adapted: BTreeSet<String>,
+    /// The tensors that the configuration asks for in these modules.
+    expected: Expected,
 }
 
 impl Told {
-    /// A pattern that does not compile counts as none.
-    fn of(tensors: &[StoredTensor], config: &PeftConfig) -> Self {
+    /// # Errors
+    /// [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].
+    fn of(tensors: &[StoredTensor], config: &PeftConfig) -> Result<Self, PeftError> {
         let mut weights: BTreeMap<&str, Site> = BTreeMap::new();
         for tensor in tensors {
             let Some(end) = keys::end_of(&tensor.end) else { continue };
@@ -341,37 +351,17 @@ impl Told {
             shape: tensor.shape.clone(),
         });
         let own: Vec<Site> = own.collect();
-        let selection = Selection::new(config.targeting()).ok();
-        let ranks = config.kind().ranks().ok();
-        let chosen = |site: Site| {
+        let chooser = Chooser::new(config)?;
+        let choose = |site: Site| {
             let layer = weights.get(&*site.name).map_or(site.layer, |weight| weight.layer);
-            let adapts = |selection: &Selection| {
-                selection.adapts(&site.name, layer != Layer::Embedding).unwrap_or_default()
-            };
-            let (r, lora_alpha) =
-                ranks.as_ref().and_then(|ranks| ranks.of(&site.name).ok()).unwrap_or_default();
-            Chosen {
-                is_adapted: adapted.contains(&site.name) && selection.as_ref().is_some_and(adapts),
-                is_saved: selection.as_ref().is_some_and(|selection| selection.saves(&site.name)),
-                is_tied: false,
-                r,
-                lora_alpha,
-                site: Arc::new(site),
-            }
+            let is_adapted = adapted.contains(&site.name)
+                && chooser.selection.adapts(&site.name, layer != Layer::Embedding)?;
+            chooser.choose(Arc::new(site), is_adapted, false)
         };
-        let parameters = weights.values().cloned().chain(own).map(chosen).collect();
-        Self { parameters, adapted }
-    }
-
-    /// The tensors that `config` asks for in these modules.
-    ///
-    /// # Errors
-    /// [`PeftError::InvalidPattern`].
-    fn expected(&self, config: &PeftConfig) -> Result<Expected, PeftError> {
-        Selection::new(config.targeting())?;
-        config.kind().ranks()?;
-        let mut expected = Expected::new();
-        for at in &self.parameters {
+        let parameters = weights.values().cloned().chain(own).map(choose);
+        let parameters: Vec<Chosen> = parameters.collect::<Result<_, PeftError>>()?;
+        let mut expected = BTreeMap::new();
+        for at in &parameters {
             // A target that is saved as well is refused by another name.
             let at = Chosen { is_saved: at.is_saved && !at.is_adapted, ..at.clone() };
             for method in at.methods(config) {
@@ -381,14 +371,14 @@ impl Told {
                 expected.extend(tensors);
             }
         }
-        Ok(expected)
+        Ok(Self { parameters, adapted, expected })
     }
 
-    /// What a tensor is to an adapter that asks for these.
-    fn role(&self, tensor: &StoredTensor, config: &PeftConfig, expected: &Expected) -> TensorRole {
+    /// What a tensor is to the adapter.
+    fn role(&self, tensor: &StoredTensor, config: &PeftConfig) -> TensorRole {
         let key = &tensor.unnamed;
         let is_inside = tensor.end.starts_with(BASE_LAYER);
-        match (expected.get(key), keys::end_of(&tensor.end)) {
+        match (self.expected.get(key), keys::end_of(&tensor.end)) {
             _ if keys::is_written_again(key, config.kind().bias()) => TensorRole::Repeated,
             (Some((_, true)), _) => TensorRole::Copy,
             (Some(_), Some(end)) => TensorRole::Adapter(end.tensor),
