@@ -12,6 +12,7 @@ use crate::method::low_rank;
 use crate::ops::singular;
 use crate::plan::{InjectionReport, Plan};
 use crate::seam::{BaseParameter, Layout};
+use crate::tensor::is_finite;
 
 /// The rank that [`convert_to_lora`](crate::PeftModel::convert_to_lora) gives to every module.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,8 +42,7 @@ pub(crate) fn add(
         LoraRank::Share(share) => share > 0.0 && share <= 1.0,
     };
     if !is_valid {
-        let (expected, found) = ("1 or more, or a share in (0, 1]", format!("{rank:?}"));
-        return Err(PeftError::InvalidConfig { field: "rank", expected, found });
+        return Err(PeftError::invalid("rank", "1 or more, or a share in (0, 1]", format!("{rank:?}")));
     }
     let mut found: BTreeMap<String, (Tensor<2>, Tensor<2>)> = BTreeMap::new();
     let (mut config, mut ranks) = (LoraConfig::default(), vec![]);
@@ -96,7 +96,7 @@ fn factors(
     let base = parameter.value();
     let change = alone.effective(base.clone(), &[name].into()) - base.cast(DType::F32);
     let change = adapter.info.site.to_matrix(change);
-    if !change.clone().is_finite().all().into_scalar::<bool>() {
+    if !is_finite(&change) {
         return Err(PeftError::NonFiniteWeight { modules: vec![adapter.info.site.name.clone()] });
     }
     let [n, m] = change.dims();

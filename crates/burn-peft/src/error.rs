@@ -526,6 +526,10 @@ impl From<PatternError> for PeftError {
 }
 
 impl PeftError {
+    pub(crate) fn invalid(field: &'static str, expected: &'static str, found: impl fmt::Display) -> Self {
+        Self::InvalidConfig { field, expected, found: found.to_string() }
+    }
+
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::error::PeftError;
 use crate::layer::{Layer, Site};
-use crate::tensor::cast;
+use crate::tensor::{cast, is_finite};
 
 /// Where the tensors of a method start.
 pub(crate) struct Start<'a> {
@@ -78,8 +78,16 @@ pub enum InitLoraWeights {
     Elsewhere(&'static str),
 }
 
-/// Words of starts that choose factors and leave the base as it is.
-const ELSEWHERE: &[&str] = &["eva", "loftq", "mica"];
+/// PEFT's words. The last ones choose factors by rules that need data, and leave the base as it is.
+const WORDS: &[(&str, InitLoraWeights)] = &[
+    ("gaussian", InitLoraWeights::Gaussian),
+    ("orthogonal", InitLoraWeights::Orthogonal),
+    ("olora", InitLoraWeights::Olora),
+    ("pissa", InitLoraWeights::Pissa),
+    ("eva", InitLoraWeights::Elsewhere("eva")),
+    ("loftq", InitLoraWeights::Elsewhere("loftq")),
+    ("mica", InitLoraWeights::Elsewhere("mica")),
+];
 
 /// Words of starts that take a part out of the base by rules that need data.
 const NEED_DATA: &[&str] = &["corda", "lora_ga"];
@@ -105,12 +113,8 @@ impl InitLoraWeights {
         match self {
             Self::KaimingUniform => Value::Bool(true),
             Self::Random => Value::Bool(false),
-            Self::Gaussian => "gaussian".into(),
-            Self::Orthogonal => "orthogonal".into(),
-            Self::Olora => "olora".into(),
-            Self::Pissa => "pissa".into(),
             Self::PissaNiter(rounds) => format!("{NITER}{rounds}").into(),
-            Self::Elsewhere(word) => word.into(),
+            start => WORDS.iter().find(|(_, known)| *known == start).map(|(word, _)| *word).into(),
         }
     }
 
@@ -120,20 +124,15 @@ impl InitLoraWeights {
         match value {
             Value::Bool(true) => Ok(Self::KaimingUniform),
             Value::Bool(false) => Ok(Self::Random),
-            Value::String(word) => match word.to_ascii_lowercase().as_str() {
-                "gaussian" => Ok(Self::Gaussian),
-                "orthogonal" => Ok(Self::Orthogonal),
-                "olora" => Ok(Self::Olora),
-                "pissa" => Ok(Self::Pissa),
-                word if NEED_DATA.contains(&word) => Err(CHANGED_BASE_HINT),
-                word => match word.strip_prefix(NITER) {
-                    Some(rounds) => rounds.parse().map(Self::PissaNiter).map_err(|_| UNKNOWN),
-                    None => {
-                        let known = ELSEWHERE.iter().find(|known| **known == word);
-                        known.map(|known| Self::Elsewhere(known)).ok_or(UNKNOWN)
-                    }
-                },
-            },
+            Value::String(word) => {
+                let word = word.to_ascii_lowercase();
+                if NEED_DATA.contains(&&*word) {
+                    return Err(CHANGED_BASE_HINT);
+                }
+                let rounds = word.strip_prefix(NITER).and_then(|rounds| rounds.parse().ok());
+                let known = WORDS.iter().find(|(known, _)| *known == word).map(|(_, start)| *start);
+                rounds.map(Self::PissaNiter).or(known).ok_or(UNKNOWN)
+            }
             _ => Err(UNKNOWN),
         }
     }
@@ -202,11 +201,9 @@ fn check_rank(at: &Start, r: usize) -> Result<(), PeftError> {
     if r <= smaller {
         return Ok(());
     }
-    Err(PeftError::InvalidConfig {
-        field: "r",
-        expected: "at most the smaller dimension of every layer for a start from the weight",
-        found: format!("{r} for `{}`, whose smaller dimension is {smaller}", at.site.name),
-    })
+    let expected = "at most the smaller dimension of every layer for a start from the weight";
+    let found = format!("{r} for `{}`, whose smaller dimension is {smaller}", at.site.name);
+    Err(PeftError::invalid("r", expected, found))
 }
 
 /// The weight that a start is taken from: decompositions do not end on infinities and NaNs.
@@ -215,7 +212,7 @@ fn check_rank(at: &Start, r: usize) -> Result<(), PeftError> {
 /// [`PeftError::NonFiniteWeight`].
 fn finite(at: &Start) -> Result<Tensor<2>, PeftError> {
     let w = at.matrix();
-    if w.clone().is_finite().all().into_scalar::<bool>() {
+    if is_finite(&w) {
         Ok(w)
     } else {
         Err(PeftError::NonFiniteWeight { modules: vec![at.site.name.clone()] })

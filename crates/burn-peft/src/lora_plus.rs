@@ -80,14 +80,12 @@ impl LoraPlus {
     /// [`PeftError::InvalidConfig`] for a ratio below 1 or a learning rate that is no finite number of 0 or more,
     /// [`PeftError::ForeignReparameterization`].
     pub fn groups<M: Module>(&self, model: &M) -> Result<LoraPlusGroups, PeftError> {
-        let invalid = |field, expected, found: f64| {
-            Err(PeftError::InvalidConfig { field, expected, found: found.to_string() })
-        };
         if !(self.ratio.is_finite() && self.ratio >= 1.0) {
-            return invalid("ratio", "a finite number of 1 or more", self.ratio);
+            return Err(PeftError::invalid("ratio", "a finite number of 1 or more", self.ratio));
         }
         if !(self.lr_embedding.is_finite() && self.lr_embedding >= 0.0) {
-            return invalid("lr_embedding", "a finite number of 0 or more", self.lr_embedding);
+            let expected = "a finite number of 0 or more";
+            return Err(PeftError::invalid("lr_embedding", expected, self.lr_embedding));
         }
         let (mut raised, mut embeddings, mut biases) = (vec![], vec![], vec![]);
         for adapter in Layout::of(model)?.states.values().flat_map(|state| &state.list) {

@@ -12,7 +12,7 @@ use crate::error::PeftError;
 use crate::seam::{Layout, attach};
 use crate::states::States;
 use crate::summary::count;
-use crate::tensor::{cast, like};
+use crate::tensor::{cast, is_finite, like};
 
 /// What merging did to the weights.
 #[non_exhaustive]
@@ -181,7 +181,7 @@ fn round(sums: Sums, names: &BTreeSet<Arc<str>>) -> Result<(Values, MergeReport)
     let mut broken = vec![];
     for (path, (exact, dtype)) in sums {
         let value = cast(exact.clone(), dtype);
-        if !value.clone().is_finite().all().into_scalar::<bool>() {
+        if !is_finite(&value) {
             broken.push(path.strip_suffix(".weight").unwrap_or(&path).to_string());
             continue;
         }

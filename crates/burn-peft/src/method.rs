@@ -67,7 +67,19 @@ pub(crate) struct Chosen {
     pub(crate) lora_alpha: f64,
 }
 
+impl Parameters<'_> {
+    /// The names of the modules of those that `is_meant`.
+    pub(crate) fn names(&self, is_meant: impl Fn(&Chosen) -> bool) -> Vec<String> {
+        self.list.iter().filter(|at| is_meant(at)).map(|at| at.site.name.clone()).collect()
+    }
+}
+
 impl Chosen {
+    /// Whether it is the weight of a target.
+    pub(crate) fn is_target(&self) -> bool {
+        self.is_adapted && self.site.is_adaptable()
+    }
+
     /// The methods that `config` asks for here, in the order in which they act.
     pub(crate) fn methods(&self, config: &PeftConfig) -> Vec<Arc<dyn Method>> {
         METHODS.iter().filter_map(|method| (method.of)(config, self)).collect()

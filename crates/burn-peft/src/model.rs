@@ -13,7 +13,7 @@ use crate::convert::{self, LoraRank};
 use crate::error::PeftError;
 use crate::merge::{self, MergeReport};
 use crate::method::Update;
-use crate::plan::{InjectionReport, Plan};
+use crate::plan::{InjectionReport, Plan, Target};
 use crate::seam::{Layout, attach};
 use crate::status::AdapterStatus;
 use crate::store::{self, LoadOptions, LoadReport};
@@ -101,7 +101,8 @@ pub trait PeftModel: Module {
         let config = config.into();
         config.kind().check_new()?;
         let plan = Plan::new(&layout, name, &config)?;
-        plan.add_to(&mut layout.states, plan.fresh()?);
+        let updates = plan.targets.iter().map(Target::fresh).collect::<Result<_, _>>()?;
+        plan.add_to(&mut layout.states, updates);
         attach(self, layout.states, true);
         Ok(plan.into_report())
     }
@@ -320,8 +321,7 @@ pub trait PeftModel: Module {
         layout.states.require(name)?;
         layout.states.refuse_merged(|merged| merged == name)?;
         if !scale.is_finite() {
-            let (expected, found) = ("a finite number", scale.to_string());
-            return Err(PeftError::InvalidConfig { field: "scale", expected, found });
+            return Err(PeftError::invalid("scale", "a finite number", scale));
         }
         for state in layout.states.values_mut() {
             for adapter in state.list.iter_mut().filter(|adapter| &*adapter.info.name == name) {

@@ -65,7 +65,7 @@ impl Target {
     }
 
     /// The update with these tensors, which have no graph.
-    pub(crate) fn update(&self, method: &Arc<dyn Method>, tensors: Vec<Tensor<2>>) -> Update {
+    fn update(&self, method: &Arc<dyn Method>, tensors: Vec<Tensor<2>>) -> Update {
         let device = &self.parameter.device;
         let tensors = tensors.into_iter().map(|tensor| on_kind_of(tensor, device)).collect();
         Update::new(method.clone(), &self.site, tensors)
@@ -154,14 +154,6 @@ impl Plan {
         let escaped: Vec<String> = names.iter().map(|name| fancy_regex::escape(name).into_owned()).collect();
         let exact = config.clone().with_target_modules(TargetModules::Regex(escaped.join("|")));
         Self::new(layout, name, &exact.into())
-    }
-
-    /// New updates for each target.
-    ///
-    /// # Errors
-    /// Those of [`Method::start`].
-    pub(crate) fn fresh(&self) -> Result<Vec<Vec<Update>>, PeftError> {
-        self.targets.iter().map(Target::fresh).collect()
     }
 
     /// Adds the adapter with these updates, those of each target, to `states`.
@@ -348,11 +340,9 @@ fn check_tie(config: &PeftConfig, at: &Chosen, methods: &[Arc<dyn Method>]) -> R
     if !is_apart || !config.kind().ensures_weight_tying() {
         return Ok(());
     }
-    Err(PeftError::InvalidConfig {
-        field: "ensure_weight_tying",
-        expected: "false, or no target that is tied to the output layer",
-        found: format!("true, and `{}` among the targets", at.site.name),
-    })
+    let expected = "false, or no target that is tied to the output layer";
+    let found = format!("true, and `{}` among the targets", at.site.name);
+    Err(PeftError::invalid("ensure_weight_tying", expected, found))
 }
 
 /// An output layer that is tied to the embedding owns no parameter, so there is nothing to adapt.

@@ -18,6 +18,11 @@ pub(crate) fn on_kind_of<const D: usize>(tensor: Tensor<D>, device: &Device) -> 
     }
 }
 
+/// Whether a tensor has no infinity and no NaN.
+pub(crate) fn is_finite<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.clone().is_finite().all().into_scalar()
+}
+
 /// `Tensor::cast` that costs nothing when there is nothing to do, and leaves quantized tensors to the operation that
 /// reads them.
 pub(crate) fn cast<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 
 use crate::combination_type::CombinationType;
 use crate::error::PeftError;
+use crate::tensor::is_finite;
 
 mod adapter;
 mod low_rank;
@@ -46,19 +47,11 @@ impl CombinationType {
             | Self::MagnitudePrune { density } => density,
         };
         if !(density > 0.0 && density <= 1.0) {
-            return Err(PeftError::InvalidConfig {
-                field: "density",
-                expected: "a number in (0, 1]",
-                found: density.to_string(),
-            });
+            return Err(PeftError::invalid("density", "a number in (0, 1]", density));
         }
         match *self {
             Self::Svd { rank: Some(0) } | Self::TiesSvd { rank: Some(0), .. } => {
-                Err(PeftError::InvalidConfig {
-                    field: "rank",
-                    expected: "a positive integer",
-                    found: 0.to_string(),
-                })
+                Err(PeftError::invalid("rank", "a positive integer", 0))
             }
             _ => Ok(()),
         }
@@ -66,11 +59,8 @@ impl CombinationType {
 
     /// The rank of the result for adapters of these ranks.
     pub(crate) fn rank(&self, ranks: &[usize]) -> Result<usize, PeftError> {
-        let greatest = ranks.iter().copied().max().ok_or_else(|| PeftError::InvalidConfig {
-            field: "adapters",
-            expected: "at least one adapter",
-            found: "none".to_string(),
-        })?;
+        let none = || PeftError::invalid("adapters", "at least one adapter", "none");
+        let greatest = ranks.iter().copied().max().ok_or_else(none)?;
         match *self {
             Self::Cat => Ok(ranks.iter().sum()),
             Self::Svd { rank } | Self::TiesSvd { rank, .. } => Ok(rank.unwrap_or(greatest)),
@@ -139,7 +129,7 @@ impl CombinationType {
 
     /// The tensor, if it has no infinity and no NaN: Burn's decomposition need not converge for those, and panics then.
     fn finite(&self, tensor: Tensor<2>) -> Result<Tensor<2>, PeftError> {
-        if tensor.clone().is_finite().all().into_scalar::<bool>() {
+        if is_finite(&tensor) {
             Ok(tensor)
         } else {
             Err(PeftError::NonFiniteCombination { combination_type: *self })

@@ -112,6 +112,21 @@ impl Bias {
     }
 }
 
+/// Methods that set one field and return the configuration: the field of the argument's name, if none is given.
+macro_rules! setters {
+    ($($(#[$doc:meta])* pub fn $name:ident($value:ident: $type:ty) $(=> $($field:ident).+ = $set:expr)?;)*) => {
+        $(
+            $(#[$doc])*
+            pub fn $name(mut self, $value: $type) -> Self {
+                setters!(@set self, $value $(, $($field).+ = $set)?);
+                self
+            }
+        )*
+    };
+    (@set $self:ident, $value:ident) => { $self.$value = $value };
+    (@set $self:ident, $value:ident, $($field:ident).+ = $set:expr) => { $self.$($field).+ = $set };
+}
+
 impl Default for LoraConfig {
     /// PEFT's defaults: rank 8, `lora_alpha` 8, no dropout, no targets.
     fn default() -> Self {
@@ -141,118 +156,54 @@ impl LoraConfig {
         }
     }
 
-    /// Sets [`lora_alpha`](Self::lora_alpha).
-    pub fn with_lora_alpha(mut self, lora_alpha: f64) -> Self {
-        self.lora_alpha = lora_alpha;
-        self
-    }
-
-    /// Sets [`lora_dropout`](Self::lora_dropout).
-    pub fn with_lora_dropout(mut self, lora_dropout: f64) -> Self {
-        self.lora_dropout = lora_dropout;
-        self
-    }
-
-    /// Sets [`target_modules`](Targeting::target_modules).
-    pub fn with_target_modules(mut self, target_modules: impl Into<TargetModules>) -> Self {
-        self.targeting.target_modules = Some(target_modules.into());
-        self
-    }
-
-    /// Sets [`exclude_modules`](Targeting::exclude_modules).
-    pub fn with_exclude_modules(mut self, exclude_modules: impl Into<TargetModules>) -> Self {
-        self.targeting.exclude_modules = Some(exclude_modules.into());
-        self
-    }
-
-    /// Sets [`rank_pattern`](Self::rank_pattern).
-    pub fn with_rank_pattern<S: Into<String>>(mut self, ranks: impl IntoIterator<Item = (S, usize)>) -> Self {
-        self.rank_pattern = ranks.into_iter().map(|(pattern, r)| (pattern.into(), r)).collect();
-        self
-    }
-
-    /// Sets [`alpha_pattern`](Self::alpha_pattern).
-    pub fn with_alpha_pattern<S: Into<String>>(mut self, alphas: impl IntoIterator<Item = (S, f64)>) -> Self {
-        self.alpha_pattern = alphas.into_iter().map(|(pattern, alpha)| (pattern.into(), alpha)).collect();
-        self
-    }
-
-    /// Sets [`layers_to_transform`](Targeting::layers_to_transform).
-    pub fn with_layers_to_transform(mut self, layers: impl IntoIterator<Item = usize>) -> Self {
-        self.targeting.layers_to_transform = Some(layers.into_iter().collect());
-        self
-    }
-
-    /// Sets [`layers_pattern`](Targeting::layers_pattern).
-    pub fn with_layers_pattern<S: Into<String>>(mut self, patterns: impl IntoIterator<Item = S>) -> Self {
-        self.targeting.layers_pattern = patterns.into_iter().map(Into::into).collect();
-        self
-    }
-
-    /// Sets [`bias`](field@Self::bias).
-    pub fn with_bias(mut self, bias: Bias) -> Self {
-        self.bias = bias;
-        self
-    }
-
-    /// Sets [`lora_bias`](Self::lora_bias).
-    pub fn with_lora_bias(mut self, lora_bias: bool) -> Self {
-        self.lora_bias = lora_bias;
-        self
-    }
-
-    /// Sets [`modules_to_save`](Targeting::modules_to_save).
-    pub fn with_modules_to_save<S: Into<String>>(mut self, modules: impl IntoIterator<Item = S>) -> Self {
-        self.targeting.modules_to_save = modules.into_iter().map(Into::into).collect();
-        self
-    }
-
-    /// Sets [`key_mapping`](Targeting::key_mapping).
-    pub fn with_key_mapping(mut self, key_mapping: KeyMapping) -> Self {
-        self.targeting.key_mapping = key_mapping;
-        self
-    }
-
-    /// Sets [`use_rslora`](Self::use_rslora).
-    pub fn with_use_rslora(mut self, use_rslora: bool) -> Self {
-        self.use_rslora = use_rslora;
-        self
-    }
-
-    /// Sets [`use_dora`](Self::use_dora).
-    pub fn with_use_dora(mut self, use_dora: bool) -> Self {
-        self.use_dora = use_dora;
-        self
-    }
-
-    /// Sets [`trainable_token_indices`](Self::trainable_token_indices).
-    pub fn with_trainable_token_indices(mut self, indices: impl Into<TokenIndices>) -> Self {
-        self.trainable_token_indices = Some(indices.into());
-        self
-    }
-
-    /// Sets [`ensure_weight_tying`](Self::ensure_weight_tying).
-    pub fn with_ensure_weight_tying(mut self, ensure_weight_tying: bool) -> Self {
-        self.ensure_weight_tying = ensure_weight_tying;
-        self
-    }
-
-    /// Sets [`init_lora_weights`](Self::init_lora_weights).
-    pub fn with_init_lora_weights(mut self, init_lora_weights: InitLoraWeights) -> Self {
-        self.init_lora_weights = init_lora_weights;
-        self
-    }
-
-    /// Sets [`base_model_name_or_path`](FileFields::base_model_name_or_path).
-    pub fn with_base_model_name_or_path(mut self, name: impl Into<String>) -> Self {
-        self.file.base_model_name_or_path = Some(name.into());
-        self
-    }
-
-    /// Sets [`task_type`](FileFields::task_type).
-    pub fn with_task_type(mut self, task_type: impl Into<String>) -> Self {
-        self.file.task_type = Some(task_type.into());
-        self
+    setters! {
+        /// Sets [`lora_alpha`](Self::lora_alpha).
+        pub fn with_lora_alpha(lora_alpha: f64);
+        /// Sets [`lora_dropout`](Self::lora_dropout).
+        pub fn with_lora_dropout(lora_dropout: f64);
+        /// Sets [`target_modules`](Targeting::target_modules).
+        pub fn with_target_modules(target_modules: impl Into<TargetModules>)
+            => targeting.target_modules = Some(target_modules.into());
+        /// Sets [`exclude_modules`](Targeting::exclude_modules).
+        pub fn with_exclude_modules(exclude_modules: impl Into<TargetModules>)
+            => targeting.exclude_modules = Some(exclude_modules.into());
+        /// Sets [`rank_pattern`](Self::rank_pattern).
+        pub fn with_rank_pattern(ranks: impl IntoIterator<Item = (impl Into<String>, usize)>)
+            => rank_pattern = ranks.into_iter().map(|(pattern, r)| (pattern.into(), r)).collect();
+        /// Sets [`alpha_pattern`](Self::alpha_pattern).
+        pub fn with_alpha_pattern(alphas: impl IntoIterator<Item = (impl Into<String>, f64)>)
+            => alpha_pattern = alphas.into_iter().map(|(pattern, alpha)| (pattern.into(), alpha)).collect();
+        /// Sets [`layers_to_transform`](Targeting::layers_to_transform).
+        pub fn with_layers_to_transform(layers: impl IntoIterator<Item = usize>)
+            => targeting.layers_to_transform = Some(layers.into_iter().collect());
+        /// Sets [`layers_pattern`](Targeting::layers_pattern).
+        pub fn with_layers_pattern(patterns: impl IntoIterator<Item = impl Into<String>>)
+            => targeting.layers_pattern = patterns.into_iter().map(Into::into).collect();
+        /// Sets [`bias`](field@Self::bias).
+        pub fn with_bias(bias: Bias);
+        /// Sets [`lora_bias`](Self::lora_bias).
+        pub fn with_lora_bias(lora_bias: bool);
+        /// Sets [`modules_to_save`](Targeting::modules_to_save).
+        pub fn with_modules_to_save(modules: impl IntoIterator<Item = impl Into<String>>)
+            => targeting.modules_to_save = modules.into_iter().map(Into::into).collect();
+        /// Sets [`key_mapping`](Targeting::key_mapping).
+        pub fn with_key_mapping(key_mapping: KeyMapping) => targeting.key_mapping = key_mapping;
+        /// Sets [`use_rslora`](Self::use_rslora).
+        pub fn with_use_rslora(use_rslora: bool);
+        /// Sets [`use_dora`](Self::use_dora).
+        pub fn with_use_dora(use_dora: bool);
+        /// Sets [`trainable_token_indices`](Self::trainable_token_indices).
+        pub fn with_trainable_token_indices(indices: impl Into<TokenIndices>)
+            => trainable_token_indices = Some(indices.into());
+        /// Sets [`ensure_weight_tying`](Self::ensure_weight_tying).
+        pub fn with_ensure_weight_tying(ensure_weight_tying: bool);
+        /// Sets [`init_lora_weights`](Self::init_lora_weights).
+        pub fn with_init_lora_weights(init_lora_weights: InitLoraWeights);
+        /// Sets [`base_model_name_or_path`](FileFields::base_model_name_or_path).
+        pub fn with_base_model_name_or_path(name: impl Into<String>)
+            => file.base_model_name_or_path = Some(name.into());
+        /// Sets [`task_type`](FileFields::task_type).
+        pub fn with_task_type(task_type: impl Into<String>) => file.task_type = Some(task_type.into());
     }
 
     /// The factor of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
@@ -329,7 +280,7 @@ impl Configuration for LoraConfig {
     fn problems(&self) -> Vec<PeftError> {
         let mut problems = vec![];
         let mut invalid = |field, expected, found: &dyn fmt::Display| {
-            problems.push(PeftError::InvalidConfig { field, expected, found: found.to_string() });
+            problems.push(PeftError::invalid(field, expected, found));
         };
         if self.r == 0 {
             invalid("r", "a positive integer", &self.r);
@@ -360,16 +311,13 @@ impl Configuration for LoraConfig {
         if self.lora_bias && !has_plain_start {
             invalid("lora_bias", "false beside this `init_lora_weights`, as in PEFT", &true);
         }
-        let mut tokens = self.trainable_token_indices.iter().flat_map(TokenIndices::lists);
-        let twice = tokens.find_map(|list| {
-            let repeated = list.iter().enumerate().find(|(i, index)| list[..*i].contains(index));
-            repeated.map(|(_, index)| *index)
-        });
-        if self.trainable_token_indices.iter().flat_map(TokenIndices::lists).any(<[usize]>::is_empty) {
-            invalid("trainable_token_indices", "at least one token", &"an empty list");
-        }
-        if let Some(index) = twice {
-            invalid("trainable_token_indices", "each token once", &format!("{index} twice"));
+        for (_, list) in self.trainable_token_indices.iter().flat_map(TokenIndices::entries) {
+            if list.is_empty() {
+                invalid("trainable_token_indices", "at least one token", &"an empty list");
+            }
+            if let Some((_, index)) = list.iter().enumerate().find(|(i, index)| list[..*i].contains(index)) {
+                invalid("trainable_token_indices", "each token once", &format!("{index} twice"));
+            }
         }
         let patterns = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let patterns = patterns.chain(self.alpha_pattern.iter().map(|(pattern, _)| pattern));
@@ -379,11 +327,11 @@ impl Configuration for LoraConfig {
 
     fn check_new(&self) -> Result<(), PeftError> {
         match self.init_lora_weights {
-            InitLoraWeights::Elsewhere(word) => Err(PeftError::InvalidConfig {
-                field: "init_lora_weights",
-                expected: "a start that can be computed here; `eva`, `loftq` and `mica` only load trained adapters",
-                found: word.to_string(),
-            }),
+            InitLoraWeights::Elsewhere(word) => Err(PeftError::invalid(
+                "init_lora_weights",
+                "a start that can be computed here; `eva`, `loftq` and `mica` only load trained adapters",
+                word,
+            )),
             _ => Ok(()),
         }
     }

@@ -58,7 +58,7 @@ impl Targeting {
     pub(super) fn problems(&self) -> Vec<PeftError> {
         let mut problems = vec![];
         let mut invalid = |field, expected, found: &str| {
-            problems.push(PeftError::InvalidConfig { field, expected, found: found.to_string() });
+            problems.push(PeftError::invalid(field, expected, found));
         };
         let transformed = self.layers_to_transform.as_ref().is_some_and(|layers| !layers.is_empty());
         if !self.layers_pattern.is_empty() && !transformed {

@@ -5,6 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::field::{Hint, typed};
+use crate::target::matches_name;
+
+/// The module that a list of tokens without a name means.
+const INPUT_EMBEDDING: &str = "embed_tokens";
 
 /// The tokens whose rows are trained. PEFT's `trainable_token_indices`.
 ///
@@ -42,12 +46,21 @@ impl<S: Into<String>, const N: usize> From<[(S, Vec<usize>); N]> for TokenIndice
 }
 
 impl TokenIndices {
-    pub(crate) fn lists(&self) -> impl Iterator<Item = &[usize]> {
-        let (one, more) = match self {
-            Self::Embedding(indices) => (Some(&**indices), None),
-            Self::Modules(modules) => (None, Some(modules.values())),
+    /// The names of modules, and their tokens.
+    pub(crate) fn entries(&self) -> Vec<(&str, &[usize])> {
+        match self {
+            Self::Embedding(indices) => vec![(INPUT_EMBEDDING, indices)],
+            Self::Modules(modules) => modules.iter().map(|(name, indices)| (&**name, &**indices)).collect(),
+        }
+    }
+
+    /// The entry that means the module `name`.
+    pub(crate) fn of(&self, name: &str) -> Option<(&str, &[usize])> {
+        let is_meant = |entry: &str| match self {
+            Self::Embedding(_) => matches_name(name, entry),
+            Self::Modules(_) => name.ends_with(entry),
         };
-        one.into_iter().chain(more.into_iter().flatten().map(|indices| &**indices))
+        self.entries().into_iter().find(|(entry, _)| is_meant(entry))
     }
 
     pub(crate) fn from_json(value: &Value) -> Result<Self, Hint> {

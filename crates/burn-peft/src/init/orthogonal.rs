@@ -13,11 +13,8 @@ const SHRINK: f64 = 0.1;
 /// [`PeftError::InvalidConfig`] for an odd rank.
 pub(super) fn factors(at: &Start, r: usize) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
     if !r.is_multiple_of(2) {
-        return Err(PeftError::InvalidConfig {
-            field: "r",
-            expected: "an even rank for `init_lora_weights` \"orthogonal\"",
-            found: format!("{r} for `{}`", at.site.name),
-        });
+        let expected = "an even rank for `init_lora_weights` \"orthogonal\"";
+        return Err(PeftError::invalid("r", expected, format!("{r} for `{}`", at.site.name)));
     }
     let ([d_in, d_out], half) = (at.site.dims(), r / 2);
     let q = singular::orthonormal(normal(at, [r, r], 1.0)).transpose();

@@ -16,11 +16,9 @@ pub(super) fn factors(
 ) -> Result<(Tensor<2>, Tensor<2>), PeftError> {
     check_rank(at, r)?;
     if scaling <= 0.0 {
-        return Err(PeftError::InvalidConfig {
-            field: "lora_alpha",
-            expected: "a number above 0 for a start from singular values",
-            found: format!("a scaling of {scaling} for `{}`", at.site.name),
-        });
+        let expected = "a number above 0 for a start from singular values";
+        let found = format!("a scaling of {scaling} for `{}`", at.site.name);
+        return Err(PeftError::invalid("lora_alpha", expected, found));
     }
     let w = finite(at)?;
     let random = |columns| normal(at, [at.site.dims()[1], columns], 1.0);

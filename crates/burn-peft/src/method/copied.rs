@@ -37,8 +37,7 @@ fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
 /// [`PeftError::TargetAlsoSaved`]: PEFT copies modules whose name ends with an entry of `modules_to_save`, and keeps
 /// `target_modules` out of those only that match it between dots.
 fn check(_config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> {
-    let both = parameters.list.iter().filter(|at| at.site.is_adaptable() && at.is_adapted && at.is_saved);
-    let modules: Vec<String> = both.map(|at| at.site.name.clone()).collect();
+    let modules = parameters.names(|at| at.is_target() && at.is_saved);
     if modules.is_empty() { Ok(()) } else { Err(PeftError::TargetAlsoSaved { modules }) }
 }
 

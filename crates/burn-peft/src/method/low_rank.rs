@@ -63,29 +63,23 @@ fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
 /// [`PeftError::InvalidConfig`] for a start that convolutions do not have.
 fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> {
     let Some(config) = config.as_lora() else { return Ok(()) };
-    let is_adapted = |at: &&Chosen| at.is_adapted && at.site.is_adaptable();
-    let conv = parameters.list.iter().filter(is_adapted).find(|at| at.site.layer == Layer::Conv);
-    if let Some(conv) = conv.filter(|_| !config.init_lora_weights.allows_convolutions()) {
-        return Err(PeftError::InvalidConfig {
-            field: "init_lora_weights",
-            expected: "`true`, `false` or \"gaussian\" for convolutions, as in PEFT",
-            found: format!("{} for `{}`", config.init_lora_weights.to_json(), conv.site.name),
-        });
+    let convolutions = parameters.names(|at| at.is_target() && at.site.layer == Layer::Conv);
+    if let Some(name) = convolutions.first().filter(|_| !config.init_lora_weights.allows_convolutions()) {
+        let expected = "`true`, `false` or \"gaussian\" for convolutions, as in PEFT";
+        let found = format!("{} for `{name}`", config.init_lora_weights.to_json());
+        return Err(PeftError::invalid("init_lora_weights", expected, found));
     }
-    if config.lora_dropout == 0.0 {
-        return Ok(());
-    }
-    let is_plain = |at: &&Chosen| at.site.space == Space::Weight && at.site.layer != Layer::Embedding;
-    let modules: Vec<String> =
-        parameters.list.iter().filter(is_adapted).filter(is_plain).map(|at| at.site.name.clone()).collect();
+    let modules = parameters.names(|at| {
+        let is_plain = at.site.space == Space::Weight && at.site.layer != Layer::Embedding;
+        at.is_target() && is_plain && config.lora_dropout > 0.0
+    });
     if modules.is_empty() { Ok(()) } else { Err(PeftError::DropoutNeedsLoraLinear { modules }) }
 }
 
 impl LowRank {
     /// The update that `config` asks for at a parameter, if it asks for one.
     pub(super) fn of(config: &LoraConfig, at: &Chosen) -> Option<Self> {
-        let is_wanted = at.is_adapted && !at.is_saved && at.site.is_adaptable();
-        is_wanted.then(|| Self {
+        (at.is_target() && !at.is_saved).then(|| Self {
             r: at.r,
             scaling: config.scaling_of(at.r, at.lora_alpha),
             dropout: config.lora_dropout,

@@ -38,13 +38,10 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     }
     let has_bias =
         |name: &str| parameters.list.iter().any(|at| at.site.name == name && at.site.parameter == "bias");
-    let is_unable = |at: &&Chosen| {
-        let site = &at.site;
-        let is_plain = site.space == Space::Weight && !has_bias(&site.name);
-        at.is_adapted && site.is_adaptable() && (site.layer == Layer::Embedding || is_plain)
-    };
-    let modules: Vec<String> =
-        parameters.list.iter().filter(is_unable).map(|at| at.site.name.clone()).collect();
+    let modules = parameters.names(|at| {
+        let has_none = at.site.space == Space::Weight && !has_bias(&at.site.name);
+        at.is_target() && (at.site.layer == Layer::Embedding || has_none)
+    });
     if modules.is_empty() { Ok(()) } else { Err(PeftError::LoraBiasUnsupported { modules }) }
 }
 

@@ -11,7 +11,7 @@ use crate::error::PeftError;
 use crate::init::Start;
 use crate::layer::{Layer, Site};
 use crate::ops::Input;
-use crate::target::{OUTPUT_LAYER, matches_name};
+use crate::target::OUTPUT_LAYER;
 use crate::tensor::cast;
 
 /// Puts trained rows in the place of those of some tokens.
@@ -28,9 +28,6 @@ struct Tokens {
 /// The rows themselves (`[tokens, width]`), not differences, despite PEFT's name.
 const ROWS: &str = "tokens";
 const FIELD: &str = "trainable_token_indices";
-
-/// The module that a list of tokens without a name means.
-const INPUT_EMBEDDING: &str = "embed_tokens";
 
 const KEY: KeyEnd = KeyEnd::new("token_adapter.trainable_tokens_delta", "", "rows of tokens", Tells::Width)
     .of(Layer::Embedding)
@@ -51,15 +48,7 @@ fn of(config: &PeftConfig, at: &Chosen) -> Option<Arc<dyn Method>> {
 fn meant<'c>(config: &'c PeftConfig, at: &Chosen) -> Option<(&'c str, &'c [usize])> {
     let is_table = matches!(at.site.layer, Layer::Embedding | Layer::Linear) && at.site.is_adaptable();
     let tokens = config.as_lora()?.trainable_token_indices.as_ref().filter(|_| is_table)?;
-    match tokens {
-        TokenIndices::Embedding(indices) => {
-            matches_name(&at.site.name, INPUT_EMBEDDING).then_some((INPUT_EMBEDDING, indices))
-        }
-        TokenIndices::Modules(modules) => {
-            let found = modules.iter().find(|(name, _)| at.site.name.ends_with(&**name));
-            found.map(|(name, indices)| (&**name, &**indices))
-        }
-    }
+    tokens.of(&at.site.name)
 }
 
 /// # Errors
@@ -69,7 +58,7 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     let Some(tokens) = config.as_lora().and_then(|config| config.trainable_token_indices.as_ref()) else {
         return Ok(());
     };
-    let invalid = |expected, found: String| Err(PeftError::InvalidConfig { field: FIELD, expected, found });
+    let invalid = |expected, found: String| Err(PeftError::invalid(FIELD, expected, found));
     let mut found = BTreeSet::new();
     for at in parameters.list {
         let Some((name, indices)) = meant(config, at) else { continue };
@@ -90,13 +79,9 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
             );
         }
     }
-    let names: Vec<&str> = match tokens {
-        TokenIndices::Embedding(_) => vec![INPUT_EMBEDDING],
-        TokenIndices::Modules(modules) => modules.keys().map(|name| &**name).collect(),
-    };
-    let missing =
-        names.into_iter().find(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
-    match missing.filter(|_| parameters.are_all || found.is_empty()) {
+    let names = tokens.entries().into_iter().map(|(name, _)| name);
+    let mut missing = names.filter(|name| !found.contains(name) && !is_other_end(tokens, name, parameters));
+    match missing.next().filter(|_| parameters.are_all || found.is_empty()) {
         Some(name) => {
             invalid("names of embeddings or linear layers", format!("`{name}`, which matches none"))
         }
@@ -107,10 +92,9 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
 /// Whether an entry means the output layer that is tied to an embedding with the same tokens: it has no weight of its own,
 /// and PEFT makes one of both entries too.
 fn is_other_end(tokens: &TokenIndices, name: &str, parameters: &Parameters) -> bool {
-    let TokenIndices::Modules(modules) = tokens else { return false };
     let tied = parameters.list.iter().find(|at| at.is_tied);
-    let of_table = |at: &Chosen| modules.iter().find(|(other, _)| at.site.name.ends_with(&***other));
-    name == OUTPUT_LAYER && tied.and_then(of_table).is_some_and(|(_, own)| Some(own) == modules.get(name))
+    let of_table = tied.and_then(|at| tokens.of(&at.site.name));
+    name == OUTPUT_LAYER && of_table.is_some_and(|(_, own)| tokens.entries().contains(&(name, own)))
 }
 
 impl Tokens {

@@ -621,6 +621,17 @@ mod tests {
     }
 
     #[test]
+    fn tokens_without_a_tensor_are_told() {
+        let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "trainable_token_indices": [3]}"#;
+        let found = problems(config, &q(2));
+        let expected = "invalid `trainable_token_indices`: expected names of embeddings or linear layers, found \
+                        `embed_tokens`, which matches none";
+        assert_eq!(found, [expected]);
+        let rows = [(format!("{E}_tokens.token_adapter.trainable_tokens_delta"), &[1, 4][..], Dtype::F32)];
+        assert!(problems(config, &[&q(2)[..], &rows].concat()).is_empty());
+    }
+
+    #[test]
     fn a_module_to_save_by_the_end_of_its_name_is_not_a_target_as_well() {
         let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "modules_to_save": [".0.q"]}"#;
         let found = problems(config, &q(2));

@@ -24,11 +24,8 @@ pub(crate) fn add(
     let combination_type = combination_type.for_adapters(sources.len());
     combination_type.validate()?;
     if let Some((source, weight)) = sources.iter().find(|(_, weight)| !weight.is_finite()) {
-        return Err(PeftError::InvalidConfig {
-            field: "weights",
-            expected: "finite numbers",
-            found: format!("{weight} for `{source}`"),
-        });
+        let found = format!("{weight} for `{source}`");
+        return Err(PeftError::invalid("weights", "finite numbers", found));
     }
     let ranks: Vec<usize> = sources.iter().map(|(source, _)| greatest_rank(layout, source)).collect();
     let rank = combination_type.rank(&ranks)?;
