@@ -1,6 +1,8 @@
 //! Starts that are taken from the weight.
 
+use burn::module::Module;
 use burn::nn::EmbeddingConfig;
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use burn_peft::{InitLoraWeights, LoraConfig, LoraEmbedding, PeftError, PeftModel};
 use burn_peft_llama::PaddingSide;
@@ -238,6 +240,26 @@ fn dropout_leaves_the_start_in_the_base() {
         let share = found.iter().filter(|y| **y > 1.0).count() as f64 / found.len() as f64;
         // Six standard deviations of 2 000 draws.
         assert!((share - 0.5).abs() < 0.07, "{share}");
+    }
+}
+
+#[test]
+fn a_model_made_trainable_does_not_train_the_start() {
+    let device = Device::flex().autodiff();
+    for dora in [false, true] {
+        let weight: Vec<f32> = (0..12).map(|i| (i as f32).sin()).collect();
+        let mut model = One::new(TensorData::new(weight, [4, 3]), &device);
+        let config = LoraConfig::new(2)
+            .with_init_lora_weights(InitLoraWeights::Pissa)
+            .with_use_dora(dora)
+            .with_target_modules(["layer"]);
+        model.add_adapter("default", &config).unwrap();
+        let model = model.unfreeze();
+        let loss = model.layer.forward(Tensor::<2>::ones([2, 4], &device)).square().mean();
+        let gradients = GradientsParams::from_grads(loss.backward(), &model);
+        for tensor in model.adapter_tensors("default").unwrap() {
+            assert_eq!(gradients.get::<2>(tensor.id).is_some(), tensor.is_trained, "{}", tensor.name);
+        }
     }
 }
 

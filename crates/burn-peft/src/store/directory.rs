@@ -622,7 +622,8 @@ mod tests {
 
     #[test]
     fn tokens_without_a_tensor_are_told() {
-        let config = r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "trainable_token_indices": [3]}"#;
+        let config =
+            r#"{"peft_type": "LORA", "target_modules": ["q"], "r": 2, "trainable_token_indices": [3]}"#;
         let found = problems(config, &q(2));
         let expected = "invalid `trainable_token_indices`: expected names of embeddings or linear layers, found \
                         `embed_tokens`, which matches none";
