@@ -1,6 +1,6 @@
 //! The operations on a model's adapters.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ParamId, Reparameterization};
@@ -183,12 +183,9 @@ pub trait PeftModel: Module {
         }
         layout.states.check_mixed_batch(&names)?;
         layout.states.activate(&[])?;
-        let devices = layout.parameters.iter().map(|parameter| (&parameter.path, &parameter.device));
-        let devices: BTreeMap<_, _> = devices.collect();
-        for (path, state) in layout.states.iter_mut() {
-            let Some(device) = devices.get(path).map(|device| (*device).clone().without_autodiff()) else {
-                continue;
-            };
+        for parameter in &layout.parameters {
+            let Some(state) = layout.states.get_mut(&parameter.path) else { continue };
+            let device = parameter.device.clone().without_autodiff();
             let named = state.list.iter().filter(|adapter| names.contains(&*adapter.info.name));
             state.rows = named
                 .map(|adapter| {

@@ -264,49 +264,28 @@ impl Choice {
             .map(|(_, site)| (&*site.name, site.layer == Layer::Linear))
             .collect();
         let all = module_names(parameters);
-        let (mut matched, mut excluded, mut adapted) = (vec![], vec![], BTreeSet::new());
-        for (&module, &is_linear) in &adaptable {
-            let is_matched = selection.matches(module, is_linear)?;
-            let is_excluded = selection.excludes(module)?;
-            if is_matched {
-                matched.push(module);
-            }
-            if is_excluded {
-                excluded.push(module);
-            }
-            if is_matched && !is_excluded {
-                adapted.insert(module.to_string());
-            }
-        }
-        let mut unsupported = vec![];
-        for &module in all.iter().filter(|module| !adaptable.contains_key(**module)) {
-            if selection.adapts(module, false)? {
-                unsupported.push(module.to_string());
-            }
-        }
+        let matched = filter(&adaptable, |module, is_linear| selection.matches(module, is_linear))?;
+        let excluded = filter(&adaptable, |module, _| selection.excludes(module))?;
+        let adapted = filter(&adaptable, |module, is_linear| selection.adapts(module, is_linear))?;
+        let others = all.iter().filter(|module| !adaptable.contains_key(**module));
+        let others = others.map(|module| (*module, false)).collect();
+        let unsupported = filter(&others, |module, _| selection.adapts(module, false))?;
         if !unsupported.is_empty() {
-            return Err(PeftError::UnsupportedModules { modules: unsupported });
+            let modules = unsupported.into_iter().map(str::to_string).collect();
+            return Err(PeftError::UnsupportedModules { modules });
         }
         // `validate` guarantees that there are targets.
         let wanted = targeting.target_modules.as_ref().unwrap_or(&TargetModules::AllLinear);
         let exclusions = targeting.exclude_modules.as_ref();
         if matched.is_empty() {
             let anywhere = selection.in_all_layers()?;
-            let mut elsewhere = vec![];
-            for (&module, &is_linear) in &adaptable {
-                if anywhere.matches(module, is_linear)? {
-                    elsewhere.push(module.to_string());
-                }
-            }
-            return Err(PeftError::NoModuleMatched {
-                closest: if elsewhere.is_empty() {
-                    closest_modules(wanted, adaptable.keys().copied())
-                } else {
-                    elsewhere
-                },
-                targets: wanted.clone(),
-                layers: targeting.layers_to_transform.clone(),
-            });
+            let elsewhere = filter(&adaptable, |module, is_linear| anywhere.matches(module, is_linear))?;
+            let closest = match elsewhere.is_empty() {
+                true => closest_modules(wanted, adaptable.keys().copied()),
+                false => elsewhere.into_iter().map(str::to_string).collect(),
+            };
+            let (targets, layers) = (wanted.clone(), targeting.layers_to_transform.clone());
+            return Err(PeftError::NoModuleMatched { targets, layers, closest });
         }
         if adapted.is_empty() {
             let saved = targeting.modules_to_save.iter().map(String::as_str).collect::<TargetModules>();
@@ -322,12 +301,26 @@ impl Choice {
         Ok(Self {
             unmatched_targets: names_without(wanted, matched),
             unused_exclusions: exclusions.map_or(vec![], |names| names_without(names, excluded)),
-            coverage: report::coverage(adapted.iter().map(String::as_str), all, |module| {
+            coverage: report::coverage(adapted.iter().copied(), all, |module| {
                 selection.adapts(module, true)
             })?,
-            adapted,
+            adapted: adapted.into_iter().map(str::to_string).collect(),
         })
     }
+}
+
+/// The modules that `is_meant`; with each stands whether it is a linear layer.
+fn filter<'m>(
+    modules: &BTreeMap<&'m str, bool>,
+    is_meant: impl Fn(&str, bool) -> Result<bool, PeftError>,
+) -> Result<Vec<&'m str>, PeftError> {
+    let mut found = vec![];
+    for (&module, &is_linear) in modules {
+        if is_meant(module, is_linear)? {
+            found.push(module);
+        }
+    }
+    Ok(found)
 }
 
 /// `ensure_weight_tying` asks that what changes one end of a tied weight changes the other. Where nothing tied is changed

@@ -305,40 +305,46 @@ struct Told {
     expected: Expected,
 }
 
+/// The weights that a file has adapter tensors of, by their modules, as far as keys and shapes tell what they are.
+fn weights(tensors: &[StoredTensor]) -> BTreeMap<&str, Site> {
+    let mut weights: BTreeMap<&str, Site> = BTreeMap::new();
+    for tensor in tensors {
+        let Some(end) = keys::end_of(&tensor.end) else { continue };
+        let site = weights.entry(&tensor.module).or_insert_with(|| Site {
+            module: tensor.module.clone(),
+            name: tensor.module.clone(),
+            parameter: "weight".to_string(),
+            layer: end.layer.unwrap_or(Layer::Linear),
+            // Whether the layer is a plain one is a matter of the model.
+            space: Space::Activations,
+            shape: vec![UNKNOWN, UNKNOWN],
+        });
+        if tensor.shape.len() > 2 && matches!(end.tells, Tells::Input | Tells::Output) {
+            site.layer = Layer::Conv;
+            site.shape.resize(tensor.shape.len(), UNKNOWN);
+        }
+        // The channels of the output come first in a convolution's weight.
+        let is_conv = site.layer == Layer::Conv;
+        let size = |at: Option<&usize>| at.copied().unwrap_or(UNKNOWN);
+        match (end.tells, tensor.shape.get(1..)) {
+            (Tells::Input, Some(rest)) if is_conv && rest.len() + 1 == site.shape.len() => {
+                site.shape[1..].copy_from_slice(rest);
+            }
+            (Tells::Input, _) if is_conv => {}
+            (Tells::Input, rest) => site.shape[0] = size(rest.unwrap_or_default().first()),
+            (Tells::Output, _) => site.shape[usize::from(!is_conv)] = size(tensor.shape.first()),
+            (Tells::Width, _) => site.shape[1] = size(tensor.shape.last()),
+            (Tells::Nothing, _) => {}
+        }
+    }
+    weights
+}
+
 impl Told {
     /// # Errors
     /// [`PeftError::InvalidPattern`], [`PeftError::EndlessPattern`].
     fn of(tensors: &[StoredTensor], config: &PeftConfig) -> Result<Self, PeftError> {
-        let mut weights: BTreeMap<&str, Site> = BTreeMap::new();
-        for tensor in tensors {
-            let Some(end) = keys::end_of(&tensor.end) else { continue };
-            let site = weights.entry(&tensor.module).or_insert_with(|| Site {
-                module: tensor.module.clone(),
-                name: tensor.module.clone(),
-                parameter: "weight".to_string(),
-                layer: end.layer.unwrap_or(Layer::Linear),
-                // Whether the layer is a plain one is a matter of the model.
-                space: Space::Activations,
-                shape: vec![UNKNOWN, UNKNOWN],
-            });
-            let (first, rest) = (tensor.shape.first(), tensor.shape.get(1..).unwrap_or_default());
-            if tensor.shape.len() > 2 && matches!(end.tells, Tells::Input | Tells::Output) {
-                // The channels come first in a convolution's weight.
-                site.layer = Layer::Conv;
-                site.shape.resize(tensor.shape.len(), UNKNOWN);
-            }
-            let is_conv = site.layer == Layer::Conv;
-            match end.tells {
-                Tells::Input if is_conv && rest.len() + 1 == site.shape.len() => {
-                    site.shape[1..].copy_from_slice(rest);
-                }
-                Tells::Input if is_conv => {}
-                Tells::Input => site.shape[0] = rest.first().copied().unwrap_or(UNKNOWN),
-                Tells::Output => site.shape[usize::from(!is_conv)] = first.copied().unwrap_or(UNKNOWN),
-                Tells::Width => site.shape[1] = tensor.shape.last().copied().unwrap_or(UNKNOWN),
-                Tells::Nothing => {}
-            }
-        }
+        let weights = weights(tensors);
         let adapted: BTreeSet<String> = weights.keys().map(|module| module.to_string()).collect();
         let own =
             tensors.iter().filter(|tensor| keys::end_of(&tensor.end).is_none() && !tensor.module.is_empty());
