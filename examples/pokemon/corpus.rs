@@ -32,7 +32,7 @@ pub struct Corpus<'a> {
 }
 
 impl<'a> Corpus<'a> {
-    /// A stream about `species`, of which there must be at least one.
+    /// A stream about `species`, at least one.
     pub fn new(species: &'a [Species], seed: u64) -> Self {
         Self { species, random: StdRng::seed_from_u64(seed), order: Vec::new() }
     }

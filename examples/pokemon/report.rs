@@ -286,7 +286,7 @@ fn pretraining(findings: &Findings, rows: &[Row]) -> String {
     if chat >= MOST && prompting.peek().is_some() && prompting.all(|row| row.exact.mean < MOST) {
         let _ = writeln!(
             text,
-            "- Prompting does not fail for want of the chat format: before training the base answers {} of the questions about generation and number, which are conversations as well.",
+            "- Prompting does not fail because the base cannot follow the chat format: before training the base answers {} of the questions about generation and number, which are conversations as well.",
             percent(chat)
         );
     }

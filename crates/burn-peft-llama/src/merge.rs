@@ -57,13 +57,22 @@ pub struct MergedDirectory {
 /// The directory also gets the base's tokenizer and generation files, and its `config.json` with all entries. It
 /// appears when it is complete. There may be an empty directory in its place.
 ///
-/// ```no_run
+/// ```
 /// use burn::tensor::{Device, FloatDType};
 /// use burn_peft_llama::merge_directory;
 ///
+/// # use burn_peft::{LoraConfig, PeftModel};
+/// # use burn_peft_llama::LlamaConfig;
 /// # fn main() -> Result<(), burn_peft_llama::LlamaError> {
-/// let adapters = [("my-adapter", 1.0)];
-/// let merged = merge_directory("base", &adapters, Some(FloatDType::BF16), "merged", &Device::flex())?;
+/// # let place = tempfile::tempdir().unwrap();
+/// # let [base, adapter, output] = ["base", "adapter", "merged"].map(|name| place.path().join(name));
+/// # let mut model = LlamaConfig::new(32, 16, 1).with_heads(2, 1).init(&Device::flex());
+/// # model.save_pretrained(&base)?;
+/// # model.add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj"]))?;
+/// # model.save_adapter("default", &adapter)?;
+/// let adapters = [(adapter, 1.0)];
+/// let merged = merge_directory(base, &adapters, Some(FloatDType::BF16), output, &Device::flex())?;
+/// assert_eq!(merged.dtype, FloatDType::BF16);
 /// println!("{}", merged.report);
 /// # Ok(())
 /// # }
