@@ -291,8 +291,8 @@ pub(crate) trait Method: Debug + Send + Sync {
         None
     }
 
-    /// The parts of a sum of updates, if it can be one.
-    fn parts(&self, _of: &Update) -> Option<Parts> {
+    /// What a combination of adapters sums, if the change can be summed.
+    fn summand(&self, _of: &Update) -> Option<Summand> {
         None
     }
 
@@ -303,7 +303,7 @@ pub(crate) trait Method: Debug + Send + Sync {
 }
 
 /// What can be summed over adapters: a scaled update of low rank, a scaled bias of the output or of a bias, or both.
-pub(crate) struct Parts {
+pub(crate) struct Summand {
     /// `A` and `B`.
     pub(crate) factors: Option<(Tensor<2>, Tensor<2>)>,
     /// `[1, d_out]`

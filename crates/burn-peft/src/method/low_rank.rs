@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Chosen, Description, KeyEnd, Method, Parameters, Parts, Pass, Tells, TensorSpec, Update};
+use super::{Chosen, Description, KeyEnd, Method, Parameters, Pass, Summand, Tells, TensorSpec, Update};
 use crate::config::{LoraConfig, PeftConfig};
 use crate::error::PeftError;
 use crate::init::{InitLoraWeights, Start};
@@ -207,8 +207,8 @@ impl Method for LowRank {
         Some(Update::new(Arc::new(method), site, tensors).scaled(of.scaling))
     }
 
-    fn parts(&self, of: &Update) -> Option<Parts> {
-        Some(Parts { factors: Some(self.factors(of)), bias: of.get(BIAS).map(|bias| bias.val()) })
+    fn summand(&self, of: &Update) -> Option<Summand> {
+        Some(Summand { factors: Some(self.factors(of)), bias: of.get(BIAS).map(|bias| bias.val()) })
     }
 
     fn rank(&self) -> Option<usize> {

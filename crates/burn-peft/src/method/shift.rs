@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Tensor};
 
 use super::low_rank::{BIAS, KEY_BIAS};
-use super::{Chosen, Description, Method, Parameters, Parts, TensorSpec, Update};
+use super::{Chosen, Description, Method, Parameters, Summand, TensorSpec, Update};
 use crate::config::PeftConfig;
 use crate::error::PeftError;
 use crate::init::Start;
@@ -63,7 +63,7 @@ impl Method for Shift {
         cast(value, shift.dtype()) + shift
     }
 
-    fn parts(&self, of: &Update) -> Option<Parts> {
-        Some(Parts { factors: None, bias: Some(of[SHIFT].val()) })
+    fn summand(&self, of: &Update) -> Option<Summand> {
+        Some(Summand { factors: None, bias: Some(of[SHIFT].val()) })
     }
 }

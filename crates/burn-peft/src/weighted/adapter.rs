@@ -10,7 +10,7 @@ use crate::adapter::Adapter;
 use crate::combination_type::CombinationType;
 use crate::config::{LoraConfig, Targeting};
 use crate::error::PeftError;
-use crate::method::{Parts, Update, low_rank};
+use crate::method::{Summand, Update, low_rank};
 use crate::plan::{InjectionReport, Plan, Target};
 use crate::seam::Layout;
 
@@ -45,7 +45,7 @@ pub(crate) fn add(
 
 fn greatest_rank(layout: &Layout, name: &str) -> usize {
     let updates = layout.states.of(name).flat_map(|(_, adapter)| &adapter.updates);
-    let factors = updates.filter_map(|update| update.method.parts(update)?.factors);
+    let factors = updates.filter_map(|update| update.method.summand(update)?.factors);
     factors.map(|(a, _)| a.dims()[1]).max().unwrap_or(0)
 }
 
@@ -67,7 +67,7 @@ fn combined_config(
             first.get_or_insert(config);
             lora_bias |= config.lora_bias;
             for update in &adapter.updates {
-                if update.method.parts(update).ok_or_else(cannot)?.factors.is_some() {
+                if update.method.summand(update).ok_or_else(cannot)?.factors.is_some() {
                     paths.insert(path.clone());
                 }
             }
@@ -100,7 +100,7 @@ fn combine(
         let adapter = adapter.valid();
         for update in &adapter.updates {
             let scaling = update.scaling;
-            let Some(Parts { factors, bias }) = update.method.parts(update) else { continue };
+            let Some(Summand { factors, bias }) = update.method.summand(update) else { continue };
             sources.extend(factors.map(|(a, b)| Source { a, b, scaling, weight: *weight }));
             let part = bias.map(|bias| bias.mul_scalar(weight * scaling));
             sum = match (sum, part) {
