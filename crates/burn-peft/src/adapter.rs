@@ -203,14 +203,13 @@ impl Adapters {
         let d_in = x.shape()[D - 1];
         let n = x.shape().num_elements() / d_in.max(1);
         let rows = x.clone().reshape([n, d_in]);
-        let input =
-            self.add_each(
-                x,
-                |update, acting| {
-                    if acting.is_merged { None } else { update.method.input(update, &rows) }
-                },
-            );
-        let output = linear(input, weight.start.clone(), bias.clone());
+        let added = self.sum(
+            &x,
+            |update, acting| {
+                if acting.is_merged { None } else { update.method.input(update, &rows) }
+            },
+        );
+        let output = linear(plus(x, added), weight.start.clone(), bias.clone());
         self.add_to(output, Input::Activations(rows), &weight, bias)
     }
 
@@ -228,7 +227,8 @@ impl Adapters {
     pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
         let table = weight.base();
         let output = x.clone().matmul(table.clone().transpose());
-        self.add_each(output, |update, _| update.method.forward_tied(update, &x, &table))
+        let added = self.sum(&output, |update, _| update.method.forward_tied(update, &x, &table));
+        plus(output, added)
     }
 
     /// Whether an active adapter changes what [`tied`](Self::tied) gives.
@@ -249,13 +249,12 @@ impl Adapters {
         let d_out = shape[D - 1];
         let n = shape.num_elements() / d_out.max(1);
         // What the layer gives from its base alone, without its bias.
-        let plain = output.clone();
         let product = || match (&self.merged, &bias) {
-            (None, None) => plain.clone().reshape([n, d_out]),
-            (None, Some(bias)) => plain.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
+            (None, None) => output.clone().reshape([n, d_out]),
+            (None, Some(bias)) => output.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
             (Some(_), _) => input.times(weight.base.clone()),
         };
-        self.add_each(output, |update, acting| {
+        let added = self.sum(&output, |update, acting| {
             let pass = Pass {
                 input: &input,
                 product: &product,
@@ -267,17 +266,18 @@ impl Adapters {
                 (Some(forward), Some(constant)) => Some(forward + constant),
                 (forward, constant) => forward.or(constant.map(|constant| constant.expand([n, d_out]))),
             }
-        })
+        });
+        plus(output, added)
     }
 
-    /// `to` with what `each` gives for the updates at work, as rows of `to`; where rows of a batch name their adapters, only
-    /// in the rows that name it.
-    fn add_each<const D: usize>(
+    /// The sum of what `each` gives for the updates at work, in the shape and type of `like`; where rows of a batch name
+    /// their adapters, only in the rows that name it.
+    fn sum<const D: usize>(
         &self,
-        to: Tensor<D>,
+        like: &Tensor<D>,
         each: impl Fn(&Update, Acting) -> Option<Tensor<2>>,
-    ) -> Tensor<D> {
-        let (shape, outer) = (to.shape(), to.dtype());
+    ) -> Option<Tensor<D>> {
+        let (shape, outer) = (like.shape(), like.dtype());
         let mut sum: Option<Tensor<D>> = None;
         for adapter in &self.list {
             let info = &adapter.info;
@@ -301,10 +301,14 @@ impl Adapters {
                 });
             }
         }
-        match sum {
-            Some(sum) => to + sum,
-            None => to,
-        }
+        sum
+    }
+}
+
+fn plus<const D: usize>(tensor: Tensor<D>, added: Option<Tensor<D>>) -> Tensor<D> {
+    match added {
+        Some(added) => tensor + added,
+        None => tensor,
     }
 }
 
