@@ -89,7 +89,7 @@ impl LlamaConfig {
             intermediate_size: family.defaults.intermediate_size,
             num_hidden_layers: 32,
             num_attention_heads: 32,
-            num_key_value_heads: 32,
+            num_key_value_heads: family.defaults.num_key_value_heads.unwrap_or(32),
             head_dim: 128,
             max_position_embeddings: family.defaults.max_position_embeddings,
             rms_norm_eps: 1e-6,

@@ -20,7 +20,7 @@ macro_rules! families {
 families![llama, qwen2];
 
 /// What distinguishes a family from others.
-#[derive(PartialEq)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Family {
     /// `model_type` in `config.json`.
     pub(crate) model_type: &'static str,
@@ -33,7 +33,8 @@ pub(crate) struct Family {
     /// Biases of the feed-forward layer; `mlp_bias` configures them.
     pub(crate) mlp_bias: Bias,
     /// Entries of `config.json` that may have these values only, as JSON. Other values ask for something that is not
-    /// computed here. The first value is written.
+    /// computed here. The first value is written. Where only `null` is allowed, an entry that is left out has another
+    /// value in transformers, and is refused as well.
     pub(crate) fixed: &'static [(&'static str, &'static [&'static str])],
     /// What a `config.json` leaves out.
     pub(crate) defaults: Defaults,
@@ -51,11 +52,13 @@ pub(crate) enum Bias {
 }
 
 /// The values of transformers for entries that `config.json` leaves out, where families differ.
-#[derive(PartialEq)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Defaults {
     pub(crate) vocab_size: usize,
     pub(crate) intermediate_size: usize,
     pub(crate) max_position_embeddings: usize,
+    /// `None` for the number of query heads.
+    pub(crate) num_key_value_heads: Option<usize>,
     pub(crate) tie_word_embeddings: bool,
     pub(crate) bos_token_id: Option<u32>,
     pub(crate) eos_token_ids: &'static [u32],

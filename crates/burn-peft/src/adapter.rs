@@ -203,14 +203,20 @@ impl Adapters {
         let d_in = x.shape()[D - 1];
         let n = x.shape().num_elements() / d_in.max(1);
         let rows = x.clone().reshape([n, d_in]);
-        let added = self.sum(
-            &x,
-            |update, acting| {
-                if acting.is_merged { None } else { update.method.input(update, &rows) }
-            },
-        );
-        let output = linear(plus(x, added), weight.start.clone(), bias.clone());
-        self.add_to(output, Input::Activations(rows), &weight, bias)
+        let change = self.sum(&x, |update, acting| match acting.is_merged {
+            true => None,
+            false => update.method.input(update, &rows),
+        });
+        let is_changed = change.is_some();
+        let output = match (change, &self.merged) {
+            // Changes add up: those of the input do not meet what is merged.
+            (Some(change), Some(_)) => {
+                linear(x, weight.start.clone(), bias.clone()) + linear(change, weight.base.clone(), None)
+            }
+            (change, _) => linear(plus(x, change), weight.start.clone(), bias.clone()),
+        };
+        let is_plain = !is_changed && self.merged.is_none();
+        self.add_to(output, is_plain, Input::Activations(rows), &weight, bias)
     }
 
     /// `W[ids] + Σ` what the adapters add, `[batch, sequence]` to `[batch, sequence, d_out]`: the forward pass of an
@@ -219,7 +225,8 @@ impl Adapters {
         let weight = self.weight(weight.base());
         let output = embedding(weight.start.clone(), ids.clone());
         let [batch, sequence] = ids.dims();
-        self.add_to(output, Input::Ids(ids.reshape([batch * sequence])), &weight, None)
+        let input = Input::Ids(ids.reshape([batch * sequence]));
+        self.add_to(output, self.merged.is_none(), input, &weight, None)
     }
 
     /// `x Wᵀ`, `[n, d_out]` to `[n, rows of W]`: an output layer that is tied to the embedding with the table `weight`. It
@@ -237,10 +244,12 @@ impl Adapters {
         updates.any(|update| update.method.is_read_by_tied_output())
     }
 
-    /// The output of a layer that works on activations with what the adapters add to it.
+    /// The output of a layer that works on activations with what the adapters add to it. `is_plain` says that it is, up to
+    /// now, what the base makes of `input`.
     fn add_to<const D: usize>(
         &self,
         output: Tensor<D>,
+        is_plain: bool,
         input: Input,
         weight: &Weight,
         bias: Option<Tensor<1>>,
@@ -249,10 +258,10 @@ impl Adapters {
         let d_out = shape[D - 1];
         let n = shape.num_elements() / d_out.max(1);
         // What the layer gives from its base alone, without its bias.
-        let product = || match (&self.merged, &bias) {
-            (None, None) => output.clone().reshape([n, d_out]),
-            (None, Some(bias)) => output.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
-            (Some(_), _) => input.times(weight.base.clone()),
+        let product = || match &bias {
+            _ if !is_plain => input.times(weight.base.clone()),
+            None => output.clone().reshape([n, d_out]),
+            Some(bias) => output.clone().reshape([n, d_out]) - bias.clone().unsqueeze::<2>(),
         };
         let added = self.sum(&output, |update, acting| {
             let pass = Pass {
@@ -359,5 +368,109 @@ impl Reparameterization for Adapters {
         };
         let beside = self.active().filter(|adapter| !self.is_merged(&adapter.info.name));
         cast(site.to_parameter(with_changes(start, &base, beside), shape), outer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::{Device, Distribution, Tolerance};
+
+    use super::*;
+    use crate::error::PeftError;
+    use crate::init::Start;
+    use crate::method::{Method, TensorSpec};
+    use crate::{InitLoraWeights, LoraConfig, LoraLinear, PeftModel};
+
+    #[derive(Module, Debug)]
+    struct Model {
+        proj: LoraLinear,
+    }
+
+    /// Multiplies the input of a layer, or its output, by `l`.
+    #[derive(Debug)]
+    struct Scale {
+        is_of_input: bool,
+    }
+
+    impl Scale {
+        /// `l - 1`, `[1, d_in]` or `[1, d_out]`.
+        fn gain(of: &Update) -> Tensor<2> {
+            of["l"].val() - 1.0
+        }
+    }
+
+    impl Method for Scale {
+        fn tensors(&self, site: &Site) -> Vec<TensorSpec> {
+            let [d_in, d_out] = site.dims();
+            vec![TensorSpec::constant("l", [1, if self.is_of_input { d_in } else { d_out }])]
+        }
+
+        fn start(&self, at: &Start) -> Result<Vec<Tensor<2>>, PeftError> {
+            let dims = self.tensors(at.site)[0].dims;
+            Ok(vec![Tensor::random(dims, Distribution::Uniform(1.5, 2.5), &at.device)])
+        }
+
+        fn apply(&self, of: &Update, value: Tensor<2>, base: &Tensor<2>) -> Tensor<2> {
+            let gain = if self.is_of_input { Self::gain(of).transpose() } else { Self::gain(of) };
+            value + base.clone() * gain
+        }
+
+        fn input(&self, of: &Update, x: &Tensor<2>) -> Option<Tensor<2>> {
+            self.is_of_input.then(|| x.clone() * Self::gain(of))
+        }
+
+        fn forward(&self, of: &Update, pass: &Pass) -> Option<Tensor<2>> {
+            (!self.is_of_input).then(|| (pass.product)() * Self::gain(of))
+        }
+
+        fn constant(&self, of: &Update, bias: Option<&Tensor<1>>) -> Option<Tensor<2>> {
+            let bias = bias.filter(|_| !self.is_of_input)?;
+            Some(bias.clone().unsqueeze::<2>() * Self::gain(of))
+        }
+    }
+
+    #[test]
+    fn changes_of_input_output_and_weight_add_up_whatever_is_merged() {
+        let device = Device::default();
+        device.seed(11);
+        let mut model = Model { proj: LinearConfig::new(4, 3).init(&device).into() };
+        let config = LoraConfig::new(2)
+            .with_use_dora(true)
+            .with_init_lora_weights(InitLoraWeights::Random)
+            .with_target_modules(["proj"]);
+        model.add_adapter("dora", &config).unwrap();
+        let dora = Adapters::of(&model.proj.weight).unwrap().list[0].clone();
+        model.unload().unwrap();
+        let Linear { weight, bias } = model.proj.into();
+        let bias = bias.unwrap().val();
+        let mut adapters = Adapters::default();
+        let scale = |name: &str, is_of_input| {
+            let (method, info) = (Scale { is_of_input }, dora.info.clone());
+            let value = || weight.val().flatten(0, 1);
+            let at = Start { site: &info.site, device: device.clone(), value: &value };
+            let tensors = method.start(&at).unwrap();
+            let updates = vec![Update::new(Arc::new(method), &info.site, tensors)];
+            Adapter { updates, info: AdapterInfo { name: name.into(), ..info } }
+        };
+        for adapter in [dora.clone(), scale("input", true), scale("output", false)] {
+            adapters.insert(adapter);
+        }
+        let names =
+            |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect::<BTreeSet<Arc<str>>>();
+        let effective = |kept: &[&str]| adapters.effective(weight.val().flatten(0, 1), &names(kept));
+
+        let x = Tensor::<2>::random([5, 4], Distribution::Normal(0.0, 1.0), &device);
+        let dense = effective(&["dora", "input", "output"]).reshape([4, 3]);
+        let own = adapters.get("output").unwrap().constant(Some(&bias)).unwrap();
+        let expected = linear(x.clone(), dense, Some(bias.clone())) + own;
+        for merged in [&[][..], &["output"], &["input"], &["dora", "input"], &["dora", "input", "output"]] {
+            let mut adapters = adapters.clone();
+            let value = Merged { value: effective(merged), names: names(merged) };
+            adapters.merged = (!merged.is_empty()).then_some(value);
+            let found = adapters.linear(&weight, Some(bias.clone()), x.clone());
+            let tolerance = Tolerance::absolute(1e-5);
+            found.into_data().assert_approx_eq::<f32>(&expected.to_data(), tolerance);
+        }
     }
 }

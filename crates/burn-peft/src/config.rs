@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{ConfigProblem, PeftError};
 use crate::key_mapping::KeyMapping;
+use crate::store::CONFIG_FILE;
 use field::Hint;
 
 pub use file::FileFields;
@@ -128,15 +129,13 @@ macro_rules! configurations {
                 /// As [`PeftConfig::from_pretrained`]; also [`PeftError::UnsupportedConfig`] for an adapter of another
                 /// kind.
                 pub fn from_pretrained(directory: impl AsRef<Path>) -> Result<Self, PeftError> {
-                    let directory = directory.as_ref();
-                    let config = PeftConfig::from_pretrained(directory)?;
-                    let hint = concat!("give an adapter of type ", $word);
-                    let problem = ConfigProblem::new(PEFT_TYPE, &json!(config.peft_type()), hint);
-                    let other = || PeftError::UnsupportedConfig {
-                        path: directory.into(),
-                        problems: vec![problem],
-                    };
-                    config.as_kind().cloned().ok_or_else(other)
+                    let config = PeftConfig::from_pretrained(&directory)?;
+                    config.as_kind().cloned().ok_or_else(|| {
+                        let hint = concat!("give an adapter of type ", $word);
+                        let problem = ConfigProblem::new(PEFT_TYPE, &json!(config.peft_type()), hint);
+                        let path = directory.as_ref().join(CONFIG_FILE);
+                        PeftError::UnsupportedConfig { path, problems: vec![problem] }
+                    })
                 }
 
                 /// Writes `adapter_config.json` into a directory, which is created if need be. PEFT's `save_pretrained`.
@@ -163,10 +162,12 @@ macro_rules! configurations {
                 }
             }
 
-            /// As [`PeftConfig`].
+            /// As [`PeftConfig`]; without a `peft_type` it is this kind.
             impl<'de> Deserialize<'de> for $config {
                 fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                    let config = PeftConfig::deserialize(deserializer)?.as_kind().cloned();
+                    let mut map = Map::deserialize(deserializer)?;
+                    map.entry(PEFT_TYPE).or_insert(json!($word));
+                    let config = PeftConfig::from_map(map).map_err(D::Error::custom)?.as_kind().cloned();
                     config.ok_or_else(|| D::Error::custom(concat!("`peft_type` is not \"", $word, "\"")))
                 }
             }
@@ -358,6 +359,9 @@ impl PeftConfig {
 
     /// Puts one entry into the configuration; `None` if it has no such key.
     fn read(&mut self, key: &str, value: &Value) -> Option<Result<(), Hint>> {
+        if self.kind().not_targeted_by().contains(&key) {
+            return None;
+        }
         let read = self.targeting_mut().read(key, value).or_else(|| self.file_mut().read(key, value));
         read.or_else(|| self.kind_mut().read(key, value))
     }
@@ -381,15 +385,20 @@ impl Serialize for PeftConfig {
 /// Every entry that cannot be used, by name.
 impl<'de> Deserialize<'de> for PeftConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut map = Map::deserialize(deserializer)?;
+        Self::from_map(Map::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}
+
+impl PeftConfig {
+    /// What [`Serialize`] wrote.
+    fn from_map(mut map: Map<String, Value>) -> Result<Self, String> {
         let rules: Vec<(String, String)> = match map.remove(KEY_MAPPING) {
-            Some(rules) => serde_json::from_value(rules).map_err(D::Error::custom)?,
+            Some(rules) => serde_json::from_value(rules).map_err(|error| error.to_string())?,
             None => vec![],
         };
         let Parsed { mut config, problems, .. } = Self::parse(&map);
         if !problems.is_empty() {
-            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
-            return Err(D::Error::custom(problems.join("; ")));
+            return Err(problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "));
         }
         config.targeting_mut().key_mapping = KeyMapping::new(rules);
         Ok(config)

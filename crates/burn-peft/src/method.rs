@@ -72,6 +72,11 @@ impl Parameters<'_> {
     pub(crate) fn names(&self, is_meant: impl Fn(&Chosen) -> bool) -> Vec<String> {
         self.list.iter().filter(|at| is_meant(at)).map(|at| at.site.name.clone()).collect()
     }
+
+    /// Whether the module of that name has a bias.
+    pub(crate) fn has_bias(&self, name: &str) -> bool {
+        self.list.iter().any(|at| at.site.name == name && at.site.parameter == "bias")
+    }
 }
 
 impl Chosen {
@@ -263,8 +268,8 @@ pub(crate) trait Method: Debug + Send + Sync {
     /// `value` with this change. `base` is what the parameter is without any: the base, or the copy in its place.
     fn apply(&self, of: &Update, value: Tensor<2>, base: &Tensor<2>) -> Tensor<2>;
 
-    /// What it adds to the input of a linear layer that works on activations before the weight meets it, `[n, d_in]`. Other
-    /// methods see the input without it.
+    /// What it adds to the input of a linear layer that works on activations before the weight meets it, `[n, d_in]`: a
+    /// method that multiplies the input by `l` adds `(l - 1) x`. Other methods see the input without it.
     fn input(&self, _of: &Update, _x: &Tensor<2>) -> Option<Tensor<2>> {
         None
     }
@@ -286,7 +291,8 @@ pub(crate) trait Method: Debug + Send + Sync {
         None
     }
 
-    /// The change as an update that starts from the base as it is, if it does not already: what a file can hold.
+    /// The change as an update that starts from the base as it is and needs no scaling that a file cannot hold, if it is
+    /// none already. [`Configuration::make_plain`](crate::config::Configuration::make_plain) is its other half.
     fn plain(&self, _of: &Update, _site: &Site) -> Option<Update> {
         None
     }

@@ -21,7 +21,7 @@ pub use directory::{AdapterDirectory, StoredModule, StoredTensor, TensorRole};
 pub(crate) use load::load;
 pub(crate) use save::save;
 
-const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 
 /// How an adapter directory is loaded.

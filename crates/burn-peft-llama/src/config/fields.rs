@@ -90,6 +90,11 @@ impl<'a> Fields<'a> {
         self.read(field, "an object", Value::as_object)
     }
 
+    /// Whether the field is there, `null` included.
+    pub(super) fn has(&self, field: &str) -> bool {
+        self.json.contains_key(field)
+    }
+
     pub(super) fn any(&self, field: &str) -> Option<&'a Value> {
         self.get(field)
     }

@@ -36,6 +36,8 @@ pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem
     let parameters = fields.object("rope_parameters").map(|json| RopeJson::read(json, &mut fields.problems));
     let rope_json = RopeJson::of(scaling, parameters);
     let rope_theta = rope_json.rope_theta.or(fields.number("rope_theta")).unwrap_or(default.rope.rope_theta);
+    // Written as `null` it is the number of query heads in every family.
+    let key_value_heads = family.defaults.num_key_value_heads.filter(|_| !fields.has("num_key_value_heads"));
     let config = LlamaConfig {
         family,
         vocab_size: fields.or("vocab_size", default.vocab_size, Fields::size),
@@ -43,7 +45,10 @@ pub(super) fn read(json: &Map<String, Value>) -> (LlamaConfig, Vec<ConfigProblem
         intermediate_size: fields.or("intermediate_size", default.intermediate_size, Fields::size),
         num_hidden_layers: fields.or("num_hidden_layers", default.num_hidden_layers, Fields::size),
         num_attention_heads,
-        num_key_value_heads: fields.size("num_key_value_heads").unwrap_or(num_attention_heads),
+        num_key_value_heads: fields
+            .size("num_key_value_heads")
+            .or(key_value_heads)
+            .unwrap_or(num_attention_heads),
         head_dim: fields.size("head_dim").unwrap_or(per_head),
         max_position_embeddings: fields.or(
             "max_position_embeddings",
@@ -95,6 +100,9 @@ const FIXED: &[(&str, &[&str])] = &[("partial_rotary_factor", &["1"]), ("rope_in
 /// Names the fields that ask for something this crate does not do.
 fn refuse_unsupported(fields: &mut Fields<'_>, family: &Family) {
     for (field, allowed) in family.fixed.iter().chain(FIXED) {
+        if *allowed == ["null"] && !fields.has(field) {
+            fields.problem(field, "null", "no such field");
+        }
         let Some(found) = fields.any(field) else { continue };
         let allowed: Vec<Value> = allowed.iter().map(|json| parsed(json)).collect();
         let is_equal =
@@ -174,6 +182,22 @@ mod tests {
     use super::*;
     use crate::config::rope::tests::LLAMA3;
     use crate::config::tests::read;
+
+    #[test]
+    fn a_field_that_must_be_null_must_be_there() {
+        let family = Family { fixed: &[("sliding_window", &["null"])], ..*Family::DEFAULT };
+        for (json, problems) in [
+            (r#"{"sliding_window": null}"#, &[][..]),
+            (r#"{"sliding_window": 4096}"#, &["`sliding_window`: expected null, found 4096"]),
+            ("{}", &["`sliding_window`: expected null, found no such field"]),
+        ] {
+            let json: Map<String, Value> = serde_json::from_str(json).unwrap();
+            let mut fields = Fields::new(&json);
+            refuse_unsupported(&mut fields, &family);
+            let found: Vec<String> = fields.problems.iter().map(ToString::to_string).collect();
+            assert_eq!(found, problems);
+        }
+    }
 
     #[test]
     fn absent_fields_have_the_defaults_of_transformers() {

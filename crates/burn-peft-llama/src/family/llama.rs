@@ -17,6 +17,7 @@ pub(crate) const FAMILY: Family = Family {
         vocab_size: 32_000,
         intermediate_size: 11_008,
         max_position_embeddings: 2048,
+        num_key_value_heads: None,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: &[2],

@@ -36,10 +36,8 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
     if config.as_lora().is_none_or(|config| !config.lora_bias) {
         return Ok(());
     }
-    let has_bias =
-        |name: &str| parameters.list.iter().any(|at| at.site.name == name && at.site.parameter == "bias");
     let modules = parameters.names(|at| {
-        let has_none = at.site.space == Space::Weight && !has_bias(&at.site.name);
+        let has_none = at.site.space == Space::Weight && !parameters.has_bias(&at.site.name);
         at.is_target() && (at.site.layer == Layer::Embedding || has_none)
     });
     if modules.is_empty() { Ok(()) } else { Err(PeftError::LoraBiasUnsupported { modules }) }
