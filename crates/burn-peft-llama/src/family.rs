@@ -33,8 +33,8 @@ pub(crate) struct Family {
     /// Biases of the feed-forward layer; `mlp_bias` configures them.
     pub(crate) mlp_bias: Bias,
     /// Entries of `config.json` that may have these values only, as JSON. Other values ask for something that is not
-    /// computed here. The first value is written. Where only `null` is allowed, an entry that is left out has another
-    /// value in transformers, and is refused as well.
+    /// computed here. The first value is written. If `null` alone is allowed, the entry must be there: left
+    /// out, it has another value in transformers.
     pub(crate) fixed: &'static [(&'static str, &'static [&'static str])],
     /// What a `config.json` leaves out.
     pub(crate) defaults: Defaults,

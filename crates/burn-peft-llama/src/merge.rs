@@ -65,7 +65,7 @@ pub struct MergedDirectory {
 /// # use burn_peft_llama::LlamaConfig;
 /// # fn main() -> Result<(), burn_peft_llama::LlamaError> {
 /// # let place = tempfile::tempdir().unwrap();
-/// # let [base, adapter, output] = ["base", "adapter", "merged"].map(|name| place.path().join(name));
+/// let [base, adapter, output] = ["base", "my-adapter", "merged"].map(|name| place.path().join(name));
 /// # let mut model = LlamaConfig::new(32, 16, 1).with_heads(2, 1).init(&Device::flex());
 /// # model.save_pretrained(&base)?;
 /// # model.add_adapter("default", &LoraConfig::new(2).with_target_modules(["q_proj"]))?;

@@ -1,5 +1,6 @@
 //! The adapters of a parameter: the state that rides on its `Param`.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -118,6 +119,16 @@ struct Acting {
     is_for_some_rows: bool,
 }
 
+impl Acting {
+    /// The update as this forward pass has it: merged adapters are not trained.
+    fn seen(self, update: &Update) -> Cow<'_, Update> {
+        match self.is_merged {
+            true => Cow::Owned(update.clone().map_parts(|_, tensor| tensor.set_require_grad(false))),
+            false => Cow::Borrowed(update),
+        }
+    }
+}
+
 impl Adapters {
     /// The adapters of the parameter `param`, if it has any.
     pub(crate) fn of<const D: usize>(param: &Param<Tensor<D>>) -> Option<&Self> {
@@ -234,7 +245,8 @@ impl Adapters {
     pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
         let table = weight.base();
         let output = x.clone().matmul(table.clone().transpose());
-        let added = self.sum(&output, |update, _| update.method.forward_tied(update, &x, &table));
+        let added =
+            self.sum(&output, |update, acting| update.method.forward_tied(&acting.seen(update), &x, &table));
         plus(output, added)
     }
 
@@ -271,7 +283,7 @@ impl Adapters {
                 drops: !acting.is_for_some_rows,
             };
             let forward = if acting.is_merged { None } else { update.method.forward(update, &pass) };
-            match (forward, update.method.constant(update, bias.as_ref())) {
+            match (forward, update.method.constant(&acting.seen(update), bias.as_ref())) {
                 (Some(forward), Some(constant)) => Some(forward + constant),
                 (forward, constant) => forward.or(constant.map(|constant| constant.expand([n, d_out]))),
             }
@@ -295,9 +307,7 @@ impl Adapters {
                 continue;
             }
             let acting = Acting { is_merged: self.is_merged(&info.name), is_for_some_rows: rows.is_some() };
-            // Merged adapters are not trained.
-            let frozen = acting.is_merged.then(|| adapter.clone().set_trained(false));
-            for update in &frozen.as_ref().unwrap_or(adapter).updates {
+            for update in &adapter.updates {
                 let Some(added) = each(update, acting) else { continue };
                 let added = cast(added, outer).reshape(shape.clone());
                 let added = match rows {
@@ -440,7 +450,9 @@ mod tests {
             .with_init_lora_weights(InitLoraWeights::Random)
             .with_target_modules(["proj"]);
         model.add_adapter("dora", &config).unwrap();
-        let dora = Adapters::of(&model.proj.weight).unwrap().list[0].clone();
+        let mut dora = Adapters::of(&model.proj.weight).unwrap().list[0].clone();
+        // Now its magnitudes are not the norms of the columns.
+        dora.updates[0].scaling *= 2.0;
         model.unload().unwrap();
         let Linear { weight, bias } = model.proj.into();
         let bias = bias.unwrap().val();

@@ -68,7 +68,7 @@ pub(crate) trait Configuration: Any {
 
     /// Makes it the configuration of what [`Method::plain`](crate::method::Method::plain) gives, whose scaling is `scale`
     /// times what it was.
-    fn make_plain(&mut self, _scale: f64) {}
+    fn make_plain(&mut self, scale: f64);
 
     /// Which biases of the base are trained.
     fn bias(&self) -> Bias {

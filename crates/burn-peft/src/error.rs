@@ -17,7 +17,7 @@ pub enum PeftError {
     /// A configuration value is outside its range.
     #[error("invalid `{field}`: expected {expected}, found {found}")]
     InvalidConfig {
-        /// The field of the configuration, or of [`CombinationType`].
+        /// The field of a configuration or of [`CombinationType`], or an argument.
         field: &'static str,
         /// The accepted values.
         expected: &'static str,

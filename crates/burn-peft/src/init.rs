@@ -78,15 +78,15 @@ pub enum InitLoraWeights {
     Elsewhere(&'static str),
 }
 
-/// PEFT's words. The last ones choose factors by rules that need data, and leave the base as it is.
-const WORDS: &[(&str, InitLoraWeights)] = &[
-    ("gaussian", InitLoraWeights::Gaussian),
-    ("orthogonal", InitLoraWeights::Orthogonal),
-    ("olora", InitLoraWeights::Olora),
-    ("pissa", InitLoraWeights::Pissa),
-    ("eva", InitLoraWeights::Elsewhere("eva")),
-    ("loftq", InitLoraWeights::Elsewhere("loftq")),
-    ("mica", InitLoraWeights::Elsewhere("mica")),
+/// Starts with a word of their own. The last ones choose factors by rules that need data, and leave the base as it is.
+const NAMED: &[InitLoraWeights] = &[
+    InitLoraWeights::Gaussian,
+    InitLoraWeights::Orthogonal,
+    InitLoraWeights::Olora,
+    InitLoraWeights::Pissa,
+    InitLoraWeights::Elsewhere("eva"),
+    InitLoraWeights::Elsewhere("loftq"),
+    InitLoraWeights::Elsewhere("mica"),
 ];
 
 /// Words of starts that take a part out of the base by rules that need data.
@@ -113,8 +113,12 @@ impl InitLoraWeights {
         match self {
             Self::KaimingUniform => Value::Bool(true),
             Self::Random => Value::Bool(false),
+            Self::Gaussian => "gaussian".into(),
+            Self::Orthogonal => "orthogonal".into(),
+            Self::Olora => "olora".into(),
+            Self::Pissa => "pissa".into(),
             Self::PissaNiter(rounds) => format!("{NITER}{rounds}").into(),
-            start => WORDS.iter().find(|(_, known)| *known == start).map(|(word, _)| *word).into(),
+            Self::Elsewhere(word) => word.into(),
         }
     }
 
@@ -130,7 +134,7 @@ impl InitLoraWeights {
                     return Err(CHANGED_BASE_HINT);
                 }
                 let rounds = word.strip_prefix(NITER).and_then(|rounds| rounds.parse().ok());
-                let known = WORDS.iter().find(|(known, _)| *known == word).map(|(_, start)| *start);
+                let known = NAMED.iter().copied().find(|start| start.to_json() == *word);
                 rounds.map(Self::PissaNiter).or(known).ok_or(UNKNOWN)
             }
             _ => Err(UNKNOWN),

@@ -9,6 +9,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::adapter::{Adapter, Adapters, Merged};
 use crate::error::PeftError;
+use crate::layer::Space;
 use crate::seam::{Layout, attach};
 use crate::states::States;
 use crate::summary::count;
@@ -145,7 +146,8 @@ fn effective_values(layout: &Layout, names: &BTreeSet<Arc<str>>) -> Sums {
 fn add_constants(layout: &Layout, sums: &mut Sums) -> Result<(), PeftError> {
     let mut homeless: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut added = vec![];
-    for adapter in layout.states.values().flat_map(Adapters::active) {
+    let active = layout.states.values().flat_map(Adapters::active);
+    for adapter in active.filter(|adapter| adapter.info.site.space == Space::Activations) {
         let info = &adapter.info;
         let bias = layout.bias_of(&info.site).map(|bias| {
             let sum = sums.get(&bias.path).cloned();

@@ -118,11 +118,11 @@ impl KeyEnd {
         Self { front, back, tensor, layer: None, tells, is_read_by_tied_output: false }
     }
 
-    pub(crate) const fn of(self, layer: Layer) -> Self {
+    const fn of(self, layer: Layer) -> Self {
         Self { layer: Some(layer), ..self }
     }
 
-    pub(crate) const fn tied(self) -> Self {
+    const fn tied(self) -> Self {
         Self { is_read_by_tied_output: true, ..self }
     }
 
@@ -281,7 +281,7 @@ pub(crate) trait Method: Debug + Send + Sync {
     }
 
     /// What it adds to the output of a layer that works on activations whatever the input is, `[1, d_out]`: what cannot be
-    /// folded into the weight, but can be into the layer's own `bias`, `[d_out]`.
+    /// folded into the weight, but can be into the layer's own `bias`, `[d_out]` and of any floating-point type.
     fn constant(&self, _of: &Update, _bias: Option<&Tensor<1>>) -> Option<Tensor<2>> {
         None
     }

@@ -266,7 +266,8 @@ impl Choice {
         let all = module_names(parameters);
         let matched = filter(&adaptable, |module, is_linear| selection.matches(module, is_linear))?;
         let excluded = filter(&adaptable, |module, _| selection.excludes(module))?;
-        let adapted = filter(&adaptable, |module, is_linear| selection.adapts(module, is_linear))?;
+        let is_adapted = |module: &&str| excluded.binary_search(module).is_err();
+        let adapted: Vec<&str> = matched.iter().copied().filter(is_adapted).collect();
         let others = all.iter().filter(|module| !adaptable.contains_key(**module));
         let others = others.map(|module| (*module, false)).collect();
         let unsupported = filter(&others, |module, _| selection.adapts(module, false))?;

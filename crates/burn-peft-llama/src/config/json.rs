@@ -184,6 +184,15 @@ mod tests {
     use crate::config::tests::read;
 
     #[test]
+    fn an_absent_number_of_key_heads_is_the_familys() {
+        let heads = |json: &str| read(json, None).unwrap().num_key_value_heads;
+        assert_eq!(heads(r#"{"model_type": "llama", "num_attention_heads": 64}"#), 64);
+        assert_eq!(heads(r#"{"model_type": "qwen2", "num_attention_heads": 64}"#), 32);
+        let null = r#"{"model_type": "qwen2", "num_attention_heads": 64, "num_key_value_heads": null}"#;
+        assert_eq!(heads(null), 64);
+    }
+
+    #[test]
     fn a_field_that_must_be_null_must_be_there() {
         let family = Family { fixed: &[("sliding_window", &["null"])], ..*Family::DEFAULT };
         for (json, problems) in [

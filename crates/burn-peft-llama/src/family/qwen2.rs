@@ -17,7 +17,7 @@ pub(crate) const FAMILY: Family = Family {
         vocab_size: 151_936,
         intermediate_size: 22_016,
         max_position_embeddings: 32_768,
-        num_key_value_heads: None,
+        num_key_value_heads: Some(32),
         tie_word_embeddings: false,
         bos_token_id: None,
         eos_token_ids: &[],

@@ -112,7 +112,7 @@ impl Bias {
     }
 }
 
-/// Methods that set one field and return the configuration: the field of the argument's name, if none is given.
+/// Methods that set one field and return the configuration. Without `=>`, the field has the argument's name.
 macro_rules! setters {
     ($($(#[$doc:meta])* pub fn $name:ident($value:ident: $type:ty) $(=> $($field:ident).+ = $set:expr)?;)*) => {
         $(

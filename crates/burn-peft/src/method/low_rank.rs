@@ -69,10 +69,11 @@ fn check(config: &PeftConfig, parameters: &Parameters) -> Result<(), PeftError> 
         let found = format!("{} for `{name}`", config.init_lora_weights.to_json());
         return Err(PeftError::invalid("init_lora_weights", expected, found));
     }
-    let modules = parameters.names(|at| {
-        let is_plain = at.site.space == Space::Weight && at.site.layer != Layer::Embedding;
-        at.is_target() && is_plain && config.lora_dropout > 0.0
-    });
+    if config.lora_dropout == 0.0 {
+        return Ok(());
+    }
+    let is_plain = |at: &Chosen| at.site.space == Space::Weight && at.site.layer != Layer::Embedding;
+    let modules = parameters.names(|at| at.is_target() && is_plain(at));
     if modules.is_empty() { Ok(()) } else { Err(PeftError::DropoutNeedsLoraLinear { modules }) }
 }
 

@@ -176,7 +176,8 @@ impl AdapterDirectory {
         &self.tensors
     }
 
-    /// The modules of which the file has both factors of an update, sorted by name.
+    /// The modules of which the file has both factors of an update, sorted by name. None, if a pattern of the configuration
+    /// cannot be used; [`problems`](Self::problems) names it.
     pub fn modules(&self) -> &[StoredModule] {
         &self.modules
     }
@@ -213,7 +214,8 @@ impl AdapterDirectory {
     /// it loads wherever its modules are.
     ///
     /// - [`PeftError::UnsupportedConfig`] with every entry that cannot be used
-    /// - [`PeftError::InvalidConfig`], [`PeftError::InvalidPattern`] for every value that makes no sense
+    /// - [`PeftError::InvalidConfig`], [`PeftError::InvalidPattern`] for every value that makes no sense;
+    ///   [`PeftError::EndlessPattern`] for a pattern that takes too many steps on a module of the file
     /// - [`PeftError::KeyPrefix`] if all keys lack PEFT's prefix or have something in front of it
     /// - [`PeftError::InconsistentAdapter`] with every tensor that is missing, unexpected, or of a shape or type that
     ///   does not fit the configuration
