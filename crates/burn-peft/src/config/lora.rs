@@ -414,6 +414,7 @@ impl Configuration for LoraConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PeftConfig;
 
     #[test]
     fn the_first_pattern_that_matches_decides() {
@@ -494,7 +495,8 @@ mod tests {
         assert_eq!(json["init_lora_weights"], "pissa_niter_8");
         assert_eq!(json["trainable_token_indices"], json!({"embed": [3, 1]}));
         assert_eq!(json["key_mapping"], json!([["^a", "b"]]));
-        assert_eq!(serde_json::from_value::<LoraConfig>(json).unwrap(), config);
+        assert_eq!(serde_json::from_value::<LoraConfig>(json.clone()).unwrap(), config);
+        assert_eq!(serde_json::from_value::<PeftConfig>(json).unwrap(), PeftConfig::from(&config));
 
         // What PEFT needs as a minimum, and all that is wrong with something else.
         let few = json!({"peft_type": "LORA", "target_modules": "all-linear"});
