@@ -1,16 +1,16 @@
 //! The arms of the experiment: two ways to prompt, two ways to fine-tune.
 
 use std::fmt;
-use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel};
 use burn_peft_llama::{
-    Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, TrainingConfig, fit,
+    Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, Trainer, TrainingConfig,
+    evaluate,
 };
 use clap::ValueEnum;
 use serde::Serialize;
@@ -156,7 +156,7 @@ pub fn adapting<T>(
 /// Questions and their answers. The model learns the answers.
 pub fn examples(tokenizer: &Tokenizer, prompt: &Prompt, species: &[Species]) -> Result<Vec<Example>> {
     let encode =
-        |one: &Species| Ok(tokenizer.encode_conversation(&prompt.conversation(one), Labels::Answer)?);
+        |one: &Species| Ok(tokenizer.encode_conversation(&prompt.conversation(one), Labels::LastAnswer)?);
     species.iter().map(encode).collect()
 }
 
@@ -247,7 +247,7 @@ impl Setting<'_> {
     fn train(
         &self,
         arm: Arm,
-        model: LlamaForCausalLm,
+        mut model: LlamaForCausalLm,
         settings: &TrainingSettings,
     ) -> Result<(LlamaForCausalLm, Training)> {
         let examples = |species| examples(self.tokenizer, &self.prompt, species);
@@ -274,35 +274,21 @@ impl Setting<'_> {
             trainable: model.trainable_parameters().to_string(),
             ..Training::default()
         };
-        let mut measuring = Duration::ZERO;
         let progress = Progress::new(arm.title(), total);
-        let mut failed = None;
-        let start = Instant::now();
-        let model = fit(model, &examples, &collator, &config, |report, model| {
+        let mut trainer = Trainer::new(&config, examples, &collator)?;
+        while let Some(report) = trainer.step(&mut model)? {
             if let Some(loss) = report.loss {
                 training.train.push(Point { step: report.step, loss });
                 progress.report(report.step, &format!("loss {loss:.3}"));
             }
             if report.step % eval_every == 0 || report.step == 1 || report.step == total {
-                let begin = Instant::now();
-                let now = burn_peft_llama::evaluate(model, &held_out, &collator, self.args.eval_batch_size);
-                measuring += begin.elapsed();
-                match now {
-                    Ok(now) => training.held_out.push(Point { step: report.step, loss: now.loss }),
-                    Err(error) => {
-                        failed = Some(error);
-                        return ControlFlow::Break(());
-                    }
-                }
+                let loss = evaluate(&model, &held_out, &collator, self.args.eval_batch_size)?.loss;
+                training.held_out.push(Point { step: report.step, loss });
             }
             training.steps = report.step;
-            ControlFlow::Continue(())
-        })?;
-        progress.finish();
-        if let Some(error) = failed {
-            return Err(error.into());
+            training.seconds = report.elapsed.as_secs_f64();
         }
-        training.seconds = (start.elapsed() - measuring).as_secs_f64();
+        progress.finish();
         Ok((model.valid(), training))
     }
 }

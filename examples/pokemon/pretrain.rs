@@ -1,7 +1,6 @@
 //! `pretrain`: makes a base model as the embedded one from scratch with the same crates that fine-tune it.
 
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -9,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_peft_llama::{
-    Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, Schedule, Tokenizer, TrainingConfig, fit,
+    Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, Schedule, Tokenizer, Trainer, TrainingConfig,
 };
 
 use crate::base::Kind;
@@ -43,7 +42,7 @@ pub fn run(args: &PretrainArgs) -> Result<()> {
     let config = model_config(args, &tokenizer);
     let pad = tokenizer.pad_token_id().unwrap_or_default();
     device.seed(args.seed);
-    let (model, log) = train(args, config.init(&device.clone().autodiff()), &sequences, pad)?;
+    let (model, log) = train(args, config.init(&device.clone().autodiff()), sequences, pad)?;
     tokenizer.save(&args.out)?;
     output::write(&args.out.join("training.csv"), log)?;
     // Every device can hold f32, not every one f16. `config.json` comes last: where it is, everything is.
@@ -107,8 +106,8 @@ fn pack(corpus: &mut Corpus<'_>, tokenizer: &Tokenizer, count: usize, length: us
 /// The trained model, and the log of its training as CSV.
 fn train(
     args: &PretrainArgs,
-    model: LlamaForCausalLm,
-    sequences: &[Example],
+    mut model: LlamaForCausalLm,
+    sequences: Vec<Example>,
     pad: u32,
 ) -> Result<(LlamaForCausalLm, Vec<u8>)> {
     let config = TrainingConfig::new()
@@ -122,7 +121,8 @@ fn train(
         .with_log_every(args.log_every);
     let mut logged = Vec::new();
     let progress = Progress::new("pretraining", args.steps);
-    let model = fit(model, sequences, &Collator::new(pad), &config, |report, _| {
+    let mut trainer = Trainer::new(&config, sequences, &Collator::new(pad))?;
+    while let Some(report) = trainer.step(&mut model)? {
         if let Some(loss) = report.loss {
             progress.report(report.step, &format!("loss {loss:.4}"));
             logged.push((
@@ -133,8 +133,7 @@ fn train(
                 format!("{loss:.4}"),
             ));
         }
-        ControlFlow::Continue(())
-    })?;
+    }
     progress.finish();
     let mut log = csv::Writer::from_writer(Vec::new());
     log.write_record(["step", "seconds", "tokens", "learning_rate", "loss"])?;

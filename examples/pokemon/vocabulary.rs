@@ -51,7 +51,7 @@ mod tests {
         assert_eq!(tokenizer.encode_prompt(&messages).unwrap(), expected);
 
         messages.push(Message::assistant("Grass/Poison"));
-        let example = tokenizer.encode_conversation(&messages, Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&messages, Labels::LastAnswer).unwrap();
         let answer = tokenizer.encode(" Grass/Poison<|end|>").unwrap();
         assert_eq!(example.input_ids[expected.len()..], answer);
         assert_eq!(example.num_targets(), answer.len());

@@ -1,14 +1,13 @@
 //! A device that recomputes activations: everything works there, with the gradients of a device that keeps them.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, TensorData};
 use burn_peft::{Bias, CombinationType, InitLoraWeights, LoraConfig, PeftModel};
 use burn_peft_llama::{
-    Collator, Example, GenerateOptions, LlamaForCausalLm, PaddingSide, TrainingConfig, evaluate, fit,
+    Collator, Example, GenerateOptions, LlamaForCausalLm, PaddingSide, Trainer, TrainingConfig, evaluate,
 };
 use burn_peft_tests::fixture::{Fixture, PAD_TOKEN_ID};
 use burn_peft_tests::parameters::{gradients, parameters};
@@ -57,9 +56,11 @@ fn examples(base: &str) -> Vec<Example> {
 }
 
 /// Three steps of training without regard for anything but the loss.
-fn train(model: LlamaForCausalLm, examples: &[Example]) -> LlamaForCausalLm {
+fn train(mut model: LlamaForCausalLm, examples: &[Example]) -> LlamaForCausalLm {
     let config = TrainingConfig::new().with_learning_rate(0.01).with_batch_size(2).with_max_steps(Some(3));
-    fit(model, examples, &Collator::new(PAD_TOKEN_ID), &config, |_, _| ControlFlow::Continue(())).unwrap()
+    let mut trainer = Trainer::new(&config, examples, &Collator::new(PAD_TOKEN_ID)).unwrap();
+    while trainer.step(&mut model).unwrap().is_some() {}
+    model
 }
 
 fn gradients_of(model: &LlamaForCausalLm, base: &str) -> BTreeMap<String, TensorData> {

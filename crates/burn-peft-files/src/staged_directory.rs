@@ -13,7 +13,7 @@ pub(crate) const LOCK: &str = "lock";
 
 /// A directory on its way to its place. Unless it is [put](Self::put) there, it goes with this value.
 ///
-/// Each one removes what others for the same place left behind when they were killed.
+/// Each one removes what others beside it left behind when they were killed.
 ///
 /// ```
 /// use burn_peft_files::StagedDirectory;
@@ -48,8 +48,8 @@ impl StagedDirectory {
         let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(parent)?;
         let name = place.file_name().unwrap_or_default().to_string_lossy();
+        remove_leftovers(parent);
         let suffix = format!("-{name}.{LOCK}");
-        remove_leftovers(parent, &suffix);
         let lock = tempfile::Builder::new().prefix(STAGED).suffix(&suffix).tempfile_in(parent)?;
         // Where a file system has no locks, a leftover cannot be told from a live one, and stays.
         let _ = lock.as_file().try_lock();
@@ -87,12 +87,26 @@ impl Drop for StagedDirectory {
     }
 }
 
+/// Removes a directory with all that is in it, so that it is gone at once, whenever the process ends: nobody finds half of
+/// it at its place.
+///
+/// # Errors
+/// There is no such directory, or it cannot be moved.
+pub fn remove_directory(directory: impl AsRef<Path>) -> Result<()> {
+    let directory = directory.as_ref();
+    let staged = StagedDirectory::beside(directory)?;
+    fs::rename(directory, staged.path().join("removed"))?;
+    sync_parent(directory);
+    Ok(())
+}
+
 /// Removes staged directories whose writers are dead. That some cannot be removed is no reason not to write.
-fn remove_leftovers(parent: &Path, suffix: &str) {
+fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
+    let is_staged =
+        |name: &str| name.starts_with(STAGED) && Path::new(name).extension().is_some_and(|e| e == LOCK);
     for entry in entries.flatten() {
-        let is_lock =
-            entry.file_name().to_str().is_some_and(|name| name.starts_with(STAGED) && name.ends_with(suffix));
+        let is_lock = entry.file_name().to_str().is_some_and(is_staged);
         if !is_lock {
             continue;
         }
@@ -135,6 +149,18 @@ mod tests {
         assert!(staged.put().is_err());
         assert_eq!(fs::read_to_string(place.join("file")).unwrap(), "2");
         assert_eq!(names(place.parent().unwrap()), ["place"]);
+    }
+
+    #[test]
+    fn a_directory_that_is_removed_is_gone_with_all_that_is_in_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let place = parent.path().join("place");
+        fs::create_dir_all(place.join("deep")).unwrap();
+        fs::write(place.join("deep/file"), "1").unwrap();
+        remove_directory(&place).unwrap();
+        assert!(names(parent.path()).is_empty());
+        assert!(remove_directory(&place).is_err());
+        assert!(names(parent.path()).is_empty());
     }
 
     #[cfg(unix)]

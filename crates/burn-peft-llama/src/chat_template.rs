@@ -9,6 +9,7 @@ mod source;
 
 use std::error::Error;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +27,9 @@ use crate::message::Message;
 /// Name of the file that transformers 5 keeps a template in.
 pub(crate) const TEMPLATE_FILE: &str = "chat_template.jinja";
 
+/// The variable that tells `generation` blocks what to put around their text.
+const MARKS: &str = "__marks";
+
 /// What error messages call the template.
 const NAME: &str = "chat_template";
 
@@ -34,7 +38,7 @@ const NAME: &str = "chat_template";
 /// The environment is the one of transformers: `trim_blocks` and `lstrip_blocks`, loop controls, Python's string
 /// methods, `tojson` without HTML escapes, `raise_exception(message)`, `strftime_now(format)`, and the variables
 /// `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `tools` and `documents` (both none).
-/// `{% generation %}` blocks are rendered as their content. Values print as in Python, dicts keep their order, and
+/// `{% generation %}` blocks are rendered as their content; where they are, [`Labels`](crate::Labels) go by them. Values print as in Python, dicts keep their order, and
 /// `\r\n` and `\r` in the source are `\n`, as Jinja reads them; in messages they stay.
 ///
 /// Templates come from downloaded files. What they may do is bounded: work that grows with the conversation and no
@@ -161,6 +165,19 @@ impl ChatTemplate {
     ///   needs,
     /// - [`LlamaError::ChatTemplate`] if it fails otherwise.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, LlamaError> {
+        self.render_marked(messages, add_generation_prompt).map(|(text, _)| text)
+    }
+
+    /// Renders `messages`, and tells which bytes of the text came from `{% generation %}` blocks.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub(crate) fn render_marked(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>), LlamaError> {
+        let marks = marks(messages);
         let bytes = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
         let fuel = limits::fuel(messages.len(), bytes);
         let context = context! {
@@ -173,6 +190,7 @@ impl ChatTemplate {
             eos_token => self.eos_token.as_ref().map_or(Value::UNDEFINED, Value::from),
             tools => Value::from(()),
             documents => Value::from(()),
+            __marks => marks.map(String::from).to_vec(),
         };
         let mut environment = (*self.environment).clone();
         environment.set_fuel(Some(fuel));
@@ -181,11 +199,36 @@ impl ChatTemplate {
         let render = || environment.render_named_str(NAME, &self.prepared, context);
         let rendered = catch_unwind(AssertUnwindSafe(render))
             .map_err(|_| LlamaError::ChatTemplate { source: "the template engine panicked".into() })?;
-        rendered.map_err(|error| match error.kind() {
+        let rendered = rendered.map_err(|error| match error.kind() {
             ErrorKind::OutOfFuel => LlamaError::ChatTemplateEndless { steps: fuel },
             _ => failed(error),
-        })
+        })?;
+        Ok(without_marks(&rendered, marks))
     }
+}
+
+/// Two characters that are no text by Unicode's rules (noncharacters), and that no message has.
+fn marks(messages: &[Message]) -> [char; 2] {
+    let texts = || messages.iter().flat_map(|message| [&message.role, &message.content]);
+    let mut free = ('\u{fdd0}'..='\u{fdef}').filter(|mark| !texts().any(|text| text.contains(*mark)));
+    [free.next().unwrap_or('\u{fdd0}'), free.next().unwrap_or('\u{fdd1}')]
+}
+
+/// A text without the marks around passages, and where the passages are.
+fn without_marks(marked: &str, [open, close]: [char; 2]) -> (String, Vec<Range<usize>>) {
+    let (mut text, mut passages, mut start) = (String::with_capacity(marked.len()), vec![], 0);
+    for piece in marked.split_inclusive([open, close]) {
+        if let Some(piece) = piece.strip_suffix(open) {
+            text += piece;
+            start = text.len();
+        } else if let Some(piece) = piece.strip_suffix(close) {
+            text += piece;
+            passages.push(start..text.len());
+        } else {
+            text += piece;
+        }
+    }
+    (text, passages)
 }
 
 impl PartialEq for ChatTemplate {

@@ -1,5 +1,7 @@
 //! Conversations and documents to examples: token ids and which of them are learnt.
 
+use std::ops::Range;
+
 use crate::chat_template::ChatTemplate;
 use crate::error::LlamaError;
 use crate::message::Message;
@@ -34,13 +36,18 @@ impl Example {
 }
 
 /// Which tokens of a conversation are learnt.
+///
+/// An answer is learnt with the end token after it, so that the model learns to stop, but not with the line break that some
+/// templates put behind the end token. If the chat template has `{% generation %}` blocks, answers are what stands in them.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Labels {
-    /// The last message and the end token after it.
+    /// All messages of the assistant. transformers' `assistant_masks`, TRL's `assistant_only_loss`.
     #[default]
-    Answer,
-    /// All of them.
+    Answers,
+    /// The last message, which must be the assistant's.
+    LastAnswer,
+    /// All tokens.
     Everything,
 }
 
@@ -55,52 +62,114 @@ impl Tokenizer {
         self.encode(&self.template()?.render(messages, true)?)
     }
 
-    /// Renders and tokenises a conversation that ends with the assistant's answer, and marks what is learnt.
+    /// Renders and tokenises a conversation and marks what is learnt.
     ///
-    /// With [`Labels::Answer`] that is the answer and the end token after it, so that the model learns to stop, but
-    /// not the line break that some templates put behind the end token. The prompt is masked by its length: it is
-    /// rendered and tokenised on its own, exactly as [`encode_prompt`](Self::encode_prompt) will do when the model
-    /// is asked, and must be the beginning of the whole. No token is ever compared with the padding token.
+    /// What stands before an answer is masked by its length: it is rendered and tokenised on its own, exactly as
+    /// [`encode_prompt`](Self::encode_prompt) will do when the model is asked, and must be the beginning of the whole. No
+    /// token is ever compared with the padding token.
+    ///
+    /// Some templates open a thought for the model (`<think>`) when it is asked, and leave thoughts out of the
+    /// conversation. The last answer then begins with the thought in its message, or closes an empty one, and this is learnt
+    /// too, because it is what the model has to write when it is asked.
     ///
     /// # Errors
-    /// - [`LlamaError::NoAnswer`] if the last message is not the assistant's,
-    /// - [`LlamaError::PromptNotPrefix`] and [`LlamaError::TokenBoundary`] if the prompt is not the beginning of the
-    ///   whole as text or as tokens,
-    /// - [`LlamaError::NoEndToken`] if no special token follows the answer,
+    /// - [`LlamaError::NoAnswer`] if no message is the assistant's, with [`Labels::LastAnswer`] if the last one is not,
+    /// - [`LlamaError::PromptNotPrefix`] and [`LlamaError::TokenBoundary`] if what stands before an answer is not the
+    ///   beginning of the whole as text or as tokens,
+    /// - [`LlamaError::NoEndToken`] if no special token follows an answer,
     /// - those of [`encode_prompt`](Self::encode_prompt).
     pub fn encode_conversation(&self, messages: &[Message], labels: Labels) -> Result<Example, LlamaError> {
-        let (answer, before) = match messages.split_last() {
-            Some((last, before)) if last.role == "assistant" => (last, before),
-            Some((last, _)) => return Err(LlamaError::NoAnswer { found: format!("`{}`", last.role) }),
-            None => return Err(LlamaError::NoAnswer { found: "no messages".to_string() }),
+        let is_answer = |i: &usize| messages[*i].role == "assistant";
+        let answers: Vec<usize> = match labels {
+            Labels::LastAnswer => messages.len().checked_sub(1).into_iter().filter(is_answer).collect(),
+            _ => (0..messages.len()).filter(is_answer).collect(),
         };
+        if answers.is_empty() {
+            let found = match messages.last() {
+                Some(last) => format!("`{}`", last.role),
+                None => "no messages".to_string(),
+            };
+            return Err(LlamaError::NoAnswer { found });
+        }
         let template = self.template()?;
-        let full = template.render(messages, false)?;
+        let (mut full, mut passages) = template.render_marked(messages, false)?;
         if labels == Labels::Everything {
             let ids = self.encode(&full)?;
             let end = ids.len();
             return Ok(Example::labelled(ids, 0, end));
         }
-
-        let prompt = template.render(before, true)?;
-        let Some(completion) = full.strip_prefix(&prompt) else {
-            return Err(not_prefix(&prompt, &full));
-        };
-        let prompt_ids = self.encode(&prompt)?;
-        let encoding = self.encoding(&full, false)?;
-        let ids = encoding.get_ids().to_vec();
-        for (at, &expected) in prompt_ids.iter().enumerate() {
-            let found = ids.get(at).copied();
-            if found != Some(expected) {
-                return Err(LlamaError::TokenBoundary { at, expected, found });
+        if !passages.is_empty() {
+            if labels == Labels::LastAnswer {
+                let before = template.render_marked(&messages[..messages.len() - 1], false)?.1.len();
+                passages.drain(..before.min(passages.len()));
             }
+            return self.encode_passages(&full, &passages);
         }
 
-        // The end token is looked for behind the answer's text, because an answer may itself spell one.
-        let answer_end = prompt.len() + answer_length(completion, &answer.content);
-        let behind = |i: &usize| encoding.get_offsets()[*i].0 >= answer_end && self.is_special(ids[*i]);
-        let end = (prompt_ids.len()..ids.len()).find(behind).ok_or(LlamaError::NoEndToken)?;
-        Ok(Example::labelled(ids, prompt_ids.len(), end + 1))
+        let mut found = vec![];
+        for &i in &answers {
+            let prompt = template.render(&messages[..i], true)?;
+            let is_last = i + 1 == messages.len();
+            found.push(locate(&mut full, prompt, &messages[i].content, is_last)?);
+        }
+        let encoding = self.encoding(&full, false)?;
+        let ids = encoding.get_ids().to_vec();
+        let mut labels = vec![IGNORE_INDEX; ids.len()];
+        for Answer { prompt, end } in found {
+            let prompt_ids = self.encode(&prompt)?;
+            for (at, &expected) in prompt_ids.iter().enumerate() {
+                let found = ids.get(at).copied();
+                if found != Some(expected) {
+                    return Err(LlamaError::TokenBoundary { at, expected, found });
+                }
+            }
+            // The end token is looked for behind the answer's text, because an answer may itself spell one.
+            let behind = |i: &usize| encoding.get_offsets()[*i].0 >= end && self.is_special(ids[*i]);
+            let last = (prompt_ids.len()..ids.len()).find(behind).ok_or(LlamaError::NoEndToken)?;
+            for i in prompt_ids.len()..=last {
+                labels[i] = i64::from(ids[i]);
+            }
+        }
+        Ok(Example { input_ids: ids, labels })
+    }
+
+    /// Labels the tokens that have a part in one of the passages, as transformers does.
+    fn encode_passages(&self, full: &str, passages: &[Range<usize>]) -> Result<Example, LlamaError> {
+        let encoding = self.encoding(full, false)?;
+        let ids = encoding.get_ids();
+        let is_learnt = |&(start, end): &(usize, usize)| {
+            passages.iter().any(|passage| start < passage.end && passage.start < end)
+        };
+        let offsets = encoding.get_offsets().iter();
+        let label = |(offsets, &id): (_, &u32)| if is_learnt(offsets) { i64::from(id) } else { IGNORE_INDEX };
+        Ok(Example { input_ids: ids.to_vec(), labels: offsets.zip(ids).map(label).collect() })
+    }
+
+    /// Tokenises a text and how it goes on, for models without a chat template: the prompt as the model expects a text, the
+    /// completion behind it, and the end token. The completion and the end token are learnt, with [`Labels::Everything`]
+    /// the prompt too.
+    ///
+    /// The two are tokenised apart, as they will be when the model is asked.
+    ///
+    /// # Errors
+    /// As [`encode_document`](Self::encode_document).
+    pub fn encode_completion(
+        &self,
+        prompt: &str,
+        completion: &str,
+        labels: Labels,
+    ) -> Result<Example, LlamaError> {
+        let eos = self.eos_token_id().ok_or(LlamaError::NoSpecialToken { field: "eos_token" })?;
+        let mut ids = self.encode_with_special_tokens(prompt)?;
+        // Some tokenizers put the end token behind each text.
+        ids.pop_if(|last| *last == eos);
+        let start = if labels == Labels::Everything { 0 } else { ids.len() };
+        ids.extend(self.encode(completion)?);
+        if ids.last() != Some(&eos) {
+            ids.push(eos);
+        }
+        let end = ids.len();
+        Ok(Example::labelled(ids, start, end))
     }
 
     /// Tokenises a text as the model expects one (with a token for the beginning if its tokenizer adds one), ends
@@ -122,6 +191,60 @@ impl Tokenizer {
     fn template(&self) -> Result<&ChatTemplate, LlamaError> {
         self.chat_template().ok_or_else(|| LlamaError::NoChatTemplate { found: "neither".to_string() })
     }
+}
+
+/// An answer in a rendered conversation.
+struct Answer {
+    /// What stands before it.
+    prompt: String,
+    /// Where its text ends, in bytes.
+    end: usize,
+}
+
+/// The tag that some templates open when the model is asked.
+const THOUGHT: &str = "<think>";
+const THOUGHT_END: &str = "</think>";
+
+/// Finds the answer `content`, before which the model is given `prompt`, in the conversation `full`.
+///
+/// If the prompt opens a thought that the conversation does not have, and the answer is the last, `full` becomes the prompt
+/// with what the model has to write.
+///
+/// # Errors
+/// [`LlamaError::PromptNotPrefix`].
+fn locate(full: &mut String, mut prompt: String, content: &str, is_last: bool) -> Result<Answer, LlamaError> {
+    let opened = prompt.trim_end().strip_suffix(THOUGHT).map(str::len);
+    if let Some(before) = opened.filter(|_| !full.starts_with(&prompt)) {
+        if !full.starts_with(&prompt[..before]) {
+            return Err(not_prefix(&prompt, full));
+        }
+        if !is_last {
+            prompt.truncate(before);
+        } else {
+            let rest = full[before..].to_string();
+            let thought = content.split_once(THOUGHT_END).map(|(thought, _)| thought.trim_start());
+            let thought = thought.map(|thought| thought.strip_prefix(THOUGHT).unwrap_or(thought));
+            let rest = match (rest.trim_start().strip_prefix(THOUGHT), thought) {
+                (Some(rest), _) => rest.trim_start().to_string(),
+                (None, _) if rest.contains(THOUGHT_END) => rest.trim_start().to_string(),
+                (None, Some(thought)) => {
+                    format!("{}{THOUGHT_END}\n\n{}", thought.trim_start(), rest.trim_start())
+                }
+                // A line break behind the one of the prompt would be one token with it.
+                (None, None) => format!("{THOUGHT_END}\n\n{}", rest.trim_start()),
+            };
+            *full = prompt.clone() + &rest;
+            let thought = rest.find(THOUGHT_END).map_or(0, |at| at + THOUGHT_END.len());
+            let answer = content.rsplit(THOUGHT_END).next().unwrap_or(content);
+            let end = prompt.len() + thought + answer_length(&rest[thought..], answer);
+            return Ok(Answer { prompt, end });
+        }
+    }
+    let Some(completion) = full.strip_prefix(&prompt) else {
+        return Err(not_prefix(&prompt, full));
+    };
+    let end = prompt.len() + answer_length(completion, content);
+    Ok(Answer { prompt, end })
 }
 
 /// Length in bytes of the answer at the beginning of `completion`, white space that the template put before it
@@ -166,7 +289,7 @@ mod tests {
     fn chatml_learns_the_answer_and_its_end_although_the_end_is_the_padding() {
         let tokenizer = chatml();
         assert_eq!(tokenizer.pad_token_id(), tokenizer.eos_token_id());
-        let example = tokenizer.encode_conversation(&chat("water"), Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&chat("water"), Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), "water<|im_end|>");
         let prompt = tokenizer.encode_prompt(&chat("water")[..2]).unwrap();
         assert_eq!(example.input_ids[..prompt.len()], prompt);
@@ -183,7 +306,7 @@ mod tests {
     #[test]
     fn llama3_has_one_beginning_and_learns_the_trimmed_answer() {
         let tokenizer = llama3();
-        let example = tokenizer.encode_conversation(&chat("  water \n"), Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&chat("  water \n"), Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), "water<|eot_id|>");
         let bos = tokenizer.bos_token_id().unwrap();
         assert_eq!(example.input_ids.iter().filter(|&&id| id == bos).count(), 1);
@@ -196,24 +319,118 @@ mod tests {
         let tokenizer = chatml();
         let mut messages = chat("water").to_vec();
         messages.extend([Message::user("Charmander"), Message::assistant("fire")]);
-        let example = tokenizer.encode_conversation(&messages, Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&messages, Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), "fire<|im_end|>");
         let everything = tokenizer.encode_conversation(&messages, Labels::Everything).unwrap();
         assert_eq!(everything.input_ids, example.input_ids);
         assert_eq!(everything.num_targets(), everything.input_ids.len() - 1);
     }
 
+    fn turns() -> Vec<Message> {
+        let mut messages = chat("water").to_vec();
+        messages.extend([Message::user("Charmander"), Message::assistant("fire")]);
+        messages
+    }
+
+    #[test]
+    fn all_answers_of_a_conversation_are_learnt_with_their_ends() {
+        for tokenizer in [chatml(), llama3()] {
+            let end = tokenizer.special_tokens().eos_token.clone().unwrap();
+            let example = tokenizer.encode_conversation(&turns(), Labels::Answers).unwrap();
+            assert_eq!(learnt(&tokenizer, &example), format!("water{end}fire{end}"));
+            let last = tokenizer.encode_conversation(&turns(), Labels::LastAnswer).unwrap();
+            assert_eq!(last.input_ids, example.input_ids);
+            // A question without an answer at the end teaches nothing and does no harm.
+            let open = tokenizer.encode_conversation(&turns()[..4], Labels::Answers).unwrap();
+            assert_eq!(learnt(&tokenizer, &open), format!("water{end}"));
+        }
+    }
+
+    #[test]
+    fn generation_blocks_say_what_an_answer_is() {
+        let tokenizer = with_template(
+            "{%- for m in messages %}\n\
+             {{- '<|im_start|>' + m.role + '\n' }}\n\
+             {%- if m.role == 'assistant' %}\n\
+             {%- generation %}\n\
+             {{- m.content + '<|im_end|>' }}\n\
+             {%- endgeneration %}\n\
+             {{- '\n' }}\n\
+             {%- else %}{{- m.content + '<|im_end|>\n' }}{%- endif %}\n\
+             {%- endfor %}",
+        );
+        // This template has no generation prompt, without which only the blocks can tell.
+        let example = tokenizer.encode_conversation(&turns(), Labels::Answers).unwrap();
+        assert_eq!(learnt(&tokenizer, &example), "water<|im_end|>fire<|im_end|>");
+        let last = tokenizer.encode_conversation(&turns(), Labels::LastAnswer).unwrap();
+        assert_eq!(learnt(&tokenizer, &last), "fire<|im_end|>");
+        assert_eq!(last.input_ids, example.input_ids);
+        let plain = chatml().encode_conversation(&turns(), Labels::Everything).unwrap();
+        let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap();
+        assert!(text(&plain.input_ids).ends_with(&text(&example.input_ids)));
+    }
+
+    #[test]
+    fn a_thought_that_the_template_opens_is_closed_in_what_is_learnt() {
+        // In the manner of DeepSeek-R1: thoughts are left out of the conversation, and opened for the model.
+        let tokenizer = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1].strip() }}<|im_end|>\n\
+             {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        );
+        let encode = |answer: &str| {
+            let example = tokenizer.encode_conversation(&chat(answer), Labels::LastAnswer).unwrap();
+            let prompt = tokenizer.encode_prompt(&chat(answer)[..2]).unwrap();
+            assert_eq!(example.input_ids[..prompt.len()], prompt, "the model is asked as it was trained");
+            learnt(&tokenizer, &example)
+        };
+        assert_eq!(encode("water"), "</think>\n\nwater<|im_end|>");
+        assert_eq!(encode("<think>\nIt swims.\n</think>\n\nwater"), "It swims.\n</think>\n\nwater<|im_end|>");
+        assert_eq!(encode("It swims.</think>water"), "It swims.</think>\n\nwater<|im_end|>");
+        let all = tokenizer.encode_conversation(&turns(), Labels::Answers).unwrap();
+        assert_eq!(learnt(&tokenizer, &all), "water<|im_end|></think>\n\nfire<|im_end|>");
+
+        // One that keeps thoughts, and one that has an empty thought in every conversation.
+        let keeps = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+             {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        );
+        for (answer, expected) in [
+            ("<think>\nSwims.</think>water", "Swims.</think>water<|im_end|>"),
+            ("Swims.</think>water", "Swims.</think>water<|im_end|>"),
+            ("water", "</think>\n\nwater<|im_end|>"),
+        ] {
+            let example = keeps.encode_conversation(&chat(answer), Labels::LastAnswer).unwrap();
+            assert_eq!(learnt(&keeps, &example), expected);
+        }
+    }
+
+    #[test]
+    fn a_completion_follows_its_prompt_as_it_stands() {
+        for (tokenizer, begin, end) in
+            [(chatml(), "", "<|im_end|>"), (llama3(), "<|begin_of_text|>", "<|eot_id|>")]
+        {
+            let example = tokenizer.encode_completion("Squirtle is", " water", Labels::Answers).unwrap();
+            assert_eq!(learnt(&tokenizer, &example), format!(" water{end}"));
+            assert_eq!(
+                tokenizer.decode(&example.input_ids, false).unwrap(),
+                format!("{begin}Squirtle is water{end}")
+            );
+            let whole = tokenizer.encode_completion("Squirtle is", " water", Labels::Everything).unwrap();
+            assert!(whole.input_ids == example.input_ids && whole.labels[0] != IGNORE_INDEX);
+        }
+    }
+
     #[test]
     fn an_answer_that_spells_the_end_token_is_learnt_to_its_end() {
         let tokenizer = chatml();
-        let example = tokenizer.encode_conversation(&chat("a<|im_end|>b é"), Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&chat("a<|im_end|>b é"), Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), "a<|im_end|>b é<|im_end|>");
     }
 
     #[test]
     fn an_empty_answer_is_its_end_token() {
         let tokenizer = chatml();
-        let example = tokenizer.encode_conversation(&chat(""), Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&chat(""), Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), "<|im_end|>");
     }
 
@@ -223,24 +440,25 @@ mod tests {
             "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% elif m.role == 'assistant' %} \
              {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}",
         );
-        let example = tokenizer.encode_conversation(&chat("water"), Labels::Answer).unwrap();
+        let example = tokenizer.encode_conversation(&chat("water"), Labels::LastAnswer).unwrap();
         assert_eq!(learnt(&tokenizer, &example), " water <|im_end|>");
     }
 
     #[test]
     fn conversations_without_an_answer_are_refused() {
         let tokenizer = chatml();
-        let error = tokenizer.encode_conversation(&chat("x")[..2], Labels::Answer).unwrap_err();
+        let error = tokenizer.encode_conversation(&chat("x")[..2], Labels::LastAnswer).unwrap_err();
         assert!(matches!(&error, LlamaError::NoAnswer { found } if found == "`user`"), "{error}");
         assert!(matches!(
-            tokenizer.encode_conversation(&[], Labels::Answer),
+            tokenizer.encode_conversation(&[], Labels::LastAnswer),
             Err(LlamaError::NoAnswer { .. })
         ));
     }
 
     #[test]
     fn templates_that_cannot_be_masked_are_refused() {
-        let encode = |source: &str| with_template(source).encode_conversation(&chat("water"), Labels::Answer);
+        let encode =
+            |source: &str| with_template(source).encode_conversation(&chat("water"), Labels::LastAnswer);
         let counts =
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}";
         match encode(counts) {

@@ -7,7 +7,8 @@ use burn::tensor::FloatDType;
 use burn_peft::PeftError;
 use burn_peft_files::{TensorFileError, WrongFile};
 
-use crate::problem::{ConfigProblem, WeightProblem};
+use crate::problem::{ConfigProblem, RecordProblem, WeightProblem};
+use crate::train::CheckpointDifference;
 
 /// An error of this crate.
 ///
@@ -205,8 +206,8 @@ pub enum LlamaError {
         date: String,
     },
 
-    /// A conversation to learn from does not end with an answer.
-    #[error("expected a conversation that ends with an `assistant` message, found {found}")]
+    /// A conversation to learn from has no answer, or does not end with one although it shall.
+    #[error("expected a conversation with an `assistant` message, found {found}")]
     NoAnswer {
         /// The role of the last message, or "no messages".
         found: String,
@@ -303,6 +304,15 @@ pub enum LlamaError {
         index: usize,
     },
 
+    /// Examples of a file cannot be used.
+    #[error("`{}`: {} cannot be used:{}", .path.display(), examples(.problems.len()), lines(.problems))]
+    Records {
+        /// The file.
+        path: PathBuf,
+        /// All of them.
+        problems: Vec<RecordProblem>,
+    },
+
     /// An example is longer than allowed.
     #[error(
         "example {index}: expected at most {max_length} tokens, found {length}\nhint: raise the limit or truncate"
@@ -333,15 +343,62 @@ pub enum LlamaError {
         parameter: String,
     },
 
-    /// The loss is infinite or not a number.
+    /// A loss, a gradient or a trained parameter is infinite or not a number.
     #[error(
-        "the loss is {loss} at step {step}\nhint: a lower learning rate, or f32 instead of a half-precision type"
+        "{what} is {value} at step {step}{}\n\
+         hint: go on from the last checkpoint with a lower learning rate, in f32 instead of a half-precision type, or \
+         without those examples",
+        of_examples(.examples)
     )]
-    NonFiniteLoss {
+    NotFinite {
+        /// What it is, with the name of the tensor.
+        what: String,
+        /// The number.
+        value: f64,
         /// The optimizer step, from 1.
         step: usize,
-        /// The loss.
-        loss: f64,
+        /// The numbers of the examples in its batches, from 0.
+        examples: Vec<usize>,
+    },
+
+    /// The loss does not depend on an adapter that is to be trained.
+    #[error(
+        "no parameter of the adapter `{adapter}` got a gradient at the first step\n\
+         hint: the loss does not depend on the modules that it adapts; target others"
+    )]
+    NoGradient {
+        /// Its name.
+        adapter: String,
+    },
+
+    /// There is no checkpoint to go on from.
+    #[error(
+        "no checkpoint in `{}`\nhint: expected the directory of one, or one with directories `checkpoint-<step>` in it",
+        .path.display()
+    )]
+    NoCheckpoint {
+        /// The directory.
+        path: PathBuf,
+    },
+
+    /// A checkpoint is of another training.
+    #[error(
+        "`{}` is a checkpoint of another training:{}\n\
+         hint: go on as it was begun, or begin anew; the adapter in it can be loaded with `load_adapter`",
+        .path.display(), lines(.differences)
+    )]
+    CheckpointDiffers {
+        /// The directory of the checkpoint.
+        path: PathBuf,
+        /// All of them.
+        differences: Vec<CheckpointDifference>,
+    },
+
+    /// The state of the optimizer could not be written or read.
+    #[error("cannot convert the state of the optimizer")]
+    OptimizerState {
+        /// What Burn said.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// A tensor could not be read back from the device.
@@ -394,6 +451,36 @@ pub enum LlamaError {
         /// What to try.
         hint: &'static str,
     },
+}
+
+fn examples(count: usize) -> String {
+    if count == 1 { "1 example".to_string() } else { format!("{count} examples") }
+}
+
+/// An error and its causes in one line, without hints: the place where it came up is told beside it.
+pub(crate) fn chain(error: &LlamaError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        text += &format!(": {source}");
+        cause = source.source();
+    }
+    let lines = text.lines().map(str::trim);
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+/// The examples of a step, as many as a reader will read.
+fn of_examples(examples: &[usize]) -> String {
+    const MOST: usize = 16;
+    let numbers: Vec<String> = examples.iter().take(MOST).map(ToString::to_string).collect();
+    match examples.len() {
+        0 => String::new(),
+        1 => format!(", in a batch of example {}", numbers[0]),
+        MOST.. if examples.len() > MOST => {
+            format!(", in batches of examples {} and {} more", numbers.join(", "), examples.len() - MOST)
+        }
+        _ => format!(", in batches of examples {}", numbers.join(", ")),
+    }
 }
 
 /// One line for each problem, as many as a reader will read.

@@ -1,6 +1,6 @@
 //! Clipping of gradients by their global norm.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, FloatDType, Tensor};
 
@@ -19,39 +19,67 @@ pub fn clip_grad_norm<M: Module>(
     grads: GradientsParams,
     max_norm: f64,
 ) -> (GradientsParams, Option<Tensor<1>>) {
-    let mut squares = Squares { grads: &grads, sums: vec![] };
-    module.visit(&mut squares);
-    if squares.sums.is_empty() {
-        return (grads, None);
-    }
-    let norm = sum_all(Tensor::cat(squares.sums, 0)).sqrt();
+    let Some(squares) = Squares::of(module, &grads) else { return (grads, None) };
+    let norm = squares.norm();
+    (clip(module, grads, &norm, max_norm), Some(norm))
+}
+
+/// Multiplies all gradients by `min(1, max_norm / (norm + 1e-6))`.
+pub(crate) fn clip<M: Module>(
+    module: &M,
+    grads: GradientsParams,
+    norm: &Tensor<1>,
+    max_norm: f64,
+) -> GradientsParams {
     let factor = norm.clone().add_scalar(1e-6).recip().mul_scalar(max_norm).clamp_max(1.0);
     let mut scale = Scale { grads, factor };
     module.visit(&mut scale);
-    (scale.grads, Some(norm))
+    scale.grads
 }
 
-/// Sums the squares of all gradients.
-struct Squares<'a> {
-    grads: &'a GradientsParams,
-    /// Of each tensor, on the device of the first one.
-    sums: Vec<Tensor<1>>,
+/// The sum of the squares of each gradient, in f32.
+pub(crate) struct Squares {
+    /// The parameters, in the order of the module.
+    pub(crate) parameters: Vec<ParamId>,
+    /// One for each of them, on the device of the first one, `[n]`.
+    pub(crate) sums: Tensor<1>,
 }
 
-impl ModuleVisitor for Squares<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.grads.get::<D>(param.id) {
-            let grad = match grad.dtype() {
-                // The sum of squares overflows f16 and loses its digits in bf16.
-                DType::F16 | DType::BF16 => grad.cast(FloatDType::F32),
-                _ => grad,
-            };
-            let sum = sum_all(grad.square());
-            self.sums.push(match self.sums.first() {
-                None => sum,
-                Some(first) => sum.to_device(&first.device()),
-            });
+impl Squares {
+    /// Of all gradients of `module`; `None` if there are none.
+    pub(crate) fn of<M: Module>(module: &M, grads: &GradientsParams) -> Option<Self> {
+        struct Visitor<'a> {
+            grads: &'a GradientsParams,
+            parameters: Vec<ParamId>,
+            sums: Vec<Tensor<1>>,
         }
+
+        impl ModuleVisitor for Visitor<'_> {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let Some(grad) = self.grads.get::<D>(param.id) else { return };
+                let grad = match grad.dtype() {
+                    // The sum of squares overflows f16 and loses its digits in bf16.
+                    DType::F16 | DType::BF16 => grad.cast(FloatDType::F32),
+                    _ => grad,
+                };
+                let sum = sum_all(grad.square());
+                self.parameters.push(param.id);
+                self.sums.push(match self.sums.first() {
+                    None => sum,
+                    Some(first) => sum.to_device(&first.device()),
+                });
+            }
+        }
+
+        let mut visitor = Visitor { grads, parameters: vec![], sums: vec![] };
+        module.visit(&mut visitor);
+        let Visitor { parameters, sums, .. } = visitor;
+        (!sums.is_empty()).then(|| Self { parameters, sums: Tensor::cat(sums, 0) })
+    }
+
+    /// The norm of all gradients together, `[1]`.
+    pub(crate) fn norm(&self) -> Tensor<1> {
+        sum_all(self.sums.clone()).sqrt()
     }
 }
 

@@ -68,7 +68,7 @@ impl ItemLazy for ValidationOutput {
 
 /// Lets Burn's learner train the model.
 ///
-/// Two of the learner's options differ from [`fit`](crate::fit): its gradient accumulation adds up the mean losses of
+/// Two of the learner's options differ from [`Trainer`](crate::Trainer): its gradient accumulation adds up the mean losses of
 /// the batches, so tokens of short batches weigh more and the learning rate is to be divided by the number of
 /// batches; and its gradient clipping is by tensor.
 impl TrainStep for LlamaForCausalLm {

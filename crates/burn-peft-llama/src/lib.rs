@@ -29,8 +29,9 @@
 //! | Load, save | [`LlamaForCausalLm::from_pretrained`], [`save_pretrained`](LlamaForCausalLm::save_pretrained), [`to_dtype`](LlamaForCausalLm::to_dtype); [`LlamaConfig::load`], or [`LlamaConfig::init`] for random weights |
 //! | Add, switch, merge adapters | the methods of [`burn_peft::PeftModel`]; [`untie_lm_head`](LlamaForCausalLm::untie_lm_head) before an adapter of a tied output layer |
 //! | Text to tokens | [`Tokenizer::load`], [`ChatTemplate`], [`Message`]; [`Tokenizer::encode_conversation`] labels the answers |
+//! | Files of examples | [`Dataset`], [`Splits`]; [`Dataset::encode`] with [`EncodeOptions`] |
 //! | Tokens to batches | [`Example`], [`Collator`], [`Batch`] |
-//! | Train | [`fit`] with [`TrainingConfig`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
+//! | Train, interrupted or not | [`Trainer`] with [`TrainingConfig`]; [`Checkpoint`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
 //! | Measure | [`evaluate`], [`LlamaForCausalLm::forward`] |
 //! | Generate | [`LlamaForCausalLm::generate`] with [`GenerateOptions`] |
 //! | Files | [`merge_directory`]: adapters merged from directories to a directory |
@@ -63,6 +64,7 @@ mod cache;
 mod chat_template;
 mod config;
 mod conversation;
+mod dataset;
 mod error;
 mod family;
 mod file;
@@ -100,6 +102,7 @@ pub use burn_peft_files::{TensorFileError, WrongFile};
 pub use chat_template::ChatTemplate;
 pub use config::LlamaConfig;
 pub use conversation::{Example, IGNORE_INDEX, Labels};
+pub use dataset::{Content, Dataset, EncodeOptions, Encoded, EncodingReport, Place, Record, Splits, TooLong};
 pub use error::LlamaError;
 pub use generate::GenerateOptions;
 pub use gradient::clip_grad_norm;
@@ -112,9 +115,11 @@ pub use message::Message;
 pub use mlp::LlamaMlp;
 pub use model::{Llama, LlamaForCausalLm};
 pub use norm::RmsNorm;
-pub use problem::{ConfigProblem, WeightProblem};
+pub use problem::{ConfigProblem, RecordProblem, WeightProblem};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::Sampling;
 pub use schedule::{LrSchedule, Schedule};
 pub use tokenizer::{SpecialTokens, Tokenizer};
-pub use train::{CausalLmLoss, Evaluation, StepReport, TrainingConfig, evaluate, fit};
+pub use train::{
+    CausalLmLoss, Checkpoint, CheckpointDifference, Evaluation, StepReport, Trainer, TrainingConfig, evaluate,
+};

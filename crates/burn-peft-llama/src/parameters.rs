@@ -1,7 +1,7 @@
 //! The parameters of a model, as its files name and shape them.
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::error::LlamaError;
 
@@ -20,6 +20,8 @@ pub(crate) struct Parameter {
     pub(crate) trained: bool,
     /// Reads it, as the model holds it.
     pub(crate) read: Box<dyn Fn() -> Result<TensorData, LlamaError>>,
+    /// Reads as many of its elements, evenly spread; all elements of a quantized one.
+    pub(crate) sample: Box<dyn Fn(usize) -> Result<TensorData, LlamaError>>,
 }
 
 /// Lists the parameters of a model without making those that do not exist yet.
@@ -51,7 +53,7 @@ pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
             let is_own = |name: &String| name == "weight" || name == "bias";
             let (last, above) =
                 self.path.split_last().map_or((false, &[][..]), |(last, above)| (is_own(last), above));
-            let read = param.clone();
+            let (read, sample) = (param.clone(), param.clone());
             self.parameters.push(Parameter {
                 id: param.id,
                 name: self.path.join("."),
@@ -61,10 +63,8 @@ pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
                 // The parameters of a module end with `weight` or `bias`; what lies below is an adapter.
                 adapter: !last || above.iter().any(is_own),
                 trained: param.is_require_grad(),
-                read: Box::new(move || {
-                    let data = read.base().try_into_data();
-                    data.map_err(|source| LlamaError::DeviceRead { source: Box::new(source) })
-                }),
+                read: Box::new(move || data(read.base())),
+                sample: Box::new(move |count| data(spread(sample.base(), count))),
             });
         }
     }
@@ -72,4 +72,23 @@ pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     let mut reader = Reader::default();
     model.visit(&mut reader);
     reader.parameters
+}
+
+fn data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, LlamaError> {
+    tensor.try_into_data().map_err(|source| LlamaError::DeviceRead { source: Box::new(source) })
+}
+
+/// `count` elements of a tensor, evenly spread, the first and the last among them; all of them if there are no more, or if
+/// they are packed.
+fn spread<const D: usize>(tensor: Tensor<D>, count: usize) -> Tensor<D> {
+    let tensor = if tensor.is_autodiff() { tensor.inner() } else { tensor };
+    let elements = tensor.shape().num_elements();
+    if elements <= count || matches!(tensor.dtype(), DType::QFloat(_)) {
+        return tensor;
+    }
+    let indices: Vec<i64> = (0..count).map(|i| (i * (elements - 1) / (count - 1)) as i64).collect();
+    let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), &tensor.device());
+    let mut shape = [1; D];
+    shape[D - 1] = count;
+    tensor.reshape([elements]).select(0, indices).reshape(shape)
 }

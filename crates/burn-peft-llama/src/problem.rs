@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::dataset::Place;
+
 /// One field of a `config.json` that cannot be used.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +75,22 @@ impl fmt::Display for WeightProblem {
             }
             Self::Type { name, found } => write!(f, "`{name}`: expected f32, f16 or bf16, found {found}"),
         }
+    }
+}
+
+/// One example of a file that cannot be used.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordProblem {
+    /// Where it is.
+    pub place: Place,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl fmt::Display for RecordProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.reason)
     }
 }
 

@@ -1,34 +1,29 @@
-//! A short training loop: AdamW, schedule, global clipping, token-weighted accumulation.
+//! Training: the loop, its options, its checkpoints.
 
 mod accumulation;
 pub(crate) mod check;
+mod checkpoint;
 mod config;
 mod evaluation;
 mod mean_loss;
+mod numbers;
 mod order;
 mod report;
-
-use std::ops::ControlFlow;
-use std::time::Instant;
+mod trainer;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use self::accumulation::window_grads;
-use self::check::{check_examples, check_trainable, device};
-use self::mean_loss::{MeanLoss, scalar};
-use self::order::epoch_batches;
-use crate::batch::{Batch, Collator};
-use crate::conversation::Example;
-use crate::error::LlamaError;
-use crate::gradient::clip_grad_norm;
+use crate::batch::Batch;
 use crate::model::LlamaForCausalLm;
 
+pub use checkpoint::{Checkpoint, CheckpointDifference};
 pub use config::TrainingConfig;
 pub use evaluation::{Evaluation, evaluate};
 pub use report::StepReport;
+pub use trainer::Trainer;
 
-/// A language model that [`fit`] and [`evaluate`] can work on.
+/// A language model that [`Trainer`] and [`evaluate`] can work on.
 pub trait CausalLmLoss: Module {
     /// Mean cross-entropy over the labelled tokens of `batch`, in nats, `[1]`.
     fn loss(&self, batch: &Batch) -> Tensor<1>;
@@ -50,89 +45,6 @@ impl CausalLmLoss for LlamaForCausalLm {
     }
 }
 
-/// Trains `model` on `examples` and returns it.
-///
-/// Every pass has its own order, drawn from the seed; within windows of some batches, examples of like length share
-/// a batch, which leaves little padding. `on_step` is called after each optimizer step with the report and the model:
-/// draw a bar, evaluate, save, or end the training with [`ControlFlow::Break`].
-///
-/// For checkpoints of the optimizer, several devices, or Burn's dashboard, use Burn's own learner (feature `train`).
-///
-/// # Errors
-/// - [`LlamaError::InvalidOption`] for a configuration that makes no sense,
-/// - [`LlamaError::NotTrainable`] if the model is not on an autodiff device, or nothing in it is trained: all its
-///   parameters are frozen, its adapters are merged or inactive, or rows of a batch name them,
-/// - [`LlamaError::TrainableF16`] if a parameter that would be trained is f16; a frozen base may be,
-/// - those of [`Collator::collate`], for any of the examples, before training begins,
-/// - [`LlamaError::NonFiniteLoss`] if a loss that is read is not a number,
-/// - [`LlamaError::DeviceRead`] if it cannot be read.
-pub fn fit<M: CausalLmLoss>(
-    mut model: M,
-    examples: &[Example],
-    collator: &Collator,
-    config: &TrainingConfig,
-    mut on_step: impl FnMut(&StepReport, &M) -> ControlFlow<()>,
-) -> Result<M, LlamaError> {
-    config.check()?;
-    check_examples(examples, collator, model.vocab_size())?;
-    let device = device(&model)?;
-    check_trainable(&model, &device)?;
-
-    let lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
-    let num_batches = examples.len().div_ceil(config.batch_size);
-    let steps_per_epoch = num_batches.div_ceil(config.grad_accumulation);
-    let total_steps = config.max_steps.unwrap_or(config.epochs * steps_per_epoch);
-    let start = Instant::now();
-    let mut optimizer = config.optimizer();
-    let mut logged = MeanLoss::default();
-    let mut num_tokens = 0;
-
-    let mut step = 0;
-    for epoch in 0.. {
-        let batches = epoch_batches(&lengths, config.batch_size, config.seed, epoch);
-        for (in_epoch, window) in batches.chunks(config.grad_accumulation).enumerate() {
-            if step == total_steps {
-                return Ok(model);
-            }
-            let window = window
-                .iter()
-                .map(|batch| {
-                    let batch: Vec<Example> = batch.iter().map(|&i| examples[i].clone()).collect();
-                    collator.collate(&batch, &device)
-                })
-                .collect::<Result<Vec<_>, _>>()?;
-            let (grads, loss) = window_grads(&model, &window)?;
-            logged.add(loss);
-            num_tokens += window.iter().map(|batch| batch.num_tokens).sum::<usize>();
-
-            let (grads, norm) = match config.max_grad_norm {
-                Some(max_norm) => clip_grad_norm(&model, grads, max_norm),
-                None => (grads, None),
-            };
-            let factor = config.schedule.factor(step, config.warmup_steps, total_steps);
-            let learning_rate = config.learning_rate * factor;
-            model = optimizer.step(learning_rate, model, grads);
-            step += 1;
-
-            let read = step % config.log_every == 0 || step == 1 || step == total_steps;
-            let (loss, grad_norm) =
-                if read { (logged.take()?, norm.map(scalar).transpose()?) } else { (None, None) };
-            // An infinite norm has turned the gradients into NaN, whatever the loss was.
-            if let Some(loss) = loss.into_iter().chain(grad_norm).find(|number| !number.is_finite()) {
-                return Err(LlamaError::NonFiniteLoss { step, loss });
-            }
-            let epoch = epoch as f64 + (in_epoch + 1) as f64 / steps_per_epoch as f64;
-            let elapsed = start.elapsed();
-            let report =
-                StepReport { step, total_steps, epoch, learning_rate, loss, grad_norm, num_tokens, elapsed };
-            if on_step(&report, &model).is_break() {
-                return Ok(model);
-            }
-        }
-    }
-    Ok(model)
-}
-
 #[cfg(test)]
 mod tests {
     use burn::module::Param;
@@ -141,7 +53,10 @@ mod tests {
     use burn::tensor::{Device, FloatDType, TensorData};
 
     use super::*;
+    use crate::batch::Collator;
     use crate::config::LlamaConfig;
+    use crate::conversation::Example;
+    use crate::error::LlamaError;
     use crate::testing::model;
 
     /// Predicts the next token from the present one alone.
@@ -192,13 +107,24 @@ mod tests {
         TrainingConfig::new().with_learning_rate(0.05).with_epochs(8).with_batch_size(4)
     }
 
-    pub(super) fn run(config: &TrainingConfig) -> (Bigram, Vec<StepReport>) {
+    /// All steps, and their reports.
+    pub(super) fn fit<M: CausalLmLoss>(
+        model: &mut M,
+        examples: &[Example],
+        config: &TrainingConfig,
+    ) -> Result<Vec<StepReport>, LlamaError> {
+        let mut trainer = Trainer::new(config, examples, &Collator::new(7))?;
         let mut reports = vec![];
-        let model = fit(Bigram::new(&autodiff()), &examples(), &Collator::new(7), config, |report, _| {
-            reports.push(report.clone());
-            ControlFlow::Continue(())
-        });
-        (model.unwrap(), reports)
+        while let Some(report) = trainer.step(model)? {
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    pub(super) fn run(config: &TrainingConfig) -> (Bigram, Vec<StepReport>) {
+        let mut model = Bigram::new(&autodiff());
+        let reports = fit(&mut model, &examples(), config).unwrap();
+        (model, reports)
     }
 
     pub(super) fn weights(model: &Bigram) -> Vec<f32> {
@@ -241,29 +167,84 @@ mod tests {
         assert_eq!(reports.len(), 4);
         assert_eq!((reports[0].epoch, reports[1].epoch, reports[3].epoch), (0.5, 1.0, 2.0));
         let free = run(&config().with_max_grad_norm(None)).1;
-        assert!(free[0].loss.is_some() && free[0].grad_norm.is_none());
+        assert!(free[0].loss.is_some() && free[0].grad_norm.is_some());
     }
 
     #[test]
-    fn max_steps_repeats_the_examples_and_break_ends_early() {
+    fn max_steps_repeats_the_examples_and_the_loop_may_end_early() {
         let (_, reports) = run(&config().with_epochs(1).with_max_steps(Some(9)));
         assert_eq!((reports.len(), reports[8].total_steps, reports[8].epoch), (9, 9, 1.5));
-        let mut seen = 0;
-        let stopped =
-            fit(Bigram::new(&autodiff()), &examples(), &Collator::new(7), &config(), |report, model| {
-                seen = report.step;
-                assert!(model.devices()[0].is_autodiff());
-                if report.step == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            });
-        assert!(stopped.is_ok() && seen == 3);
+        let mut model = Bigram::new(&autodiff());
+        let mut trainer = Trainer::new(&config(), examples(), &Collator::new(7)).unwrap();
+        while let Some(report) = trainer.step(&mut model).unwrap() {
+            assert!(model.devices()[0].is_autodiff());
+            if report.step == 3 {
+                break;
+            }
+        }
+        assert_eq!((trainer.steps(), trainer.total_steps(), trainer.epoch()), (3, 48, 0.5));
     }
 
     #[test]
-    fn a_loss_that_is_not_a_number_ends_the_training() {
+    fn a_number_that_goes_wrong_is_named_with_its_step_and_its_examples() {
+        let message = |model: &mut Bigram, config: &TrainingConfig| match fit(model, &examples(), config) {
+            Err(LlamaError::NotFinite { what, step, examples, .. }) => (what, step, examples),
+            other => panic!("{other:?}"),
+        };
         let mut model = Bigram::new(&autodiff());
         model.head.weight = model.head.weight.map(|w| (w * f64::NAN).detach().require_grad());
-        let result = fit(model, &examples(), &Collator::new(7), &config(), |_, _| ControlFlow::Continue(()));
-        assert!(matches!(result, Err(LlamaError::NonFiniteLoss { step: 1, .. })));
+        let order = order::epoch_batches(&lengths(), 4, 42, 0);
+        assert_eq!(message(&mut model, &config()), ("the loss".to_string(), 1, order[0].clone()));
+
+        // The loss of the fourth step is the first to feel a rate that is far too high; it is read at the tenth.
+        let mut model = Bigram::new(&autodiff());
+        let high = config().with_learning_rate(1e38).with_warmup_steps(3).with_max_grad_norm(None);
+        let (what, step, examples) = message(&mut model, &high);
+        assert!((2..6).contains(&step), "{what} {step}");
+        assert_eq!(examples, order[step - 1]);
+
+        // A finite loss whose gradient is too large for f32.
+        let mut model = Bigram::new(&autodiff());
+        model.embedding.weight = model.embedding.weight.map(|w| (w * 1e25).detach().require_grad());
+        model.head.weight = model.head.weight.map(|w| (w * 1e-25).detach().require_grad());
+        let expected = "the squared norm of the gradient of `head.weight`".to_string();
+        assert_eq!(message(&mut model, &config()), (expected, 1, order[0].clone()));
+    }
+
+    fn lengths() -> Vec<usize> {
+        examples().iter().map(|example| example.input_ids.len()).collect()
+    }
+
+    #[test]
+    fn an_adapter_that_gets_no_gradient_says_so_at_the_first_step() {
+        use burn_peft::{LoraConfig, PeftModel};
+        #[derive(Module, Debug)]
+        struct Two {
+            used: Bigram,
+            unused: Linear,
+        }
+        impl CausalLmLoss for Two {
+            fn loss(&self, batch: &Batch) -> Tensor<1> {
+                self.used.loss(batch)
+            }
+        }
+        let two = || {
+            let used = Bigram::new(&autodiff());
+            Two { unused: used.head.clone(), used }
+        };
+        let mut model = two();
+        model.add_adapter("unused", LoraConfig::new(2).with_target_modules(["unused"])).unwrap();
+        model.add_adapter("used", LoraConfig::new(2).with_target_modules(["head"])).unwrap();
+        model.set_adapter(&["unused", "used"]).unwrap();
+        let error = fit(&mut model, &examples(), &config()).unwrap_err();
+        assert!(matches!(&error, LlamaError::NoGradient { adapter } if adapter == "unused"), "{error}");
+
+        let mut model = two();
+        model.add_adapter("both", LoraConfig::new(2).with_target_modules(["unused", "head"])).unwrap();
+        let reports = fit(&mut model, &examples(), &config()).unwrap();
+        let expected = ["unused.weight.peft.both.a", "unused.weight.peft.both.b"];
+        assert_eq!(reports[0].without_gradient, expected);
+        assert!(reports[1..].iter().all(|report| report.without_gradient.is_empty()));
     }
 
     #[test]
@@ -279,8 +260,7 @@ mod tests {
             model.model.layers[0].mlp.down_proj.weight.base().into_data().iter::<f32>().collect()
         };
         let before = (base(&model), evaluate(&model, &examples(), &Collator::new(7), 8).unwrap().loss);
-        let model =
-            fit(model, &examples(), &Collator::new(7), &config(), |_, _| ControlFlow::Continue(())).unwrap();
+        fit(&mut model, &examples(), &config()).unwrap();
         assert_eq!(base(&model), before.0);
         let after = evaluate(&model, &examples(), &Collator::new(7), 8).unwrap().loss;
         assert!(after < 0.9 * before.1, "{} to {after}", before.1);
@@ -293,13 +273,9 @@ mod tests {
         model(&Device::flex(), false).save_pretrained(dir.path()).unwrap();
         // All examples in each batch, so that the losses of the steps compare.
         let config = config().with_batch_size(21).with_max_steps(Some(12)).with_log_every(1);
-        let train = |model: LlamaForCausalLm| {
-            let mut losses = vec![];
-            let trained = fit(model, &examples(), &Collator::new(7), &config, |report, _| {
-                losses.extend(report.loss);
-                ControlFlow::Continue(())
-            });
-            trained.map(|_| losses)
+        let train = |mut model: LlamaForCausalLm| -> Result<Vec<f64>, LlamaError> {
+            let reports = fit(&mut model, &examples(), &config)?;
+            Ok(reports.into_iter().filter_map(|report| report.loss).collect())
         };
         for dtype in [FloatDType::BF16, FloatDType::F16] {
             let mut model = LlamaForCausalLm::from_pretrained_as(dir.path(), &autodiff(), dtype).unwrap();

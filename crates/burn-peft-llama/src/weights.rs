@@ -3,7 +3,7 @@
 mod checkpoint;
 mod loader;
 mod transpose;
-mod writer;
+pub(crate) mod writer;
 
 use std::path::Path;
 
@@ -12,6 +12,7 @@ use burn_peft_files::WEIGHTS_FILE;
 
 use self::checkpoint::Checkpoint;
 use self::loader::Loader;
+use self::writer::Entry;
 use crate::config::{CONFIG_FILE, LlamaConfig};
 use crate::error::LlamaError;
 use crate::file;
@@ -82,17 +83,16 @@ impl LlamaForCausalLm {
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<(), LlamaError> {
         let dir = dir.as_ref();
-        let mut parameters = parameters(self);
+        let parameters = parameters(self);
         if let Some(adapter) = parameters.iter().find(|parameter| parameter.adapter) {
             return Err(LlamaError::AdaptersAttached { path: adapter.name.clone() });
         }
-        // Wider types first keeps every tensor aligned.
-        parameters.sort_by_key(|parameter| std::cmp::Reverse(parameter.dtype.size()));
         let dtype = dtype_name(self.model.embed_tokens.weight.base().dtype());
         let config = format!("{:#}\n", self.config().to_json(dtype));
         let (weights_path, config_path) = (dir.join(WEIGHTS_FILE), dir.join(CONFIG_FILE));
         let directory = file::writer(dir)?;
-        let weights = writer::write(&directory, &weights_path, &parameters)?;
+        let entries = parameters.into_iter().map(Entry::from).collect();
+        let weights = writer::write(&directory, &weights_path, entries)?;
         let staged = file::stage(&directory, &config_path, &config)?;
         if file::read_optional(&config_path, "").ok().flatten().is_some_and(|old| old != config) {
             file::remove(&directory, &config_path)?;

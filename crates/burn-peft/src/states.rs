@@ -18,6 +18,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) config: &'a Arc<PeftConfig>,
     pub(crate) is_active: bool,
     pub(crate) is_merged: bool,
+    /// The factor of [`set_scale`](crate::PeftModel::set_scale).
+    pub(crate) scale: f64,
 }
 
 impl Deref for States {
@@ -44,6 +46,7 @@ impl States {
                     config: &info.config,
                     is_active: info.active,
                     is_merged: false,
+                    scale: info.scale,
                 });
                 debug_assert_eq!(facts.is_active, info.active, "`{}` is active in part", info.name);
                 facts.is_merged |= state.is_merged(&info.name);

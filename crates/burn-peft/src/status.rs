@@ -26,6 +26,8 @@ pub struct AdapterStatus {
     pub copied_parameters: usize,
     /// Its parameters, active or not.
     pub num_params: usize,
+    /// The factor of [`set_scale`](crate::PeftModel::set_scale), on top of what the configuration says; 1 unless it was set.
+    pub scale: f64,
     /// How it was configured.
     pub config: PeftConfig,
 }
@@ -44,6 +46,7 @@ impl AdapterStatus {
                 modules: modules.len(),
                 copied_parameters: parts.iter().filter(|adapter| adapter.replaces()).count(),
                 num_params: parts.iter().map(|adapter| adapter.num_params()).sum(),
+                scale: facts.scale,
                 config: PeftConfig::clone(facts.config),
             }
         };

@@ -5,7 +5,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
-use super::{Raised, json, limits, methods, repr, source};
+use super::{MARKS, Raised, json, limits, methods, repr, source};
 
 /// An engine whose `strftime_now` sees `date`, or the clock.
 pub(super) fn environment(date: Option<civil::Date>) -> Result<Environment<'static>, Error> {
@@ -35,6 +35,11 @@ pub(super) fn environment(date: Option<civil::Date>) -> Result<Environment<'stat
     environment.add_filter("pprint", |value: &Value| repr::repr(value));
     // Python looks for attributes here and never for keys, which the engine does not tell apart.
     environment.remove_filter("attr");
+    environment.add_filter(source::MARKED, |state: &State, text: &str| {
+        let marks = state.lookup(MARKS).unwrap_or_default();
+        let mark = |at: usize| marks.get_item_by_index(at).map(|mark| mark.to_string()).unwrap_or_default();
+        format!("{}{text}{}", mark(0), mark(1))
+    });
     environment.add_filter(source::BOUNDED, limits::bounded);
     environment.add_filter(source::BOUNDED_ITEM, limits::bounded_item);
     environment.add_test("callable", |value: &Value| {

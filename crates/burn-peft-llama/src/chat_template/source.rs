@@ -9,11 +9,14 @@ use minijinja::{Error, ErrorKind};
 pub(super) const BOUNDED: &str = "__bounded";
 pub(super) const BOUNDED_ITEM: &str = "__bounded_item";
 
+/// The filter that the text of `generation` blocks goes through.
+pub(super) const MARKED: &str = "__marked";
+
 /// Prepares the source of a template.
 ///
 /// - Jinja reads `\r\n` and `\r` as `\n`, inside literals too.
 /// - `{% generation %}` is an extension of transformers that marks the assistant's words. It becomes a `with` block,
-///   which has a scope of its own as well. The signs of whitespace control stay.
+///   which has a scope of its own as well, with a filter in it that marks its text. The signs of whitespace control stay.
 /// - `{% set x = value %}` puts the value through a filter that refuses deep nesting: only so can a template nest
 ///   values without end, and minijinja 3.1 overflows the stack when it drops, compares or joins them.
 ///
@@ -65,8 +68,15 @@ pub(super) fn prepare(source: &str) -> Result<String, Error> {
                 let filter = if before.contains('.') { BOUNDED_ITEM } else { BOUNDED };
                 out.extend([before, " (", value, ") | ", filter, " ", end]);
             }
-            ("generation", _) if !raw && is_bare(tag, word) => out.push_str(&tag.replace(word, "with")),
-            ("endgeneration", _) if !raw && is_bare(tag, word) => out.push_str(&tag.replace(word, "endwith")),
+            ("generation", _) if !raw && is_bare(tag, word) => {
+                // Nothing stands between the two tags that replace one, so each has its half of the whitespace control.
+                let (before, after) = tag.split_at(tag.find(word).unwrap_or_default());
+                out.extend([before, "with %}{% filter ", MARKED, &after[word.len()..]]);
+            }
+            ("endgeneration", _) if !raw && is_bare(tag, word) => {
+                let (before, after) = tag.split_at(tag.find(word).unwrap_or_default());
+                out.extend([before, "endfilter %}{% endwith", &after[word.len()..]]);
+            }
             _ => out.push_str(tag),
         }
         rest = after;
@@ -137,7 +147,10 @@ mod tests {
 
     #[test]
     fn only_generation_tags_and_assignments_are_rewritten() {
-        assert_eq!(prepared("{%- generation +%}x{% endgeneration%}"), "{%- with +%}x{% endwith%}");
+        assert_eq!(
+            prepared("{%- generation +%}x{% endgeneration%}"),
+            "{%- with %}{% filter __marked +%}x{% endfilter %}{% endwith%}"
+        );
         assert_eq!(prepared("{%- set x='=%}' -%}"), "{%- set x= ('=%}') | __bounded -%}");
         assert_eq!(prepared("{% set n.x = [1] %}"), "{% set n.x = ([1]) | __bounded_item %}");
         assert_eq!(prepared("{% set a, b = 1, 2 %}"), "{% set a, b = (1, 2) | __bounded %}");

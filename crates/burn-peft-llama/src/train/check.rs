@@ -77,17 +77,12 @@ pub(crate) fn hint<M: Module>(model: &M) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::ControlFlow;
-
     use super::*;
-    use crate::train::tests::{Bigram, autodiff, config, examples};
-    use crate::train::{StepReport, fit};
+    use crate::train::tests::{Bigram, autodiff, config, examples, fit};
 
     #[test]
     fn what_cannot_be_trained_is_an_error_before_the_first_step() {
-        let never = |_: &StepReport, _: &Bigram| -> ControlFlow<()> { panic!("a step was made") };
-        let fit =
-            |model, examples: &[Example], config| fit(model, examples, &Collator::new(7), &config, never);
+        let fit = |mut model: Bigram, examples: &[Example], config| fit(&mut model, examples, &config);
         let model = || Bigram::new(&autodiff());
         assert!(matches!(fit(model(), &[], config()), Err(LlamaError::EmptyBatch)));
         let unlabelled = [Example { input_ids: vec![1, 2], labels: vec![-100, -100] }];
@@ -112,14 +107,13 @@ mod tests {
         use crate::train::evaluate;
         use burn_peft::{InitLoraWeights, LoraConfig};
         let mut model = model(&autodiff(), false);
-        let config = LoraConfig::new(2)
+        let lora = LoraConfig::new(2)
             .with_lora_alpha(6.0)
             .with_init_lora_weights(InitLoraWeights::Random)
             .with_target_modules(["q_proj", "lm_head"]);
-        model.add_adapter("one", &config).unwrap();
+        model.add_adapter("one", &lora).unwrap();
         let train = |model: &LlamaForCausalLm| {
-            let config = config_of_one_step();
-            fit(model.clone(), &examples(), &Collator::new(7), &config, |_, _| ControlFlow::Continue(()))
+            fit(&mut model.clone(), &examples(), &config().with_max_steps(Some(1)))
         };
         let message = |model: &LlamaForCausalLm| train(model).unwrap_err().to_string();
         let loss =
@@ -147,10 +141,6 @@ mod tests {
         model.merge_adapter().unwrap();
         model.model.norm.weight = model.model.norm.weight.set_require_grad(true);
         assert!(train(&model).is_ok());
-    }
-
-    fn config_of_one_step() -> crate::train::TrainingConfig {
-        config().with_max_steps(Some(1))
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use burn::config::Config;
 use burn::module::ParamGroup;
 use burn::optim::{AdamWConfig, ModuleOptimizer};
+use burn_peft::{LoraPlus, LoraPlusGroups};
 
 use crate::error::LlamaError;
 use crate::schedule::Schedule;
@@ -42,15 +43,27 @@ pub struct TrainingConfig {
     /// AdamW's decoupled weight decay; norms and biases are left out of it, as by transformers. Default: 0.
     #[config(default = 0.0)]
     pub weight_decay: f32,
+    /// With LoRA+, how many times as high the learning rate of `B` is as that of `A`: see [`LoraPlus`], which also says
+    /// what decays. PEFT's `loraplus_lr_ratio`. Default: `None`, plain AdamW.
+    #[config(default = "None")]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// With LoRA+, the learning rate of the factors of embeddings, which follows no schedule. PEFT's
+    /// `loraplus_lr_embedding`. Default: 1e-6.
+    #[config(default = 1e-6)]
+    pub loraplus_lr_embedding: f64,
     /// Largest global norm of the gradients, or `None` for no clipping. Default: 1.
     #[config(default = "Some(1.0)")]
     pub max_grad_norm: Option<f64>,
-    /// Seed of the order of the examples. Default: 42.
+    /// Seed of the order of the examples and of dropout. Default: 42.
     #[config(default = 42)]
     pub seed: u64,
     /// How many optimizer steps lie between two readings of the loss from the device. Default: 10.
     #[config(default = 10)]
     pub log_every: usize,
+    /// How many checkpoints are kept, beside the one with the least loss of an evaluation; `None` for all. transformers'
+    /// `save_total_limit`. Default: 2.
+    #[config(default = "Some(2)")]
+    pub save_total_limit: Option<usize>,
 }
 
 impl TrainingConfig {
@@ -62,6 +75,7 @@ impl TrainingConfig {
             ("log_every", self.log_every),
             ("epochs", if self.max_steps.is_some() { 1 } else { self.epochs }),
             ("max_steps", self.max_steps.unwrap_or(1)),
+            ("save_total_limit", self.save_total_limit.unwrap_or(1)),
         ];
         if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
             return refuse(option, "1 or more", "0".to_string());
@@ -82,13 +96,22 @@ impl TrainingConfig {
         Ok(())
     }
 
+    /// The learning rates of LoRA+, if they are asked for.
+    pub(super) fn lora_plus(&self) -> Option<LoraPlus> {
+        let ratio = self.loraplus_lr_ratio?;
+        Some(LoraPlus::new(ratio).with_lr_embedding(self.loraplus_lr_embedding))
+    }
+
     /// AdamW with torch's defaults: betas 0.9 and 0.999, epsilon 1e-8.
-    pub(super) fn optimizer(&self) -> ModuleOptimizer {
+    pub(super) fn optimizer(&self, lora_plus: Option<&LoraPlusGroups>) -> ModuleOptimizer {
         let config = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(self.weight_decay);
         if self.weight_decay == 0.0 {
             return config.init();
         }
-        let undecayed = ParamGroup::from_any_predicates(vec!["norm.weight", ".bias"]);
+        let undecayed = match lora_plus {
+            Some(groups) => groups.without_decay(),
+            None => ParamGroup::from_any_predicates(vec!["norm.weight", ".bias"]),
+        };
         config.init().with_group(undecayed, config.with_weight_decay(0.0).build(), None)
     }
 }
@@ -118,7 +141,7 @@ mod tests {
             let mut model = Bigram::new(&autodiff());
             model.head.weight = model.head.weight.map(|w| w.ones_like().detach().require_grad());
             model.head.bias = model.head.bias.map(|b| b.map(|b| b.ones_like().detach().require_grad()));
-            let mut optimizer = config().with_weight_decay(decay).optimizer();
+            let mut optimizer = config().with_weight_decay(decay).optimizer(None);
             for g in gradients {
                 let mut grads = GradientsParams::new();
                 let plain = Device::flex();

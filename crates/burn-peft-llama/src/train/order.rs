@@ -9,6 +9,11 @@ use rand::seq::SliceRandom;
 /// Batches within which lengths are sorted: enough to save padding, few enough to keep the order random.
 const SORTED_BATCHES: usize = 16;
 
+/// A seed for part `part` of what `seed` decides.
+pub(super) fn spread_seed(seed: u64, part: u64) -> u64 {
+    seed.wrapping_add(part.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
 /// The examples of one pass as batches of indices, in random order.
 pub(super) fn epoch_batches(
     lengths: &[usize],
@@ -16,8 +21,7 @@ pub(super) fn epoch_batches(
     seed: u64,
     epoch: usize,
 ) -> Vec<Vec<usize>> {
-    let mut rng =
-        StdRng::seed_from_u64(seed.wrapping_add((epoch as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let mut rng = StdRng::seed_from_u64(spread_seed(seed, epoch as u64));
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.shuffle(&mut rng);
     for window in order.chunks_mut(batch_size.saturating_mul(SORTED_BATCHES)) {

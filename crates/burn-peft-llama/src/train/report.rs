@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// What happened in one optimizer step.
 #[non_exhaustive]
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
     /// The step, from 1.
     pub step: usize,
@@ -16,16 +16,19 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// Mean loss per labelled token over the steps since the last one that had a loss; `None` between them.
     pub loss: Option<f64>,
-    /// Norm of the step's gradients before clipping, where there is a loss and clipping is on.
+    /// Norm of the step's gradients before clipping, where there is a loss.
     pub grad_norm: Option<f64>,
     /// Tokens seen so far, without padding.
     pub num_tokens: usize,
-    /// Time since the training began.
+    /// Time spent in steps, those before a resume included.
     pub elapsed: Duration,
+    /// At the first step after [`new`](crate::Trainer::new) or [`resume`](crate::Trainer::resume), the trained parameters
+    /// that got no gradient: the loss of this step does not depend on them. An adapter of which none got one is an error.
+    pub without_gradient: Vec<String>,
 }
 
 impl StepReport {
-    /// Tokens per second since the training began, without padding.
+    /// Tokens per second of the time spent in steps, without padding.
     pub fn tokens_per_second(&self) -> f64 {
         self.num_tokens as f64 / self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE)
     }

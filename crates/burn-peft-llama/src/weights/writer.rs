@@ -1,4 +1,4 @@
-//! Writing `model.safetensors`.
+//! Writing safetensors files.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -14,17 +14,47 @@ use crate::error::LlamaError;
 use crate::file::{self, unwritten};
 use crate::parameters::Parameter;
 
+/// A tensor on its way into a file.
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    /// As in the file.
+    pub(crate) shape: Vec<usize>,
+    pub(crate) dtype: DType,
+    /// Its bytes in the order of the file.
+    pub(crate) read: Box<dyn Fn() -> Result<Vec<u8>, LlamaError>>,
+}
+
+impl From<Parameter> for Entry {
+    fn from(parameter: Parameter) -> Self {
+        let Parameter { name, shape, dtype, transposed, read, .. } = parameter;
+        let matrix = match shape[..] {
+            [rows, columns] if transposed => Some([columns, rows]),
+            _ => None,
+        };
+        let bytes = move || {
+            let data = read()?;
+            Ok(match matrix {
+                Some(shape) => transpose_bytes(data.as_bytes(), shape, dtype.size()),
+                None => data.as_bytes().to_vec(),
+            })
+        };
+        Self { name, shape, dtype, read: Box::new(bytes) }
+    }
+}
+
 /// Writes tensors one after the other into a file that has yet to be moved to `path`.
-pub(super) fn write(
+pub(crate) fn write(
     directory: &DirectoryWriter,
     path: &Path,
-    parameters: &[Parameter],
+    mut entries: Vec<Entry>,
 ) -> Result<StagedFile, LlamaError> {
     let failed = unwritten(path);
     let malformed = |source| LlamaError::WeightsFile(TensorFileError::Format { path: path.into(), source });
+    // Wider types first keeps every tensor aligned.
+    entries.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.size()));
     let mut offset = 0;
-    let mut infos = Vec::with_capacity(parameters.len());
-    for Parameter { name, shape, dtype, .. } in parameters {
+    let mut infos = Vec::with_capacity(entries.len());
+    for Entry { name, shape, dtype, .. } in &entries {
         let dtype = match dtype {
             DType::F64 => Dtype::F64,
             DType::F16 => Dtype::F16,
@@ -45,14 +75,8 @@ pub(super) fn write(
     let mut writer = io::BufWriter::with_capacity(1 << 20, &mut file);
     writer.write_all(&(header.len() as u64).to_le_bytes()).map_err(&failed)?;
     writer.write_all(&header).map_err(&failed)?;
-    for parameter in parameters {
-        let data = (parameter.read)()?;
-        let size = parameter.dtype.size();
-        let bytes = match (parameter.transposed, parameter.shape.as_slice()) {
-            (true, &[rows, columns]) => transpose_bytes(data.as_bytes(), [columns, rows], size),
-            _ => data.as_bytes().to_vec(),
-        };
-        writer.write_all(&bytes).map_err(&failed)?;
+    for entry in &entries {
+        writer.write_all(&(entry.read)()?).map_err(&failed)?;
     }
     writer.flush().map_err(&failed)?;
     drop(writer);

@@ -1,0 +1,83 @@
+//! What will be learnt, in numbers.
+
+use std::fmt;
+
+use crate::conversation::{Example, IGNORE_INDEX};
+use crate::tokenizer::Tokenizer;
+
+/// What the examples of a file are as tokens.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncodingReport {
+    /// Examples that remain.
+    pub examples: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Their tokens that are learnt.
+    pub labelled: usize,
+    /// Lengths in tokens: the shortest, the median, the 90th and the 99th percentile, the longest.
+    pub lengths: [usize; 5],
+    /// Examples that lost their end because they were too long.
+    pub cut: usize,
+    /// Examples that were left out because they were too long, or had nothing to learn once they were cut.
+    pub dropped: usize,
+    /// Examples in which a passage that is learnt does not end with a special token: the model does not learn to stop
+    /// there. Those that were cut are among them.
+    pub without_end: usize,
+}
+
+impl EncodingReport {
+    pub(super) fn new(examples: &[Example], tokenizer: &Tokenizer, cut: usize, dropped: usize) -> Self {
+        let mut lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
+        lengths.sort_unstable();
+        let at = |percent: usize| lengths[(lengths.len() - 1) * percent / 100];
+        Self {
+            examples: examples.len(),
+            tokens: lengths.iter().sum(),
+            labelled: examples.iter().map(Example::num_targets).sum(),
+            lengths: [at(0), at(50), at(90), at(99), at(100)],
+            cut,
+            dropped,
+            without_end: examples.iter().filter(|example| !ends(example, tokenizer)).count(),
+        }
+    }
+}
+
+/// Whether each passage that is learnt ends with a special token.
+fn ends(example: &Example, tokenizer: &Tokenizer) -> bool {
+    let Example { input_ids, labels } = example;
+    (0..labels.len()).all(|i| {
+        let is_last = labels[i] != IGNORE_INDEX && labels.get(i + 1).is_none_or(|next| *next == IGNORE_INDEX);
+        !is_last || tokenizer.is_special(input_ids[i])
+    })
+}
+
+impl fmt::Display for EncodingReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [shortest, median, p90, p99, longest] = self.lengths;
+        let share = 100.0 * self.labelled as f64 / self.tokens as f64;
+        writeln!(
+            f,
+            "{} examples, {} tokens, {} of them learnt ({share:.1} %)",
+            self.examples, self.tokens, self.labelled
+        )?;
+        write!(
+            f,
+            "tokens of an example: {shortest} to {longest}, median {median}, 90 % up to {p90}, 99 % up to {p99}"
+        )?;
+        if self.cut > 0 {
+            write!(f, "\n{} too long and cut", self.cut)?;
+        }
+        if self.dropped > 0 {
+            write!(f, "\n{} too long and left out", self.dropped)?;
+        }
+        match self.without_end {
+            0 => write!(f, "\neach passage that is learnt ends with an end token"),
+            count => write!(
+                f,
+                "\nwarning: {count} with a passage that is learnt and has no end token: the model does not learn to stop \
+                 there"
+            ),
+        }
+    }
+}
