@@ -9,9 +9,9 @@ use burn::tensor::{Device, Tensor};
 use burn_peft::{AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetModules, TensorRole};
 
 use crate::cli::InspectArgs;
-use crate::failure;
 use crate::numbers::{bytes, count, ranges, short, thousands};
 use crate::table;
+use burn_peft_examples::failure;
 
 /// Entries of a long list that are told.
 const SHOWN: usize = 8;

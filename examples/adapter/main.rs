@@ -7,8 +7,6 @@
 
 mod base;
 mod cli;
-#[path = "../pokemon/failure.rs"]
-mod failure;
 mod inspect;
 mod merge;
 mod numbers;
@@ -18,6 +16,7 @@ mod tests;
 
 use std::process::ExitCode;
 
+use burn_peft_examples::failure;
 use clap::Parser;
 
 /// Merging allocates and frees a buffer for every weight; the system allocator maps and unmaps them.

@@ -12,9 +12,9 @@ use safetensors::SafeTensors;
 use tempfile::TempDir;
 
 use crate::cli::{MergeArgs, Precision};
-use crate::failure;
 use crate::inspect::report;
 use crate::merge::{Merged, Plan};
+use burn_peft_examples::failure;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)

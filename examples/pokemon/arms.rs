@@ -9,20 +9,19 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel};
 use burn_peft_llama::{
-    Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Schedule, Tokenizer, Trainer, TrainingConfig,
-    evaluate,
+    Collator, Example, Labels, LlamaForCausalLm, PaddingSide, Tokenizer, Trainer, TrainingConfig, evaluate,
 };
 use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::base::{Kind, name_or_path};
-use crate::cli::{Decay, ExperimentArgs, TrainingSettings};
+use crate::cli::{ExperimentArgs, TrainingSettings};
 use crate::data::{Species, Split};
 use crate::evaluation::{self, Outcome, Score};
 use crate::forgetting::Probe;
-use crate::progress::Progress;
 use crate::prompt::Prompt;
 use crate::provenance::Provenance;
+use burn_peft_examples::progress::Progress;
 
 /// Held-out species that the loss is measured on during training: enough for a curve.
 const CURVE_SPECIES: usize = 96;
@@ -260,11 +259,7 @@ impl Setting<'_> {
             .with_epochs(settings.epochs)
             .with_batch_size(settings.batch_size)
             .with_warmup_steps(settings.warmup)
-            .with_schedule(match settings.decay {
-                Decay::Linear => Schedule::Linear,
-                Decay::Cosine => Schedule::Cosine,
-                Decay::Constant => Schedule::ConstantWithWarmup,
-            })
+            .with_schedule(settings.decay.into())
             .with_seed(self.seed)
             .with_log_every(settings.log_every.unwrap_or(total.div_ceil(16)));
         let eval_every = settings.eval_every.unwrap_or(total.div_ceil(8));

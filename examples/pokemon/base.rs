@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use burn_peft_examples::model::directory;
 use burn_peft_llama::Tokenizer;
 use serde::Serialize;
 use tempfile::TempDir;
@@ -49,21 +50,7 @@ impl Base {
     /// The model that the user named, or the embedded base.
     pub fn new(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Self::unpack() };
-        if model.is_empty() {
-            bail!("`--model` is empty\nhint: leave it out for the embedded base");
-        }
-        if Path::new(model).is_file() {
-            bail!(
-                "`{model}` is a file\nhint: `--model` takes the directory that config.json, model.safetensors and tokenizer.json are in"
-            );
-        }
-        let path = find(model)?;
-        if !path.join("config.json").is_file() {
-            bail!(
-                "`{}` has no `config.json`\nhint: `--model` takes the directory of a LLaMA model in the Hugging Face layout: config.json, model.safetensors, tokenizer.json; leave it out for the embedded base",
-                path.display()
-            );
-        }
+        let path = directory(model, "pokemon", "; leave it out for the embedded base")?;
         Ok(Self { path, unpacked: None })
     }
 
@@ -99,30 +86,9 @@ impl Base {
     }
 }
 
-/// What an adapter's files call the base: as the user named it, but for a revision on the Hub, which PEFT keeps apart.
+/// What an adapter's files call the base.
 pub fn name_or_path(model: Option<&str>) -> &str {
-    match model {
-        None => "examples/pokemon/base",
-        Some(model) if Path::new(model).is_dir() => model,
-        Some(model) => model.split('@').next().unwrap_or(model),
-    }
-}
-
-/// The directory of a model, fetched first if it is named as on the Hub.
-#[cfg(feature = "hub")]
-fn find(model: &str) -> Result<PathBuf> {
-    Ok(burn_peft_llama::resolve(model)?)
-}
-
-#[cfg(not(feature = "hub"))]
-fn find(model: &str) -> Result<PathBuf> {
-    let path = PathBuf::from(model);
-    if !path.is_dir() {
-        bail!(
-            "there is no directory `{model}`\nhint: for a model of the Hugging Face Hub, build with its client: cargo run --release --features hub --example pokemon -- --model {model}"
-        );
-    }
-    Ok(path)
+    model.map_or("examples/pokemon/base", burn_peft_examples::model::name_or_path)
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use burn_peft_examples::arguments::Precision;
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer, evaluate};
 
 use crate::arms::{self, Arm};
 use crate::base::Base;
-use crate::cli::Precision;
 use crate::data::Species;
 use crate::prompt::Prompt;
 
@@ -98,7 +98,9 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
-    use crate::{data, failure};
+    use burn_peft_examples::failure;
+
+    use crate::data;
 
     /// Changes a file.
     fn edit(path: &Path, change: impl Fn(String) -> String) {

@@ -1,16 +1,16 @@
 //! The command line: what can be set, what it means, and what is used where nothing is set.
 
 use std::collections::HashSet;
-use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
 
 use burn_peft::TargetModules;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use burn_peft_examples::arguments::{Decay, Precision, at_least_one, positive, probability, targets};
+use clap::{Args, Parser, Subcommand};
 
 use crate::arms::Arm;
 use crate::base::Kind;
-use crate::device::DeviceName;
+use burn_peft_examples::device::DeviceName;
 
 /// What does LoRA change? Asks a language model for the types of Pokémon species it was never asked about, before and
 /// after fine-tuning: by prompting, after full fine-tuning, and after LoRA fine-tuning.
@@ -190,39 +190,6 @@ pub struct ExperimentArgs {
     pub eval_every: Option<usize>,
 }
 
-/// Floating-point type of the base model's weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
-    /// 32 bits
-    F32,
-    /// bfloat16
-    Bf16,
-    /// IEEE half precision
-    F16,
-}
-
-impl Precision {
-    /// The name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-        }
-    }
-}
-
-/// Course of the learning rate after the warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Decay {
-    /// In a straight line to 0
-    Linear,
-    /// Half a cosine wave to 0
-    Cosine,
-    /// No decay
-    Constant,
-}
-
 /// How one arm is trained.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainingSettings {
@@ -298,45 +265,10 @@ impl ExperimentArgs {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) | Err(_) => Err("expected a whole number of 1 or more".into()),
-        Ok(number) => Ok(number),
-    }
-}
-
-/// `all-linear` in a list would be the name of a module that no model has.
-fn targets(text: &str) -> Result<TargetModules, String> {
-    let targets = text.parse();
-    match &targets {
-        Ok(TargetModules::Names(names)) if names.is_empty() => Err("expected at least one name".into()),
-        Ok(TargetModules::Names(names))
-            if names.iter().any(|name| name.eq_ignore_ascii_case("all-linear")) =>
-        {
-            Err("`all-linear` means every linear layer and stands alone".into())
-        }
-        _ => targets.map_err(|never: Infallible| match never {}),
-    }
-}
-
 fn multiple_of_16(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(number) if number > 0 && number.is_multiple_of(16) => Ok(number),
         _ => Err("expected a multiple of 16".into()),
-    }
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
-        _ => Err("expected a number above 0".into()),
-    }
-}
-
-fn probability(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
-        _ => Err("expected a number of at least 0 and below 1".into()),
     }
 }
 

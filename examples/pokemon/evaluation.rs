@@ -7,8 +7,8 @@ use burn_peft_llama::{GenerateOptions, LlamaForCausalLm, Tokenizer};
 use serde::Serialize;
 
 use crate::data::{Species, Type};
-use crate::progress::Progress;
 use crate::prompt::Prompt;
+use burn_peft_examples::progress::Progress;
 
 /// Longest answer in tokens: two types take at most six in the vocabularies of LLaMA models.
 pub const MAX_ANSWER_TOKENS: usize = 12;

@@ -12,22 +12,23 @@ use burn_peft_llama::{LlamaConfig, LlamaForCausalLm, Tokenizer};
 use crate::arms::{Arm, ArmResult, Setting, adapting, lora_config};
 use crate::base::{Base, Kind};
 use crate::checks;
-use crate::cli::{ExperimentArgs, Precision};
-use crate::command;
+use crate::cli::ExperimentArgs;
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::forgetting::Probe;
-use crate::output;
 use crate::prompt::{Prompt, default_system};
 use crate::provenance::Provenance;
 use crate::report;
 use crate::summary::Findings;
+use burn_peft_examples::arguments::Precision;
+use burn_peft_examples::command;
+use burn_peft_examples::output;
 
 /// Runs the arms of `args` with all its seeds, prints the table and writes the output directory.
 pub fn run(args: &ExperimentArgs) -> Result<()> {
     let start = Instant::now();
     // Whatever can be wrong is found before anything takes time.
-    let device = args.device.open()?;
+    let device = args.device.open("pokemon")?;
     let species = data::load(args.data.as_deref())?;
     let mut first_seed = args.seed.unwrap_or(0);
     Split::by_family(&species, first_seed).map_err(|problem| match &args.data {
@@ -92,7 +93,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let probes = Probe::of(kind, &species);
 
     let mut findings = Findings {
-        command: command::text(std::env::args_os().skip(1)),
+        command: command::text("pokemon", std::env::args_os().skip(1)),
         base: base.name(),
         kind,
         species: (0, 0),
@@ -199,7 +200,7 @@ mod tests {
     use super::*;
     use crate::cli::Cli;
     use crate::data::Species;
-    use crate::failure;
+    use burn_peft_examples::failure;
 
     /// What `pokemon` does with these words after it.
     fn pokemon(arguments: &[&str]) -> Result<()> {

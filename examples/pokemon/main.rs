@@ -9,18 +9,13 @@ mod arms;
 mod base;
 mod checks;
 mod cli;
-mod command;
 mod corpus;
 mod data;
-mod device;
 mod evaluation;
 mod experiment;
-mod failure;
 mod forgetting;
-mod output;
 mod plots;
 mod pretrain;
-mod progress;
 mod prompt;
 mod provenance;
 mod report;
@@ -30,6 +25,7 @@ mod wordings;
 
 use std::process::ExitCode;
 
+use burn_peft_examples::failure;
 use clap::Parser;
 
 /// Composed tensor operations allocate and free large buffers all the time; the system allocator maps and unmaps them.

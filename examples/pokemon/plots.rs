@@ -1,41 +1,24 @@
 //! The plots of the report: accuracy, forgetting, loss.
 
 use std::path::Path;
-use std::sync::Once;
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::Result;
+use burn_peft_examples::canvas::{
+    self, Area, BOLD, Curve, GRID, INK, LEGEND, REGULAR, SOFT, failed, head, in_the_middle, legend,
+    loss_curves, text, width,
+};
+use burn_peft_examples::output;
 use plotters::prelude::*;
-use plotters::style::register_font;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
+use plotters::style::text_anchor::HPos;
 
-use crate::arms::{Arm, Point};
-use crate::output;
+use crate::arms::Arm;
 use crate::summary::Findings;
-
-const REGULAR: &str = "inter";
-/// A family of its own: plotters does not find a registered bold style of a family.
-const BOLD: &str = "inter semibold";
-const INK: RGBColor = RGBColor(31, 41, 55);
-const SOFT: RGBColor = RGBColor(107, 114, 128);
-const GRID: RGBColor = RGBColor(229, 231, 235);
-const SIZE: (u32, u32) = (1600, 900);
-/// Height at which the legend stands.
-const LEGEND: i32 = 178;
-
-type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 
 /// Writes accuracy.png, and where something was trained forgetting.png and loss.png, into `dir`. Where it was not, plots
 /// of these names are those of an earlier run and are removed.
 pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
-    register_fonts()?;
     let draw = |name: &str, plot: fn(&Findings, &Area<'_>) -> Result<()>| {
-        output::replace(&dir.join(name), |path| {
-            let area = BitMapBackend::new(path, SIZE).into_drawing_area();
-            area.fill(&WHITE).map_err(failed)?;
-            plot(findings, &area)?;
-            area.present().map_err(failed)
-        })
+        canvas::draw(&dir.join(name), |area| plot(findings, area))
     };
     draw("accuracy.png", accuracy)?;
     if findings.rows().iter().any(|row| row.trained) {
@@ -50,25 +33,6 @@ pub fn write(findings: &Findings, dir: &Path) -> Result<()> {
     }
 }
 
-/// plotters' errors borrow from the drawing area.
-fn failed(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("a plot cannot be drawn: {error}")
-}
-
-/// The fonts are part of the program: not every machine has some.
-fn register_fonts() -> Result<()> {
-    static ONCE: Once = Once::new();
-    let mut result = Ok(());
-    ONCE.call_once(|| {
-        let regular = register_font(REGULAR, FontStyle::Normal, include_bytes!("assets/inter-400.ttf"));
-        let bold = register_font(BOLD, FontStyle::Normal, include_bytes!("assets/inter-600.ttf"));
-        if regular.and(bold).is_err() {
-            result = Err(anyhow!("the embedded font is damaged"));
-        }
-    });
-    result
-}
-
 fn color(arm: Arm) -> RGBColor {
     match arm {
         Arm::ZeroShot => RGBColor(156, 163, 175),
@@ -76,31 +40,6 @@ fn color(arm: Arm) -> RGBColor {
         Arm::Full => RGBColor(234, 124, 60),
         Arm::Lora | Arm::Adapter => RGBColor(37, 99, 235),
     }
-}
-
-/// A line of text whose letters are centred on `y`; `x` is its left end, middle or right end.
-fn text(
-    area: &Area<'_>,
-    text: &str,
-    font: &str,
-    size: u32,
-    color: RGBColor,
-    h: HPos,
-    (x, y): (i32, i32),
-) -> Result<()> {
-    let style = (font, size).into_font().color(&color).pos(Pos::new(h, VPos::Center));
-    // What plotters centres has room for descenders; most labels have none.
-    area.draw_text(text, &style, (x, y + size as i32 / 7)).map_err(failed)
-}
-
-fn width(area: &Area<'_>, text: &str, font: &str, size: u32) -> Result<i32> {
-    let style = (font, size).into_text_style(area);
-    Ok(area.estimate_text_size(text, &style).map_err(failed)?.0 as i32)
-}
-
-fn head(area: &Area<'_>, title: &str, subtitle: &str) -> Result<()> {
-    text(area, title, BOLD, 42, INK, HPos::Left, (70, 62))?;
-    text(area, subtitle, REGULAR, 26, SOFT, HPos::Left, (70, 114))
 }
 
 /// The place of a plot: percent on the vertical axis, a grid line every 20, nothing else.
@@ -220,25 +159,6 @@ fn forgetting(findings: &Findings, area: &Area<'_>) -> Result<()> {
     legend(area, &groups.iter().map(|(title, color, _)| (*title, *color)).collect::<Vec<_>>())
 }
 
-/// Entries in one line below the title.
-fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)]) -> Result<()> {
-    let mut x = 150;
-    for (title, color) in entries {
-        let sample = [(x, LEGEND - 6), (x + 36, LEGEND + 6)];
-        area.draw(&Rectangle::new(sample, color.filled())).map_err(failed)?;
-        text(area, title, REGULAR, 25, INK, HPos::Left, (x + 50, LEGEND))?;
-        x += 50 + width(area, title, REGULAR, 25)? + 48;
-    }
-    Ok(())
-}
-
-/// Loss over the share of the training that is done, in percent.
-struct Curve {
-    arm: Arm,
-    held_out: bool,
-    points: Vec<(f64, f64)>,
-}
-
 /// Curves of the first seed. A loss in training is the mean of some steps and stands in their middle: at their end it
 /// would seem to lag behind the held-out loss, which is measured at one step.
 fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
@@ -252,53 +172,14 @@ fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
         if let Some(training) = findings.of(arm).find_map(|result| result.training.as_ref()) {
             let percent = |step: f64| 100.0 * step / training.steps.max(1) as f64;
             let held_out = training.held_out.iter().map(|point| (percent(point.step as f64), point.loss));
-            let mut before = 0;
-            let middle = |point: &Point| {
-                let middle = (before + 1 + point.step) as f64 / 2.0;
-                before = point.step;
-                (percent(middle), point.loss)
-            };
-            let points = training.train.iter().map(middle).collect();
-            curves.push(Curve { arm, held_out: false, points });
-            curves.push(Curve { arm, held_out: true, points: held_out.collect() });
+            let train = training.train.iter().map(|point| (point.step, point.loss));
+            let points = in_the_middle(train).map(|(step, loss)| (percent(step), loss)).collect();
+            let (title, color) = (arm.title(), color(arm));
+            curves.push(Curve { title, color, dashed: false, points });
+            curves.push(Curve { title, color, dashed: true, points: held_out.collect() });
         }
     }
-    let highest = curves.iter().flat_map(|curve| &curve.points).map(|point| point.1).fold(0.1, f64::max);
-    let plot = area.margin(222, 24, 60, 60);
-    let mut chart = ChartBuilder::on(&plot)
-        .x_label_area_size(90)
-        .y_label_area_size(90)
-        .build_cartesian_2d(0.0..100.0, 0.0..highest * 1.05)
-        .map_err(failed)?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID.stroke_width(2))
-        .axis_style(SOFT.stroke_width(2))
-        .label_style((REGULAR, 25).into_font().color(&SOFT))
-        .axis_desc_style((REGULAR, 26).into_font().color(&SOFT))
-        .x_label_formatter(&|share| format!("{share:.0} %"))
-        .y_label_formatter(&|loss| format!("{loss:.1}"))
-        .x_desc("share of the training")
-        .y_labels(6)
-        .draw()
-        .map_err(failed)?;
-    let mut entries = Vec::new();
-    for Curve { arm, held_out, points } in &curves {
-        let style = color(*arm).stroke_width(4);
-        if !held_out {
-            entries.push((arm.title(), color(*arm)));
-            chart.draw_series(LineSeries::new(points.iter().copied(), style)).map_err(failed)?;
-        } else {
-            chart
-                .draw_series(DashedLineSeries::new(points.iter().copied(), 14, 10, style))
-                .map_err(failed)?;
-            let dots = points.iter().map(|point| Circle::new(*point, 7, color(*arm).filled()));
-            chart.draw_series(dots).map_err(failed)?;
-        }
-    }
-    legend(area, &entries)
+    loss_curves(area, &curves, 100.0, "share of the training", |share| format!("{share:.0} %"))
 }
 
 #[cfg(test)]
@@ -306,6 +187,8 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use burn_peft_examples::canvas::SIZE;
+
     use crate::summary::tests::findings;
 
     #[test]

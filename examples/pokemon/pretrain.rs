@@ -16,9 +16,9 @@ use crate::cli::PretrainArgs;
 use crate::corpus::{Corpus, Document};
 use crate::data;
 use crate::forgetting::Probe;
-use crate::output;
-use crate::progress::Progress;
 use crate::vocabulary;
+use burn_peft_examples::output;
+use burn_peft_examples::progress::Progress;
 
 /// Documents that the vocabulary is trained on: 40 for each of a thousand species.
 const VOCABULARY_DOCUMENTS: usize = 40_000;
@@ -26,7 +26,7 @@ const VOCABULARY_DOCUMENTS: usize = 40_000;
 /// Makes a base model and writes it to `args.out`: the files of the Hugging Face layout and `training.csv`. Nothing is
 /// written before all of it is made.
 pub fn run(args: &PretrainArgs) -> Result<()> {
-    let device = args.device.open()?;
+    let device = args.device.open("pokemon")?;
     let species = data::load(args.data.as_deref())?;
     make_empty_directory(&args.out)?;
     let start = Instant::now();

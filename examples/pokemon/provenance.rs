@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::output;
+use burn_peft_examples::output;
 
 const FILE: &str = "experiment.json";
 

@@ -8,9 +8,9 @@ use anyhow::Result;
 use crate::arms::Arm;
 use crate::base::Kind;
 use crate::evaluation::{Outcome, Score};
-use crate::output;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
+use burn_peft_examples::output;
 
 /// The share from which a text says that a model does something.
 const MOST: f64 = 0.5;

@@ -17,6 +17,11 @@ struct Readme;
 #[doc = include_str!("../../docs/src/guide.md")]
 struct Guide;
 
+/// And those in the chapter on fine-tuning.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/finetune.md")]
+struct Finetune;
+
 /// And those in the chapter on several adapters.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/src/adapters.md")]

@@ -1,5 +1,7 @@
 //! Continuing prompts.
 
+use std::ops::ControlFlow;
+
 use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
@@ -64,6 +66,20 @@ impl LlamaForCausalLm {
         prompts: &[Vec<u32>],
         options: &GenerateOptions,
     ) -> Result<Vec<Vec<u32>>, LlamaError> {
+        self.generate_with(prompts, options, |_, _| ControlFlow::Continue(()))
+    }
+
+    /// As [`generate`](Self::generate), and tells each token as soon as it is there, with the number of its prompt: to show
+    /// an answer while it is written, or to end it with [`ControlFlow::Break`], which ends all of them.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_with(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        mut on_token: impl FnMut(usize, u32) -> ControlFlow<()>,
+    ) -> Result<Vec<Vec<u32>>, LlamaError> {
         self.check(prompts)?;
         let batch_rows = self.batch_rows();
         if let Some(rows) = batch_rows.filter(|&rows| rows != prompts.len()) {
@@ -97,6 +113,9 @@ impl LlamaForCausalLm {
                 if !is_stop(id) {
                     outputs[row.prompt].push(*id);
                     going.push(i);
+                    if on_token(row.prompt, *id).is_break() {
+                        return Ok(outputs);
+                    }
                 }
             }
             if going.is_empty() || step + 1 == options.max_new_tokens {
@@ -219,6 +238,24 @@ mod tests {
         assert_eq!(found, expected);
         assert!(expected[0].len() <= 2 && expected[1].len() <= 3);
         assert!(expected.iter().any(|ids| ids.len() != expected[0].len()), "{expected:?}");
+    }
+
+    #[test]
+    fn tokens_are_told_as_they_come_until_somebody_ends_it() {
+        let model = endless(&Device::flex());
+        let mut told = vec![vec![]; 3];
+        let found = model.generate_with(&prompts(), &greedy(5), |prompt, id| {
+            told[prompt].push(id);
+            ControlFlow::Continue(())
+        });
+        assert_eq!(found.unwrap(), told);
+        assert_eq!(told, model.generate(&prompts(), &greedy(5)).unwrap());
+        let mut count = 0;
+        let found = model.generate_with(&prompts(), &greedy(5), |_, _| {
+            count += 1;
+            if count == 4 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(found.unwrap(), [&told[0][..2], &told[1][..1], &told[2][..1]]);
     }
 
     #[test]

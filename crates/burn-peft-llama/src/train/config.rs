@@ -67,6 +67,16 @@ pub struct TrainingConfig {
 }
 
 impl TrainingConfig {
+    /// Optimizer steps of one pass over so many examples.
+    pub fn steps_per_epoch(&self, examples: usize) -> usize {
+        examples.div_ceil(self.batch_size).div_ceil(self.grad_accumulation)
+    }
+
+    /// Optimizer steps of a training on so many examples.
+    pub fn total_steps(&self, examples: usize) -> usize {
+        self.max_steps.unwrap_or(self.epochs * self.steps_per_epoch(examples))
+    }
+
     pub(super) fn check(&self) -> Result<(), LlamaError> {
         let refuse = |option, expected, found| Err(LlamaError::InvalidOption { option, expected, found });
         let counts = [

@@ -159,7 +159,7 @@ impl Trainer {
         if let (Some(max_norm), Some(squares)) = (self.config.max_grad_norm, &squares) {
             grads = clip(model, grads, &squares.norm(), max_norm);
         }
-        let total_steps = total_steps(&self.config, self.lengths.len());
+        let total_steps = self.config.total_steps(self.lengths.len());
         let factor = self.config.schedule.factor(step, self.config.warmup_steps, total_steps);
         let learning_rate = self.config.learning_rate * factor;
         let taken = take(model);
@@ -268,12 +268,12 @@ impl Trainer {
 
     /// The steps of the whole training.
     pub fn total_steps(&self) -> usize {
-        total_steps(&self.config, self.lengths.len())
+        self.config.total_steps(self.lengths.len())
     }
 
     /// Passes over the examples so far, such as 1.5.
     pub fn epoch(&self) -> f64 {
-        let per_epoch = steps_per_epoch(&self.config, self.lengths.len());
+        let per_epoch = self.config.steps_per_epoch(self.lengths.len());
         let (step, done) = (self.progress.step % per_epoch, self.progress.step / per_epoch);
         done as f64 + step as f64 / per_epoch as f64
     }
@@ -295,7 +295,7 @@ impl Trainer {
 
     /// The numbers of the examples of each batch of a step, which is counted from 0.
     fn window(&mut self, step: usize) -> Vec<Vec<usize>> {
-        let per_epoch = steps_per_epoch(&self.config, self.lengths.len());
+        let per_epoch = self.config.steps_per_epoch(self.lengths.len());
         let (epoch, window) = (step / per_epoch, step % per_epoch);
         if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
             let batches = epoch_batches(&self.lengths, self.config.batch_size, self.config.seed, epoch);
@@ -315,14 +315,6 @@ impl Trainer {
         let optimizer = self.config.optimizer(groups.as_ref());
         Ok(Started { device, groups, optimizer, is_checked: false })
     }
-}
-
-fn steps_per_epoch(config: &TrainingConfig, examples: usize) -> usize {
-    examples.div_ceil(config.batch_size).div_ceil(config.grad_accumulation)
-}
-
-fn total_steps(config: &TrainingConfig, examples: usize) -> usize {
-    config.max_steps.unwrap_or(config.epochs * steps_per_epoch(config, examples))
 }
 
 /// The trained parameters that got no gradient.

@@ -30,11 +30,11 @@ impl DeviceName {
         }
     }
 
-    /// Opens the device, for inference; `Device::autodiff` makes one to train on.
+    /// Opens the device, for inference; `Device::autodiff` makes one to train on. The error names the `example`.
     ///
     /// # Errors
     /// The program was built without the feature that this device needs.
-    pub fn open(self) -> Result<Device> {
+    pub fn open(self, example: &str) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::flex()),
             #[cfg(feature = "cuda")]
@@ -47,7 +47,7 @@ impl DeviceName {
             Self::Metal => Ok(Device::metal(Default::default())),
             #[allow(unreachable_patterns, reason = "with every feature there is no other device left")]
             other => anyhow::bail!(
-                "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example pokemon -- --device {0}",
+                "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example {example} -- --device {0}",
                 other.name()
             ),
         }
@@ -60,13 +60,13 @@ mod tests {
 
     #[test]
     fn the_cpu_is_always_there() {
-        assert!(DeviceName::Cpu.open().is_ok());
+        assert!(DeviceName::Cpu.open("pokemon").is_ok());
     }
 
     #[test]
     #[cfg(not(feature = "cuda"))]
     fn a_missing_device_names_its_feature() {
-        let text = DeviceName::Cuda.open().unwrap_err().to_string();
+        let text = DeviceName::Cuda.open("pokemon").unwrap_err().to_string();
         assert!(text.contains("`cuda`") && text.contains("--features cuda"), "{text}");
     }
 }

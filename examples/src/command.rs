@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 
-/// This program's command with these arguments and the features it was built with.
-pub fn text(arguments: impl Iterator<Item = OsString>) -> String {
+/// The command of the example `name` with these arguments and the features it was built with.
+pub fn text(name: &str, arguments: impl Iterator<Item = OsString>) -> String {
     let features = [
         ("cuda", cfg!(feature = "cuda")),
         ("wgpu", cfg!(feature = "wgpu")),
@@ -16,7 +16,7 @@ pub fn text(arguments: impl Iterator<Item = OsString>) -> String {
     if !built_in.is_empty() {
         words.push(format!("--features {}", built_in.join(",")));
     }
-    words.push("--example pokemon".into());
+    words.push(format!("--example {name}"));
     let mut arguments = arguments.map(|word| quoted(&word.to_string_lossy())).peekable();
     if arguments.peek().is_some() {
         words.push("--".into());
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     fn of(words: &[&str]) -> String {
-        text(words.iter().map(OsString::from))
+        text("pokemon", words.iter().map(OsString::from))
     }
 
     #[test]

@@ -1,0 +1,39 @@
+//! Fine-tunes a LLaMA on a file of examples, with LoRA: `cargo run --release --example finetune -- --help`.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+#![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
+
+mod answers;
+mod cli;
+mod data;
+mod interrupt;
+mod metrics;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::process::ExitCode;
+
+use burn_peft_examples::failure;
+use clap::Parser;
+
+use crate::interrupt::Interrupt;
+use crate::run::End;
+
+/// Composed tensor operations allocate and free large buffers all the time; the system allocator maps and unmaps them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let args = cli::Args::parse();
+    let run = Interrupt::listen().and_then(|interrupt| run::run(&args, &interrupt));
+    match run {
+        Ok(End::Done) => ExitCode::SUCCESS,
+        // As a shell has it for programs that Ctrl-C ended.
+        Ok(End::Interrupted) => ExitCode::from(130),
+        Err(error) => {
+            eprint!("{}", failure::text(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

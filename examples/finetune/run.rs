@@ -1,0 +1,385 @@
+//! A run from the files to the adapter.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Error, Result, bail};
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
+use burn_peft_examples::canvas::{self, Curve, head, in_the_middle, loss_curves};
+use burn_peft_examples::progress::Progress;
+use burn_peft_examples::{command, model, output};
+use burn_peft_llama::{
+    Checkpoint, Collator, LlamaConfig, LlamaError, LlamaForCausalLm, Message, Tokenizer, Trainer,
+    TrainingConfig, evaluate,
+};
+use plotters::style::RGBColor;
+use serde::{Deserialize, Serialize};
+
+use crate::answers;
+use crate::cli::Args;
+use crate::data::{self, Data};
+use crate::interrupt::Interrupt;
+use crate::metrics::{Event, Metric, Metrics};
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All steps are made, or were enough.
+    Done,
+    /// The user wished it.
+    Interrupted,
+}
+
+/// The most tokens of an example if the user names no limit.
+const MAX_LENGTH: usize = 2048;
+/// Questions that are answered before and after.
+const QUESTIONS: usize = 3;
+
+/// What a run must know to go on, beside its checkpoints.
+#[derive(Serialize, Deserialize)]
+struct Begun {
+    /// The day that chat templates saw.
+    date: String,
+}
+
+pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
+    let directory = model::directory(&args.model, "finetune", "")?;
+    data::check(&args.data)?;
+    let device = args.device.open("finetune")?.autodiff();
+    let checkpoint = checkpoint(args)?;
+    let date = date(args)?;
+    let tokenizer = Tokenizer::load(&directory)?.with_date(&date)?;
+    let config = LlamaConfig::load(&directory)?;
+    let max_length = args.max_length.unwrap_or(config.max_position_embeddings.min(MAX_LENGTH));
+    let data = Data::load(args, &tokenizer, max_length)?;
+    data.show(&tokenizer, args.show)?;
+
+    let training = training(args, data.train.examples().len());
+    let total = training.total_steps(data.train.examples().len());
+    // A model whose weights nobody has asked for yet costs nothing.
+    let mut planned = config.init(&device);
+    adapt(args, &mut planned)?;
+    println!("\n{}", planned.trainable_parameters());
+    println!(
+        "{total} steps of {} x {} examples, learning rate up to {:e} after {} steps of warm-up",
+        training.grad_accumulation, training.batch_size, training.learning_rate, training.warmup_steps
+    );
+    drop(planned);
+    if args.dry_run {
+        return Ok(End::Done);
+    }
+
+    output::make_directory(&args.out)?;
+    output::write(&args.out.join(BEGUN), serde_json::to_string(&Begun { date })?)?;
+    let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
+    let pad = tokenizer.pad_token_id().context(
+        "the tokenizer has no token to pad with\nhint: name a `pad_token` or `eos_token` in tokenizer_config.json",
+    )?;
+    let collator = Collator::new(pad);
+    let examples = data.train.examples().to_vec();
+    let questions = match &data.valid {
+        Some(valid) => valid.questions(QUESTIONS),
+        None => data.train.questions(QUESTIONS),
+    };
+    println!("\nanswering before the training");
+    let before = answers::answer(&model, &tokenizer, &questions)?;
+    let test_before = test_loss(&model, &data, &collator, args)?;
+
+    let trainer = match &checkpoint {
+        Some(checkpoint) => {
+            println!("going on from `{}`", checkpoint.path.display());
+            Trainer::resume(&checkpoint.path, &mut model, &training, examples, &collator)?
+        }
+        None => {
+            device.seed(args.seed);
+            adapt(args, &mut model)?;
+            Trainer::new(&training, examples, &collator)?
+        }
+    };
+    let metrics = Metrics::open(&args.out, trainer.steps())?;
+    let mut run = Run { args, data: &data, trainer, model, metrics, total };
+    match run.train(interrupt) {
+        Ok(End::Done) => {}
+        Ok(End::Interrupted) => {
+            println!("stopped after step {} of {total}; this goes on:", run.trainer.steps());
+            println!("  {}", resuming());
+            return Ok(End::Interrupted);
+        }
+        Err(error) => {
+            return Err(match Checkpoint::latest(&args.out) {
+                Ok(Some(kept)) => error.context(format!(
+                    "the training ended at step {}\nhint: the checkpoint of step {} is there; this goes on from it: {}",
+                    run.trainer.steps(),
+                    kept.step,
+                    resuming()
+                )),
+                _ => error,
+            });
+        }
+    }
+    let adapter = args.out.join("adapter");
+    run.model.save_adapter(DEFAULT_ADAPTER, &adapter)?;
+    run.plot()?;
+    let after = answers::answer(&run.model, &tokenizer, &questions)?;
+    let test_after = test_loss(&run.model, &data, &collator, args)?;
+    run.tell(&questions, (&before, &after), test_before.zip(test_after), &adapter)?;
+    Ok(End::Done)
+}
+
+const BEGUN: &str = "finetune.json";
+
+/// The checkpoint to go on from.
+fn checkpoint(args: &Args) -> Result<Option<Checkpoint>> {
+    let found = Checkpoint::latest(&args.out)?;
+    if found.is_some() && !args.resume && !args.dry_run {
+        bail!(
+            "`{}` has the checkpoints of a run\nhint: `--resume` goes on with it; choose another directory with `--out` for a new one",
+            args.out.display()
+        );
+    }
+    Ok(found)
+}
+
+/// The day that chat templates see: a prompt with a date must not change while a run is interrupted.
+fn date(args: &Args) -> Result<String> {
+    let path = args.out.join(BEGUN);
+    match &args.date {
+        Some(date) => Ok(date.clone()),
+        None if args.resume && path.exists() => {
+            let text =
+                std::fs::read(&path).with_context(|| format!("`{}` cannot be read", path.display()))?;
+            let begun: Begun = serde_json::from_slice(&text).with_context(|| {
+                format!("`{}` is damaged\nhint: give the day with `--date`", path.display())
+            })?;
+            Ok(begun.date)
+        }
+        None => Ok(jiff::Zoned::now().date().to_string()),
+    }
+}
+
+/// The options of the training, with defaults that depend on how long it is.
+fn training(args: &Args, examples: usize) -> TrainingConfig {
+    let config = TrainingConfig::new()
+        .with_learning_rate(args.learning_rate)
+        .with_epochs(args.epochs)
+        .with_max_steps(args.max_steps)
+        .with_batch_size(args.batch_size)
+        .with_grad_accumulation(args.grad_accumulation)
+        .with_schedule(args.schedule.into())
+        .with_weight_decay(args.weight_decay as f32)
+        .with_max_grad_norm((args.max_grad_norm > 0.0).then_some(args.max_grad_norm))
+        .with_loraplus_lr_ratio(args.loraplus_lr_ratio)
+        .with_seed(args.seed)
+        .with_save_total_limit(Some(args.save_total_limit));
+    let total = config.total_steps(examples);
+    config
+        .with_warmup_steps(args.warmup.unwrap_or(total * 3 / 100))
+        .with_log_every(args.log_every.unwrap_or((total / 100).clamp(1, 10)))
+}
+
+/// Adds the adapter that is to be trained.
+fn adapt(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
+    let Some(adapter) = &args.adapter else {
+        let config = LoraConfig::new(args.rank)
+            .with_lora_alpha(args.alpha.unwrap_or(2.0 * args.rank as f64))
+            .with_lora_dropout(args.dropout)
+            .with_use_rslora(args.use_rslora)
+            .with_use_dora(args.use_dora)
+            .with_target_modules(args.targets.clone())
+            .with_task_type("CAUSAL_LM")
+            .with_base_model_name_or_path(model::name_or_path(&args.model));
+        let report = model.add_adapter(DEFAULT_ADAPTER, &config)?;
+        for target in &report.unmatched_targets {
+            println!("note: nothing in the model is called `{target}`");
+        }
+        return Ok(());
+    };
+    model.load_adapter(DEFAULT_ADAPTER, adapter)?;
+    Ok(())
+}
+
+/// The command of this run, with `--resume`.
+fn resuming() -> String {
+    let resume = std::env::args_os().all(|word| word != "--resume").then(|| "--resume".into());
+    command::text("finetune", std::env::args_os().skip(1).chain(resume))
+}
+
+fn test_loss(model: &LlamaForCausalLm, data: &Data, collator: &Collator, args: &Args) -> Result<Option<f64>> {
+    let Some(test) = &data.test else { return Ok(None) };
+    Ok(Some(evaluate(model, test.examples(), collator, args.batch_size)?.loss))
+}
+
+/// A training in progress.
+struct Run<'a> {
+    args: &'a Args,
+    data: &'a Data,
+    trainer: Trainer,
+    model: LlamaForCausalLm,
+    metrics: Metrics,
+    total: usize,
+}
+
+impl Run<'_> {
+    fn train(&mut self, interrupt: &Interrupt) -> Result<End> {
+        let save_every = self.args.save_every.unwrap_or((self.total / 10).max(1));
+        let eval_every = self.args.eval_every.unwrap_or(save_every);
+        let progress = Progress::new("training", self.total);
+        if self.trainer.steps() == 0 {
+            self.evaluate()?;
+        }
+        while let Some(report) = self.trainer.step(&mut self.model).map_err(|error| self.located(error))? {
+            let step = report.step;
+            if !report.without_gradient.is_empty() {
+                let (count, first) = (report.without_gradient.len(), &report.without_gradient[0]);
+                println!(
+                    "note: {count} trained parameters got no gradient at the first step, first `{first}`"
+                );
+            }
+            let speed = report.tokens_per_second();
+            if let Some(loss) = report.loss {
+                progress.report(step, &format!("loss {loss:.3}, {speed:.0} tokens/s"));
+                let (learning_rate, grad_norm) = (report.learning_rate, report.grad_norm);
+                let tokens = report.num_tokens;
+                let event =
+                    Event::Trained { loss, learning_rate, grad_norm, tokens, tokens_per_second: speed };
+                self.metrics.push(Metric { step, epoch: report.epoch, event })?;
+            }
+            let is_last = step == self.total;
+            let mut is_enough = false;
+            if step.is_multiple_of(eval_every) || is_last {
+                self.evaluate()?;
+                is_enough = self.args.patience.is_some_and(|patience| {
+                    self.data.valid.is_some() && self.trainer.evaluations_since_best() >= patience
+                });
+            }
+            let is_wished = interrupt.is_wished();
+            if step.is_multiple_of(save_every) || is_last || is_enough || is_wished {
+                self.save()?;
+            }
+            if is_enough {
+                progress.finish();
+                println!("the held-out loss does not become less any more: stopped at step {step}");
+                return Ok(End::Done);
+            }
+            if is_wished && !is_last {
+                progress.finish();
+                return Ok(End::Interrupted);
+            }
+        }
+        progress.finish();
+        Ok(End::Done)
+    }
+
+    /// Measures the held-out loss, if something is held out.
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(valid) = &self.data.valid else { return Ok(()) };
+        let eval_loss = self.trainer.evaluate(&self.model, valid.examples())?.loss;
+        let (step, epoch) = (self.trainer.steps(), self.trainer.epoch());
+        self.metrics.push(Metric { step, epoch, event: Event::Evaluated { eval_loss } })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let path = self.trainer.save(&self.model, &self.args.out)?;
+        let checkpoint = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let (step, epoch) = (self.trainer.steps(), self.trainer.epoch());
+        self.metrics.push(Metric { step, epoch, event: Event::Saved { checkpoint } })
+    }
+
+    /// Says where in the file the examples of a step are that went wrong.
+    fn located(&self, error: LlamaError) -> Error {
+        let LlamaError::NotFinite { examples, .. } = &error else { return error.into() };
+        let places: Vec<String> =
+            examples.iter().take(16).map(|example| self.data.train.place(*example).to_string()).collect();
+        let told = format!("the training went wrong on {}", places.join(", "));
+        Error::from(error).context(told)
+    }
+
+    /// Writes loss.png.
+    fn plot(&self) -> Result<()> {
+        let lines = || self.metrics.lines.iter();
+        let trained = lines().filter_map(|line| match line.event {
+            Event::Trained { loss, .. } => Some((line.step, loss)),
+            _ => None,
+        });
+        let held_out = lines().filter_map(|line| match line.event {
+            Event::Evaluated { eval_loss } => Some((line.step as f64, eval_loss)),
+            _ => None,
+        });
+        let mut curves = vec![Curve {
+            title: "training",
+            color: RGBColor(37, 99, 235),
+            dashed: false,
+            points: in_the_middle(trained).collect(),
+        }];
+        let held_out: Vec<_> = held_out.collect();
+        if !held_out.is_empty() {
+            let color = RGBColor(234, 124, 60);
+            curves.push(Curve { title: "held out", color, dashed: false, points: vec![] });
+            curves.push(Curve { title: "held out", color, dashed: true, points: held_out });
+        }
+        let subtitle = format!("`{}` on `{}`", self.args.model, self.args.data.display());
+        canvas::draw(&self.args.out.join("loss.png"), |area| {
+            head(area, "Mean loss of a token that is learnt", &subtitle)?;
+            loss_curves(area, &curves, self.trainer.steps() as f64, "optimizer steps", |step| {
+                format!("{step:.0}")
+            })
+        })
+    }
+
+    /// Prints what came out, and what can be done with it.
+    fn tell(
+        &self,
+        questions: &[Vec<Message>],
+        (before, after): (&[String], &[String]),
+        test: Option<(f64, f64)>,
+        adapter: &Path,
+    ) -> Result<()> {
+        if !questions.is_empty() {
+            println!("\nanswers to the first questions:");
+            answers::show(questions, before, after);
+            println!();
+        }
+        let evaluations: Vec<(usize, f64)> = self
+            .metrics
+            .lines
+            .iter()
+            .filter_map(|line| match line.event {
+                Event::Evaluated { eval_loss } => Some((line.step, eval_loss)),
+                _ => None,
+            })
+            .collect();
+        if let (Some((_, first)), Some((_, last))) = (evaluations.first(), evaluations.last()) {
+            println!("held-out loss: {first:.4} before, {last:.4} after");
+        }
+        if let Some(best) = Checkpoint::best(&self.args.out)?.filter(|best| best.step != self.trainer.steps())
+        {
+            let loss = best.eval_loss.unwrap_or(f64::NAN);
+            println!("it was least at step {}, {loss:.4}: `{}`", best.step, best.path.display());
+        }
+        if let Some((before, after)) = test {
+            println!("test loss: {before:.4} before, {after:.4} after");
+        }
+        let quoted = |path: &Path| path.display().to_string();
+        println!("\nadapter: `{}`", quoted(adapter));
+        println!(
+            "losses:  `{}`, `{}`",
+            quoted(&self.args.out.join("loss.png")),
+            quoted(&self.metrics_file())
+        );
+        println!("\nwhat is in it, and the model with the adapter merged:");
+        let words = |words: &[&str]| {
+            command::text("adapter", words.iter().map(|word| std::ffi::OsString::from(*word)))
+        };
+        println!("  {}", words(&["inspect", &quoted(adapter)]));
+        let merged = quoted(&self.args.out.join("merged"));
+        println!(
+            "  {}",
+            words(&["merge", "--model", &self.args.model, "--adapter", &quoted(adapter), "--out", &merged])
+        );
+        println!("in Python: `PeftModel.from_pretrained(model, \"{}\")`", quoted(adapter));
+        Ok(())
+    }
+
+    fn metrics_file(&self) -> PathBuf {
+        self.args.out.join(crate::metrics::FILE)
+    }
+}
