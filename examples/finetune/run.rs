@@ -84,16 +84,14 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let before = answers::answer(&model, &tokenizer, &questions)?;
     let test_before = test_loss(&model, &data, &collator, args)?;
 
+    device.seed(args.seed);
+    adapt(args, &mut model)?;
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
             Trainer::resume(&checkpoint.path, &mut model, &training, examples, &collator)?
         }
-        None => {
-            device.seed(args.seed);
-            adapt(args, &mut model)?;
-            Trainer::new(&training, examples, &collator)?
-        }
+        None => Trainer::new(&training, examples, &collator)?,
     };
     let metrics = Metrics::open(&args.out, trainer.steps())?;
     let mut run = Run { args, data: &data, trainer, model, metrics, total };
@@ -129,6 +127,9 @@ const BEGUN: &str = "finetune.json";
 
 /// The checkpoint to go on from.
 fn checkpoint(args: &Args) -> Result<Option<Checkpoint>> {
+    if args.out.is_file() {
+        bail!("`{}` is a file\nhint: choose a directory with `--out`", args.out.display());
+    }
     let found = Checkpoint::latest(&args.out)?;
     if found.is_some() && !args.resume && !args.dry_run {
         bail!(

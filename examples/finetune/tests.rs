@@ -138,10 +138,10 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
     assert_eq!(code, 0, "{failed}");
     for expected in [
         "training:   3 examples, ",
-        "held out:   1 examples, ",
+        "held out:   1 example, ",
         "each passage that is learnt ends with an end token",
         "line 1, what is learnt in [[brackets]]:",
-        "[[Water, of course.<|end|>]]",
+        "<|assistant|>[[ Water, of course.<|end|>]]",
         "trainable params: ",
         "6 steps of 1 x 2 examples",
         "    before: ",
@@ -181,7 +181,7 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
 #[test]
 fn a_dry_run_shows_and_writes_nothing() {
     let place = Place::new(QUESTIONS);
-    let (code, told, failed) = place.run("out", "--dry-run --max-length 24 --too-long drop --mask-prompt");
+    let (code, told, failed) = place.run("out", "--dry-run --max-length 20 --too-long drop --mask-prompt");
     assert_eq!(code, 0, "{failed}");
     assert!(told.contains("too long and left out") && told.contains("trainable params: "), "{told}");
     assert!(!place.out("out").exists());
@@ -211,7 +211,7 @@ fn bad_inputs_are_told_with_the_way_out() {
     assert!(date.contains("invalid date `tomorrow`"), "{date}");
     fs::write(place.out("file"), "").unwrap();
     let out = error("file", "--max-steps 1");
-    assert!(out.contains("file` cannot be made\nhint: ") || out.contains("hint: choose another"), "{out}");
+    assert!(out.contains("file` is a file\nhint: choose a directory"), "{out}");
     let missing = Place::new("");
     fs::remove_file(missing.out("train.jsonl")).unwrap();
     let (_, _, failed) = missing.run("out", "");

@@ -56,11 +56,9 @@ impl fmt::Display for EncodingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [shortest, median, p90, p99, longest] = self.lengths;
         let share = 100.0 * self.labelled as f64 / self.tokens as f64;
-        writeln!(
-            f,
-            "{} examples, {} tokens, {} of them learnt ({share:.1} %)",
-            self.examples, self.tokens, self.labelled
-        )?;
+        let plural = if self.examples == 1 { "" } else { "s" };
+        let Self { examples, tokens, labelled, .. } = self;
+        writeln!(f, "{examples} example{plural}, {tokens} tokens, {labelled} of them learnt ({share:.1} %)")?;
         write!(
             f,
             "tokens of an example: {shortest} to {longest}, median {median}, 90 % up to {p90}, 99 % up to {p99}"

@@ -61,6 +61,9 @@ pub(super) fn to_state<M: Module>(
             state.parameters.entry(name).or_default().tensors.push(tensor);
         }
     }
+    // Burn has them in the order of a hash table.
+    state.tensors.sort_by(|one, other| one.name.cmp(&other.name));
+    state.parameters.values_mut().for_each(|parameter| parameter.tensors.sort());
     Ok(state)
 }
 
