@@ -7,6 +7,7 @@ mod answers;
 mod cli;
 mod data;
 mod interrupt;
+mod memory;
 mod metrics;
 mod run;
 #[cfg(test)]

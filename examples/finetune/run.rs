@@ -8,8 +8,8 @@ use burn_peft_examples::canvas::{self, Curve, head, in_the_middle, loss_curves};
 use burn_peft_examples::progress::Progress;
 use burn_peft_examples::{command, model, output};
 use burn_peft_llama::{
-    Checkpoint, Collator, LlamaConfig, LlamaError, LlamaForCausalLm, Message, Tokenizer, Trainer,
-    TrainingConfig, evaluate,
+    Checkpoint, Collator, LlamaConfig, LlamaError, LlamaForCausalLm, MemoryEstimate, Message, Tokenizer,
+    Trainer, TrainingConfig, evaluate,
 };
 use plotters::style::RGBColor;
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use crate::answers;
 use crate::cli::Args;
 use crate::data::{self, Data};
 use crate::interrupt::Interrupt;
+use crate::memory;
 use crate::metrics::{Event, Metric, Metrics};
 
 /// How a run ended.
@@ -55,27 +56,31 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
 
     let training = training(args, data.train.examples().len());
     let total = training.total_steps(data.train.examples().len());
-    // A model whose weights nobody has asked for yet costs nothing.
-    let mut planned = config.init(&device);
-    adapt(args, &mut planned)?;
-    println!("\n{}", planned.trainable_parameters());
+    let pad = tokenizer.pad_token_id().context(
+        "the tokenizer has no token to pad with\nhint: name a `pad_token` or `eos_token` in tokenizer_config.json",
+    )?;
+    let collator = Collator::new(pad);
+    let program = memory::now().unwrap_or(0);
+    let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
+    device.seed(args.seed);
+    adapt(args, &mut model)?;
+    println!("\n{}", model.trainable_parameters());
     println!(
         "{total} steps of {} x {} examples, learning rate up to {:e} after {} steps of warm-up",
         training.grad_accumulation, training.batch_size, training.learning_rate, training.warmup_steps
     );
-    drop(planned);
+    let examples = data.train.examples();
+    let estimate = MemoryEstimate::new(&model, args.dtype.into(), examples, &collator, args.batch_size);
+    let estimated = memory::mb(estimate.total() + program);
+    println!("memory at the peak, estimated: {estimated:.0} MB");
+    println!("  the program and its data {:.0} MB; {estimate}", memory::mb(program));
     if args.dry_run {
         return Ok(End::Done);
     }
 
     output::make_directory(&args.out)?;
     output::write(&args.out.join(BEGUN), serde_json::to_string(&Begun { date })?)?;
-    let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
-    let pad = tokenizer.pad_token_id().context(
-        "the tokenizer has no token to pad with\nhint: name a `pad_token` or `eos_token` in tokenizer_config.json",
-    )?;
-    let collator = Collator::new(pad);
-    let examples = data.train.examples().to_vec();
+    let examples = examples.to_vec();
     let questions = match &data.valid {
         Some(valid) => valid.questions(QUESTIONS),
         None => data.train.questions(QUESTIONS),
@@ -84,8 +89,6 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let before = answers::answer(&model, &tokenizer, &questions)?;
     let test_before = test_loss(&model, &data, &collator, args)?;
 
-    device.seed(args.seed);
-    adapt(args, &mut model)?;
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
@@ -112,6 +115,12 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
                 )),
                 _ => error,
             });
+        }
+    }
+    if let Some(peak) = memory::peak() {
+        println!("memory at the peak: {:.0} MB, estimated {estimated:.0} MB", memory::mb(peak));
+        if std::env::var("MIMALLOC_PURGE_DELAY").is_ok_and(|delay| delay == "-1") {
+            println!("  with MIMALLOC_PURGE_DELAY=10 it is nearer to the estimate, and steps take longer");
         }
     }
     let adapter = args.out.join("adapter");

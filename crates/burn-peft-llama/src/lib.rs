@@ -31,7 +31,7 @@
 //! | Text to tokens | [`Tokenizer::load`], [`ChatTemplate`], [`Message`]; [`Tokenizer::encode_conversation`] labels the answers |
 //! | Files of examples | [`Dataset`], [`Splits`]; [`Dataset::encode`] with [`EncodeOptions`] |
 //! | Tokens to batches | [`Example`], [`Collator`], [`Batch`] |
-//! | Train, interrupted or not | [`Trainer`] with [`TrainingConfig`]; [`Checkpoint`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
+//! | Train, interrupted or not | [`Trainer`] with [`TrainingConfig`]; [`Checkpoint`]; [`MemoryEstimate`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
 //! | Measure | [`evaluate`], [`LlamaForCausalLm::forward`] |
 //! | Generate | [`LlamaForCausalLm::generate`] with [`GenerateOptions`] |
 //! | Files | [`merge_directory`]: adapters merged from directories to a directory |
@@ -54,6 +54,8 @@
 //! - [Adapt your model](https://github.com/burn-peft/burn-peft/blob/main/docs/src/guide.md), and
 //!   [several adapters](https://github.com/burn-peft/burn-peft/blob/main/docs/src/adapters.md)
 //! - [The experiment on a real model](https://github.com/burn-peft/burn-peft/blob/main/docs/src/real-model.md)
+//! - [Fine-tune on your examples](https://github.com/burn-peft/burn-peft/blob/main/docs/src/finetune.md), or
+//!   [with Burn's learner](https://github.com/burn-peft/burn-peft/blob/main/docs/src/burn-train.md)
 //! - [`examples/pokemon`](https://github.com/burn-peft/burn-peft/tree/main/examples/pokemon): from data to an adapter, with
 //!   evaluation
 
@@ -121,5 +123,11 @@ pub use sampler::Sampling;
 pub use schedule::{LrSchedule, Schedule};
 pub use tokenizer::{SpecialTokens, Tokenizer};
 pub use train::{
-    CausalLmLoss, Checkpoint, CheckpointDifference, Evaluation, StepReport, Trainer, TrainingConfig, evaluate,
+    CausalLmLoss, Checkpoint, CheckpointDifference, Evaluation, MemoryEstimate, StepReport, Trainer,
+    TrainingConfig, evaluate,
 };
+
+/// The examples in the chapter on Burn's learner compile and run.
+#[cfg(all(doctest, feature = "train"))]
+#[doc = include_str!("../../../docs/src/burn-train.md")]
+struct BurnTrain;

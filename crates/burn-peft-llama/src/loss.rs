@@ -6,7 +6,7 @@ use crate::head::{Head, Picked};
 use crate::ops::cross_entropy::{cross_entropy, cross_entropy_of_frozen};
 
 /// Bound of the logits that exist at a time, in numbers: 64 MiB of f32.
-const CHUNK: usize = 1 << 24;
+pub(crate) const CHUNK: usize = 1 << 24;
 
 /// Mean over the positions of `log Σ exp(logits) - logits[target]`.
 pub(crate) fn mean_cross_entropy(

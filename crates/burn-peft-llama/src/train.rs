@@ -6,6 +6,7 @@ mod checkpoint;
 mod config;
 mod evaluation;
 mod mean_loss;
+mod memory;
 mod numbers;
 mod order;
 mod report;
@@ -20,6 +21,7 @@ use crate::model::LlamaForCausalLm;
 pub use checkpoint::{Checkpoint, CheckpointDifference};
 pub use config::TrainingConfig;
 pub use evaluation::{Evaluation, evaluate};
+pub use memory::MemoryEstimate;
 pub use report::StepReport;
 pub use trainer::Trainer;
 

@@ -290,8 +290,8 @@ mod tests {
     fn whatever_is_trained_goes_on_bit_by_bit_from_any_step() {
         let pissa = lora().with_init_lora_weights(InitLoraWeights::Pissa);
         let more = lora().with_use_dora(true).with_modules_to_save(["norm"]).with_bias(Bias::All);
-        let kinds: Vec<(&str, TrainingConfig, Vec<(&str, LoraConfig)>)> = vec![
-            ("full", training().with_weight_decay(0.1), vec![]),
+        let kinds = [
+            ("full", training().with_weight_decay(0.1), Vec::<(&str, LoraConfig)>::new()),
             ("lora", training(), vec![("default", lora())]),
             (
                 "lora+",

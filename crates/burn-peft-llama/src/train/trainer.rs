@@ -172,7 +172,7 @@ impl Trainer {
         self.progress.step = step;
         self.progress.num_tokens += batches.iter().map(|batch| batch.num_tokens).sum::<usize>();
         self.unread.push(StepNumbers { step, examples, loss, num_targets, squares });
-        let is_read = step % self.config.log_every == 0 || step == 1 || step == total_steps;
+        let is_read = step.is_multiple_of(self.config.log_every) || step == 1 || step == total_steps;
         let mut read = Read { loss: None, grad_norm: None };
         if is_read {
             read = numbers::read(&self.unread, model)?;

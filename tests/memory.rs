@@ -1,0 +1,68 @@
+//! The estimate of memory beside what is allocated. Alone in its process, because it counts.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use burn::tensor::{Device, FloatDType};
+use burn_peft::{LoraConfig, PeftModel, TargetModules};
+use burn_peft_llama::{Collator, Example, LlamaConfig, MemoryEstimate, Trainer, TrainingConfig};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+fn examples(count: usize, length: usize, labelled: usize) -> Vec<Example> {
+    let example = |i: usize| {
+        let input_ids: Vec<u32> = (0..length).map(|j| ((i * 7 + j * 3) % 100) as u32).collect();
+        let label = |(j, id): (usize, &u32)| if j + labelled >= length { i64::from(*id) } else { -100 };
+        let labels = input_ids.iter().enumerate().map(label).collect();
+        Example { input_ids, labels }
+    };
+    (0..count).map(example).collect()
+}
+
+#[test]
+fn the_estimate_is_near_what_a_step_allocates() {
+    let device = Device::flex().autodiff();
+    let all = || LoraConfig::new(8).with_target_modules(TargetModules::AllLinear);
+    let some = || LoraConfig::new(8).with_target_modules(["q_proj", "v_proj"]);
+    // Width, layers, query heads, heads of keys, feed-forward width, vocabulary.
+    let small = [128, 4, 4, 2, 256, 100];
+    let cases = [
+        ("threads and tables that are made once", small, Some(all()), [4, 64], 4),
+        ("all linear", small, Some(all()), [4, 64], 4),
+        ("long", small, Some(all()), [2, 256], 4),
+        ("dropout", small, Some(all().with_lora_dropout(0.1)), [4, 64], 4),
+        ("queries and values", small, Some(some()), [4, 64], 4),
+        ("some, dropout", small, Some(some().with_lora_dropout(0.1)), [4, 64], 4),
+        ("wide", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),
+        ("a real vocabulary", [128, 2, 4, 2, 256, 49_152], Some(all()), [4, 64], 32),
+        ("more logits than are made at once", [64, 2, 4, 2, 128, 49_152], Some(all()), [4, 128], 128),
+        ("all parameters", small, None, [4, 64], 4),
+    ];
+    for (i, (name, [d, layers, heads, kv, f, vocabulary], lora, [b, s], labelled)) in
+        cases.into_iter().enumerate()
+    {
+        let mut config = LlamaConfig::new(vocabulary, d, layers).with_heads(heads, kv);
+        config.intermediate_size = f;
+        let empty = ALLOCATOR.current_usage();
+        let mut model = config.init(&device);
+        if let Some(lora) = &lora {
+            model.add_adapter("default", lora).unwrap();
+        }
+        let estimate = MemoryEstimate::of_batch(&model, FloatDType::F32, [b, s], b * labelled);
+        let training = TrainingConfig::new().with_max_steps(Some(2)).with_batch_size(b);
+        let mut trainer = Trainer::new(&training, examples(b, s, labelled), &Collator::new(0)).unwrap();
+        trainer.step(&mut model).unwrap();
+        ALLOCATOR.reset_peak_usage();
+        trainer.step(&mut model).unwrap();
+        let found = (ALLOCATOR.peak_usage() - empty) as f64;
+        let deviation = estimate.total() as f64 / found - 1.0;
+        println!(
+            "{name}: {:.2} MB, estimated {:.2} MB, {:+.1} %",
+            found / 1e6,
+            estimate.total() as f64 / 1e6,
+            100.0 * deviation
+        );
+        assert!(i == 0 || deviation.abs() < 0.05, "{name}: {estimate}, found {found}");
+    }
+}
