@@ -326,7 +326,7 @@ impl Run<'_> {
             curves.push(Curve { title: "held out", color, dashed: false, points: vec![] });
             curves.push(Curve { title: "held out", color, dashed: true, points: held_out });
         }
-        let subtitle = format!("`{}` on `{}`", self.args.model, self.args.data.display());
+        let subtitle = format!("{} on {}", self.args.model, self.args.data.display());
         canvas::draw(&self.args.out.join("loss.png"), |area| {
             head(area, "Mean loss of a token that is learnt", &subtitle)?;
             loss_curves(area, &curves, self.trainer.steps() as f64, "optimizer steps", |step| {

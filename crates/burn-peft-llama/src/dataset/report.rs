@@ -30,7 +30,8 @@ impl EncodingReport {
     pub(super) fn new(examples: &[Example], tokenizer: &Tokenizer, cut: usize, dropped: usize) -> Self {
         let mut lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
         lengths.sort_unstable();
-        let at = |percent: usize| lengths[(lengths.len() - 1) * percent / 100];
+        // The smallest length that so many percent do not exceed.
+        let at = |percent: usize| lengths[(lengths.len() * percent).div_ceil(100).max(1) - 1];
         Self {
             examples: examples.len(),
             tokens: lengths.iter().sum(),
