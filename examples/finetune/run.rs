@@ -51,7 +51,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let tokenizer = Tokenizer::load(&directory)?.with_date(&date)?;
     let config = LlamaConfig::load(&directory)?;
     let max_length = args.max_length.unwrap_or(config.max_position_embeddings.min(MAX_LENGTH));
-    let data = Data::load(args, &tokenizer, max_length)?;
+    let mut data = Data::load(args, &tokenizer, max_length)?;
     data.show(&tokenizer, args.show)?;
 
     let training = training(args, data.train.examples().len());
@@ -79,8 +79,11 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     }
 
     output::make_directory(&args.out)?;
-    output::write(&args.out.join(BEGUN), serde_json::to_string(&Begun { date })?)?;
-    let examples = examples.to_vec();
+    if args.patience.is_some() && data.valid.is_none() {
+        bail!(
+            "`--patience` needs held-out examples\nhint: a file `valid.jsonl` beside `train.jsonl`, or `--valid-split 0.1`"
+        );
+    }
     let questions = match &data.valid {
         Some(valid) => valid.questions(QUESTIONS),
         None => data.train.questions(QUESTIONS),
@@ -89,6 +92,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let before = answers::answer(&model, &tokenizer, &questions)?;
     let test_before = test_loss(&model, &data, &collator, args)?;
 
+    let examples = std::mem::take(&mut data.train.encoded.examples);
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
@@ -96,6 +100,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
         }
         None => Trainer::new(&training, examples, &collator)?,
     };
+    output::write(&args.out.join(BEGUN), serde_json::to_string(&Begun { date })?)?;
     let metrics = Metrics::open(&args.out, trainer.steps())?;
     let mut run = Run { args, data: &data, trainer, model, metrics, total };
     match run.train(interrupt) {
@@ -106,7 +111,17 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
             return Ok(End::Interrupted);
         }
         Err(error) => {
+            let is_of_numbers = error.chain().any(|cause| {
+                matches!(cause.downcast_ref::<LlamaError>(), Some(LlamaError::NotFinite { .. }))
+            });
             return Err(match Checkpoint::latest(&args.out) {
+                // The same options would go wrong in the same way.
+                Ok(Some(kept)) if is_of_numbers => error.context(format!(
+                    "the training ended at step {}\nhint: the checkpoint of step {} is good; `--adapter {}` trains its adapter further, with another `--out`",
+                    run.trainer.steps(),
+                    kept.step,
+                    kept.path.display()
+                )),
                 Ok(Some(kept)) => error.context(format!(
                     "the training ended at step {}\nhint: the checkpoint of step {} is there; this goes on from it: {}",
                     run.trainer.steps(),
@@ -236,6 +251,9 @@ impl Run<'_> {
         if self.trainer.steps() == 0 {
             self.evaluate()?;
         }
+        if self.is_enough() {
+            return Ok(End::Done);
+        }
         while let Some(report) = self.trainer.step(&mut self.model).map_err(|error| self.located(error))? {
             let step = report.step;
             if !report.without_gradient.is_empty() {
@@ -257,9 +275,7 @@ impl Run<'_> {
             let mut is_enough = false;
             if step.is_multiple_of(eval_every) || is_last {
                 self.evaluate()?;
-                is_enough = self.args.patience.is_some_and(|patience| {
-                    self.data.valid.is_some() && self.trainer.evaluations_since_best() >= patience
-                });
+                is_enough = self.is_enough();
             }
             let is_wished = interrupt.is_wished();
             if step.is_multiple_of(save_every) || is_last || is_enough || is_wished {
@@ -277,6 +293,11 @@ impl Run<'_> {
         }
         progress.finish();
         Ok(End::Done)
+    }
+
+    /// Whether the held-out loss has not become less for so long that the user wants an end.
+    fn is_enough(&self) -> bool {
+        self.args.patience.is_some_and(|patience| self.trainer.evaluations_since_best() >= patience)
     }
 
     /// Measures the held-out loss, if something is held out.

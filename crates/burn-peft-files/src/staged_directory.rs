@@ -78,6 +78,41 @@ impl StagedDirectory {
         sync_parent(&self.place);
         Ok(())
     }
+
+    /// As [`put`](Self::put), and what is at the place goes, with all that is in it.
+    ///
+    /// On Linux the two change places in one step, where the file system can: there is always one of them at the place.
+    /// Elsewhere there is none for a moment.
+    ///
+    /// # Errors
+    /// The directory cannot be moved; what was at the place stays there.
+    pub fn replace(self) -> Result<()> {
+        if !self.place.exists() {
+            return self.put();
+        }
+        if exchange(&self.path, &self.place).is_err() {
+            let old = self.path.with_extension("old");
+            fs::rename(&self.place, &old)?;
+            if let Err(error) = fs::rename(&self.path, &self.place) {
+                fs::rename(&old, &self.place)?;
+                return Err(error);
+            }
+            fs::rename(&old, &self.path)?;
+        }
+        sync_parent(&self.place);
+        Ok(())
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn exchange(one: &Path, other: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> Result<()> {
+    Err(Error::from(std::io::ErrorKind::Unsupported))
 }
 
 impl Drop for StagedDirectory {
@@ -149,6 +184,18 @@ mod tests {
         assert!(staged.put().is_err());
         assert_eq!(fs::read_to_string(place.join("file")).unwrap(), "2");
         assert_eq!(names(place.parent().unwrap()), ["place"]);
+    }
+
+    #[test]
+    fn a_directory_takes_the_place_of_another() {
+        let parent = tempfile::tempdir().unwrap();
+        let place = parent.path().join("place");
+        for content in ["1", "2", "3"] {
+            let staged = StagedDirectory::beside(&place).unwrap();
+            fs::write(staged.path().join(content), content).unwrap();
+            staged.replace().unwrap();
+            assert_eq!((names(&place), names(parent.path())), (vec![content.into()], vec!["place".into()]));
+        }
     }
 
     #[test]

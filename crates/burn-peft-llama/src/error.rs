@@ -346,8 +346,8 @@ pub enum LlamaError {
     /// A loss, a gradient or a trained parameter is infinite or not a number.
     #[error(
         "{what} is {value} at step {step}{}\n\
-         hint: go on from the last checkpoint with a lower learning rate, in f32 instead of a half-precision type, or \
-         without those examples",
+         hint: load the adapter of the last checkpoint and train it anew, with a lower learning rate, in f32 instead of a \
+         half-precision type, or without those examples",
         of_examples(.examples)
     )]
     NotFinite {
@@ -392,6 +392,28 @@ pub enum LlamaError {
         path: PathBuf,
         /// All of them.
         differences: Vec<CheckpointDifference>,
+    },
+
+    /// There is something where a checkpoint would be saved, or beside it, that is of another training.
+    #[error(
+        "`{}` is in the way of a checkpoint of step {step}\n\
+         hint: it is of another training, or of a later step of this one; save to another directory, or remove it",
+        .path.display()
+    )]
+    CheckpointInTheWay {
+        /// What is in the way.
+        path: PathBuf,
+        /// The step that was to be saved.
+        step: usize,
+    },
+
+    /// The counters of a checkpoint are such that no training can have them.
+    #[error("`{}` is damaged: {what}\nhint: go on from an earlier checkpoint", .path.display())]
+    CheckpointDamaged {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        what: String,
     },
 
     /// The state of the optimizer could not be written or read.

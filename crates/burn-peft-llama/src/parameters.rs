@@ -24,6 +24,16 @@ pub(crate) struct Parameter {
     pub(crate) sample: Box<dyn Fn(usize) -> Result<TensorData, LlamaError>>,
 }
 
+impl Parameter {
+    pub(crate) fn shape_in_memory(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+}
+
 /// Lists the parameters of a model without making those that do not exist yet.
 pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     #[derive(Default)]

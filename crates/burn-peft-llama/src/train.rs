@@ -1,6 +1,7 @@
 //! Training: the loop, its options, its checkpoints.
 
 mod accumulation;
+mod adamw;
 pub(crate) mod check;
 mod checkpoint;
 mod config;

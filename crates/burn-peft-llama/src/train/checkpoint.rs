@@ -59,7 +59,7 @@ impl Checkpoint {
         let mut found = vec![];
         for entry in entries {
             let path = entry.map_err(unread)?.path();
-            if file::name(&path).strip_prefix(PREFIX).is_some_and(|step| step.parse::<usize>().is_ok()) {
+            if is_named(&path) {
                 found.extend(Self::open(&path)?);
             }
         }
@@ -115,7 +115,10 @@ pub(super) fn save<M: CausalLmLoss>(
     }
     numbers::read(&trainer.unread, model)?;
     let (fingerprint, optimizer) = match &trainer.started {
-        Some(started) => (trainer.fingerprint.clone(), optimizer::to_state(&started.optimizer, model)?),
+        Some(started) => (
+            trainer.fingerprint.clone(),
+            optimizer::to_state(&started.optimizer, model, trainer.progress.step)?,
+        ),
         None => (None, optimizer::OptimizerState::default()),
     };
     let fingerprint = match fingerprint {
@@ -127,6 +130,7 @@ pub(super) fn save<M: CausalLmLoss>(
     let state = State::new(trainer, adapters(model), fingerprint, optimizer.parameters)?;
 
     let place = directory.join(format!("{PREFIX}{}", trainer.progress.step));
+    check_place(directory, &place, trainer.progress.step)?;
     let staged = StagedDirectory::beside(&place).map_err(unwritten(&place))?;
     if !state.adapters.is_empty() {
         model.save_adapters(staged.path())?;
@@ -137,18 +141,39 @@ pub(super) fn save<M: CausalLmLoss>(
     let path = staged.path().join(STATE_FILE);
     file::put(file::stage(&writer, &path, &state.to_json())?, &path)?;
     drop(writer);
-    if place.exists() {
-        remove_directory(&place).map_err(unwritten(&place))?;
-    }
-    staged.put().map_err(unwritten(&place))?;
+    staged.replace().map_err(unwritten(&place))?;
     prune(directory, trainer.config.save_total_limit)?;
     Ok(place)
+}
+
+/// Refuses to save beside what belongs to another training: a later step would be taken for this training's last one.
+fn check_place(directory: &Path, place: &Path, step: usize) -> Result<(), LlamaError> {
+    let later = readable(directory).into_iter().find(|checkpoint| checkpoint.step > step);
+    let is_other = place.exists() && !matches!(Checkpoint::open(place), Ok(Some(_)));
+    let in_the_way = later.map(|later| later.path).or_else(|| is_other.then(|| place.into()));
+    match in_the_way {
+        Some(path) => Err(LlamaError::CheckpointInTheWay { path, step }),
+        None => Ok(()),
+    }
+}
+
+/// The checkpoints in `directory` that can be read, in the order of their steps. Others are none of this trainer.
+fn readable(directory: &Path) -> Vec<Checkpoint> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let named = entries.filter(|path| is_named(path));
+    let mut found: Vec<_> = named.filter_map(|path| Checkpoint::open(&path).ok().flatten()).collect();
+    found.sort_by_key(|checkpoint| checkpoint.step);
+    found
+}
+
+fn is_named(path: &Path) -> bool {
+    file::name(path).strip_prefix(PREFIX).is_some_and(|step| step.parse::<usize>().is_ok())
 }
 
 /// Removes the checkpoints that are not to be kept.
 fn prune(directory: &Path, limit: Option<usize>) -> Result<(), LlamaError> {
     let Some(limit) = limit else { return Ok(()) };
-    let checkpoints = Checkpoint::list(directory)?;
+    let checkpoints = readable(directory);
     let best = best(&checkpoints).map(|best| best.step);
     let old = &checkpoints[..checkpoints.len().saturating_sub(limit)];
     for Checkpoint { path, .. } in old.iter().filter(|checkpoint| Some(checkpoint.step) != best) {
@@ -179,6 +204,7 @@ pub(super) fn resume<M: CausalLmLoss>(
         None => Checkpoint::latest(directory)?.ok_or_else(none)?.path,
     };
     let state = State::read(&path)?.ok_or_else(none)?;
+    state.check(&path)?;
     let values = Values::open(&path.join(TENSOR_FILE))?;
 
     let mut differences = state.differences(&trainer)?;
@@ -209,10 +235,11 @@ pub(super) fn resume<M: CausalLmLoss>(
     }
     refuse(&path, values.differences(&resumed, &state.optimizer))?;
     let resumed = values.fill(resumed);
+    trainer.progress = state.progress;
     let mut started = trainer.start(&resumed)?;
     started.optimizer = optimizer::from_state(started.optimizer, &resumed, &state.optimizer, &values)?;
     let device = device(&resumed)?.inner();
-    let first = state.progress.step + 1 - state.unread.len();
+    let first = trainer.progress.step + 1 - state.unread.len();
     let unread = state.unread.iter().enumerate().map(|(i, unread)| StepNumbers {
         step: first + i,
         examples: vec![],
@@ -221,7 +248,6 @@ pub(super) fn resume<M: CausalLmLoss>(
         squares: None,
     });
     trainer.unread = unread.collect();
-    trainer.progress = state.progress;
     trainer.started = Some(started);
     trainer.fingerprint = Some(state.fingerprint);
     *model = resumed;
@@ -480,6 +506,81 @@ mod tests {
         }
         fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
         assert!(resume().contains("malformed weights"), "{}", resume());
+    }
+
+    #[test]
+    fn half_precision_goes_on_bit_by_bit() {
+        let files = tempfile::tempdir().unwrap();
+        model(&autodiff().inner(), false).save_pretrained(files.path()).unwrap();
+        let base = || {
+            let dtype = burn::tensor::FloatDType::BF16;
+            LlamaForCausalLm::from_pretrained_as(files.path(), &autodiff(), dtype).unwrap()
+        };
+        // All of it in bf16, then copies in bf16 beside factors in f32.
+        for adapter in [None, Some(lora().with_modules_to_save(["norm", "lm_head"]))] {
+            let mut whole = base();
+            if let Some(adapter) = &adapter {
+                whole.add_adapter("default", adapter).unwrap();
+            }
+            let directory = tempfile::tempdir().unwrap();
+            let config = training().with_save_total_limit(None);
+            let mut trainer = Trainer::new(&config, examples(), &Collator::new(7)).unwrap();
+            let reports = train(&mut whole, &mut trainer, &[3], directory.path());
+            let mut resumed = base();
+            let again = tempfile::tempdir().unwrap();
+            let collator = Collator::new(7);
+            let mut trainer =
+                Trainer::resume(directory.path(), &mut resumed, &config, examples(), &collator).unwrap();
+            assert_eq!(train(&mut resumed, &mut trainer, &[], again.path()), reports[3..]);
+            assert!(bits(&resumed) == bits(&whole));
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_is_replaced_and_what_is_of_another_training_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut net = model(&autodiff(), false);
+        net.add_adapter("default", lora()).unwrap();
+        let new = || Trainer::new(&training(), examples(), &Collator::new(7)).unwrap();
+        let mut trainer = new();
+        trainer.step(&mut net).unwrap();
+        let place = trainer.save(&net, directory.path()).unwrap();
+        trainer.evaluate(&net, &examples()).unwrap();
+        assert_eq!(trainer.save(&net, directory.path()).unwrap(), place);
+        assert!(Checkpoint::list(directory.path()).unwrap()[0].eval_loss.is_some());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+
+        let error = new().save(&net, directory.path()).unwrap_err().to_string();
+        assert!(error.contains("checkpoint-1` is in the way of a checkpoint of step 0\nhint: "), "{error}");
+        trainer.step(&mut net).unwrap();
+        let other = directory.path().join("checkpoint-2");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join(STATE_FILE), "{\"global_step\": 2}").unwrap();
+        let error = trainer.save(&net, directory.path()).unwrap_err().to_string();
+        assert!(error.contains("checkpoint-2` is in the way"), "{error}");
+        assert!(other.join(STATE_FILE).exists());
+        assert!(matches!(Checkpoint::list(directory.path()), Err(LlamaError::Json { .. })));
+        // Another program's checkpoint does not keep this one from being saved.
+        trainer.step(&mut net).unwrap();
+        trainer.save(&net, directory.path()).unwrap();
+
+        let file = place.join(STATE_FILE);
+        let text = fs::read_to_string(&file).unwrap();
+        for (from, to, what) in [
+            ("\"seconds\": ", "\"seconds\": -", "-"),
+            (
+                "\"unread\": []",
+                "\"unread\": [{\"loss\": 1, \"num_targets\": 1}, {\"loss\": 1, \"num_targets\": 1}]",
+                "2 losses of 1 steps",
+            ),
+        ] {
+            assert!(text.contains(from), "{text}");
+            fs::write(&file, text.replacen(from, to, 1)).unwrap();
+            let mut net = model(&autodiff(), false);
+            let resumed = Trainer::resume(&place, &mut net, &training(), examples(), &Collator::new(7));
+            let error = resumed.err().unwrap().to_string();
+            assert!(error.contains("trainer_state.json` is damaged: ") && error.contains(what), "{error}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use burn::module::ParamGroup;
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn_peft::{LoraPlus, LoraPlusGroups};
 
+use super::adamw::LoadableAdamW;
 use crate::error::LlamaError;
 use crate::schedule::Schedule;
 
@@ -115,14 +116,15 @@ impl TrainingConfig {
     /// AdamW with torch's defaults: betas 0.9 and 0.999, epsilon 1e-8.
     pub(super) fn optimizer(&self, lora_plus: Option<&LoraPlusGroups>) -> ModuleOptimizer {
         let config = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(self.weight_decay);
+        let optimizer = ModuleOptimizer::from(LoadableAdamW(config.build()));
         if self.weight_decay == 0.0 {
-            return config.init();
+            return optimizer;
         }
         let undecayed = match lora_plus {
             Some(groups) => groups.without_decay(),
             None => ParamGroup::from_any_predicates(vec!["norm.weight", ".bias"]),
         };
-        config.init().with_group(undecayed, config.with_weight_decay(0.0).build(), None)
+        optimizer.with_group(undecayed, LoadableAdamW(config.with_weight_decay(0.0).build()), None)
     }
 }
 

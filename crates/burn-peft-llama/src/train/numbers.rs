@@ -37,11 +37,17 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
         mean.add((step.loss.clone(), step.num_targets));
     }
     let loss = mean.take()?;
-    let norm = steps.last().and_then(|step| step.squares.as_ref()).map(Squares::norm);
-    let grad_norm = norm.map(scalar).transpose()?;
-    // A number that is not finite stays so in sums and passes on from weights to losses, so two numbers tell of all.
-    if loss.into_iter().chain(grad_norm).all(f64::is_finite) {
-        return Ok(Read { loss, grad_norm });
+    let norms: Vec<Tensor<1>> =
+        steps.iter().filter_map(|step| step.squares.as_ref()).map(Squares::norm).collect();
+    let norms: Vec<f64> = match norms.is_empty() {
+        true => vec![],
+        false => {
+            let norms = Tensor::cat(norms, 0).try_into_data();
+            norms.map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?.iter().collect()
+        }
+    };
+    if loss.iter().chain(&norms).copied().all(f64::is_finite) {
+        return Ok(Read { loss, grad_norm: norms.last().copied() });
     }
     for step in steps {
         if let Some((what, value)) = culprit(step, model)? {
@@ -53,7 +59,7 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
             });
         }
     }
-    Ok(Read { loss, grad_norm })
+    Ok(Read { loss, grad_norm: norms.last().copied() })
 }
 
 /// The first number of a step that is not finite, and what it is.

@@ -22,8 +22,8 @@ pub struct StepReport {
     pub num_tokens: usize,
     /// Time spent in steps, those before a resume included.
     pub elapsed: Duration,
-    /// At the first step after [`new`](crate::Trainer::new) or [`resume`](crate::Trainer::resume), the trained parameters
-    /// that got no gradient: the loss of this step does not depend on them. An adapter of which none got one is an error.
+    /// At the first step, the trained parameters that got no gradient: the loss of this step does not depend on them. An
+    /// adapter of which none got one is an error.
     pub without_gradient: Vec<String>,
 }
 

@@ -128,7 +128,7 @@ impl Trainer {
     ///   reports a loss, and names the step where it came up. The model is spoilt then: go on from a checkpoint.
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn step<M: CausalLmLoss>(&mut self, model: &mut M) -> Result<Option<StepReport>, LlamaError> {
-        if self.progress.step == self.total_steps() {
+        if self.progress.step >= self.total_steps() {
             return Ok(None);
         }
         let start = Instant::now();
@@ -198,13 +198,17 @@ impl Trainer {
     /// [`save`](Self::save).
     ///
     /// # Errors
-    /// Those of [`evaluate`](crate::evaluate).
+    /// Those of [`evaluate`](crate::evaluate), and [`LlamaError::NotFinite`] if the loss is infinite or not a number.
     pub fn evaluate<M: CausalLmLoss>(
         &mut self,
         model: &M,
         examples: &[Example],
     ) -> Result<Evaluation, LlamaError> {
         let evaluation = evaluate(model, examples, &self.collator, self.config.batch_size)?;
+        if !evaluation.loss.is_finite() {
+            let (what, step) = ("the loss on held-out examples".to_string(), self.progress.step);
+            return Err(LlamaError::NotFinite { what, value: evaluation.loss, step, examples: vec![] });
+        }
         self.progress.evaluated(evaluation.loss);
         Ok(evaluation)
     }
@@ -221,13 +225,18 @@ impl Trainer {
     ///
     /// The directory appears when all of it is on disk: whenever the process ends, there is a whole checkpoint or none.
     /// Then those that are older than the last [`save_total_limit`](TrainingConfig::save_total_limit) are removed, but not
-    /// the one with the least loss of an evaluation at its step.
+    /// the one with the least loss of an evaluation at its step. A checkpoint of the same step is replaced.
+    ///
+    /// If the base is trained, there is no adapter: then the checkpoint is for [`resume`](Self::resume) alone.
     ///
     /// # Errors
     /// - [`LlamaError::NotFinite`] if a loss, a gradient or a trained parameter is infinite or not a number: nothing is
     ///   written then, so checkpoints hold numbers,
     /// - [`LlamaError::NotTrainable`] if the adapters are merged or the model is not on an autodiff device,
+    /// - [`LlamaError::CheckpointInTheWay`] if the directory has a checkpoint of a later step, or something else by the name
+    ///   of the checkpoint,
     /// - [`LlamaError::WriteFile`] and [`LlamaError::Adapters`] if a file cannot be written; earlier checkpoints stay,
+    /// - [`LlamaError::OptimizerState`] if Burn cannot write the state of the optimizer,
     /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn save<M: CausalLmLoss>(
         &mut self,
@@ -249,7 +258,8 @@ impl Trainer {
     /// - [`LlamaError::NoCheckpoint`] if there is none,
     /// - [`LlamaError::CheckpointDiffers`] if the base, the examples, the configuration, the adapters or the version of this
     ///   crate are not those of the checkpoint: every difference,
-    /// - [`LlamaError::ReadFile`], [`LlamaError::Json`], [`LlamaError::WeightsFile`] if a file cannot be read,
+    /// - [`LlamaError::ReadFile`], [`LlamaError::Json`], [`LlamaError::WrongFile`], [`LlamaError::WeightsFile`],
+    ///   [`LlamaError::OptimizerState`] if a file cannot be read or used,
     /// - those of [`new`](Self::new) and of [`PeftModel::add_adapter`].
     pub fn resume<M: CausalLmLoss>(
         directory: impl AsRef<Path>,
@@ -313,7 +323,8 @@ impl Trainer {
         check_trainable(model, &device)?;
         let groups = self.config.lora_plus().map(|plus| plus.groups(model)).transpose()?;
         let optimizer = self.config.optimizer(groups.as_ref());
-        Ok(Started { device, groups, optimizer, is_checked: false })
+        // A batch that has nothing for an adapter must not end a training that has gone on for long.
+        Ok(Started { device, groups, optimizer, is_checked: self.progress.step > 0 })
     }
 }
 

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn::optim::record::OptimizerRecord;
-use burn::tensor::Bytes;
+use burn::tensor::{Bytes, TensorData};
 use burn_pack::{Reader, Scalar, Writer};
 use serde::{Deserialize, Serialize};
 
-use super::parameters::Values;
+use super::parameters::{Values, refuse_other_numbers};
 use crate::error::LlamaError;
 use crate::parameters::parameters;
 use crate::weights::writer::Entry;
@@ -21,6 +21,13 @@ pub(super) struct ParameterState {
     scalars: BTreeMap<String, Scalar>,
     /// What its tensors are called behind the name of the parameter.
     pub(super) tensors: Vec<String>,
+}
+
+impl ParameterState {
+    /// The rank of the parameter as Burn noted it.
+    pub(super) fn rank(&self) -> Option<usize> {
+        self.scalars.get("__rank").and_then(|rank| usize::try_from(*rank).ok())
+    }
 }
 
 #[derive(Default)]
@@ -35,9 +42,13 @@ pub(super) fn key(parameter: &str, tensor: &str) -> String {
 }
 
 /// The state of `optimizer`. What it knows of parameters that `model` does not have any more is left out.
+///
+/// # Errors
+/// [`LlamaError::NotFinite`] if one of its numbers is infinite or not a number.
 pub(super) fn to_state<M: Module>(
     optimizer: &ModuleOptimizer,
     model: &M,
+    step: usize,
 ) -> Result<OptimizerState, LlamaError> {
     let names: BTreeMap<u64, String> =
         parameters(model).into_iter().map(|parameter| (parameter.id.val(), parameter.name)).collect();
@@ -55,7 +66,9 @@ pub(super) fn to_state<M: Module>(
     for tensor in reader.into_tensors().map_err(failed)? {
         let (key, dtype, shape, _, bytes) = tensor.into_parts().map_err(failed)?;
         if let Some((name, tensor)) = find(&key) {
-            let read = Box::new(move || Ok(bytes.to_vec()));
+            let data = TensorData::from_bytes(bytes, shape.clone(), dtype);
+            refuse_other_numbers(&data, || format!("the optimizer's `{tensor}` of `{name}`"), step)?;
+            let read = Box::new(move || Ok(data.as_bytes().to_vec()));
             let key = self::key(&name, &tensor);
             state.tensors.push(Entry { name: key, shape: shape.to_vec(), dtype, read });
             state.parameters.entry(name).or_default().tensors.push(tensor);

@@ -32,10 +32,7 @@ fn key(parameter: &str) -> String {
 pub(super) fn entries<M: Module>(model: &M, step: usize) -> Result<Vec<Entry>, LlamaError> {
     let entry = |parameter: Parameter| {
         let data = (parameter.read)()?;
-        if let Some(value) = data.iter::<f64>().find(|number| !number.is_finite()) {
-            let what = format!("a number of `{}`", parameter.name);
-            return Err(LlamaError::NotFinite { what, value, step, examples: vec![] });
-        }
+        refuse_other_numbers(&data, || format!("`{}`", parameter.name), step)?;
         Ok(Entry {
             name: key(&parameter.name),
             shape: data.shape().to_vec(),
@@ -44,6 +41,22 @@ pub(super) fn entries<M: Module>(model: &M, step: usize) -> Result<Vec<Entry>, L
         })
     };
     parameters(model).into_iter().filter(is_saved).map(entry).collect()
+}
+
+/// # Errors
+/// [`LlamaError::NotFinite`] if a number of the tensor `name` is infinite or none.
+pub(super) fn refuse_other_numbers(
+    data: &TensorData,
+    name: impl FnOnce() -> String,
+    step: usize,
+) -> Result<(), LlamaError> {
+    match data.iter::<f64>().find(|number| !number.is_finite()) {
+        Some(value) => {
+            let what = format!("a number of {}", name());
+            Err(LlamaError::NotFinite { what, value, step, examples: vec![] })
+        }
+        None => Ok(()),
+    }
 }
 
 /// The tensors of a checkpoint.
@@ -92,10 +105,7 @@ impl Values {
         let mut wanted = vec![];
         let names: Vec<Parameter> = parameters(model);
         for parameter in names.iter().filter(|parameter| is_saved(parameter) || self.has(&parameter.name)) {
-            let mut shape = parameter.shape.clone();
-            if parameter.transposed {
-                shape.reverse();
-            }
+            let shape = parameter.shape_in_memory();
             let now = match is_saved(parameter) {
                 true => format!("{:?}{shape:?}", parameter.dtype),
                 false => "frozen".to_string(),
@@ -109,12 +119,25 @@ impl Values {
             wanted.push(key);
         }
         for (name, state) in optimizer {
-            if !names.iter().any(|parameter| parameter.name == *name) {
+            let Some(parameter) = names.iter().find(|parameter| parameter.name == *name) else {
                 found.push(CheckpointDifference::new(format!("`{name}`"), "trained", "none"));
+                wanted.extend(state.tensors.iter().map(|tensor| optimizer::key(name, tensor)));
+                continue;
+            };
+            let shape = parameter.shape_in_memory();
+            if state.rank() != Some(shape.len()) {
+                let rank = state.rank().map_or("none".to_string(), |rank| rank.to_string());
+                found.push(CheckpointDifference::new(
+                    format!("rank of `{name}`"),
+                    rank,
+                    shape.len().to_string(),
+                ));
             }
             for key in state.tensors.iter().map(|tensor| optimizer::key(name, tensor)) {
-                if !self.0.contains_key(&key) {
-                    found.push(CheckpointDifference::new(format!("`{key}`"), "missing", "needed"));
+                let then = self.get(&key).map_or("missing".to_string(), |(_, shape, _)| format!("{shape:?}"));
+                let now = format!("{shape:?}");
+                if now != then {
+                    found.push(CheckpointDifference::new(format!("`{key}`"), then, now));
                 }
                 wanted.push(key);
             }

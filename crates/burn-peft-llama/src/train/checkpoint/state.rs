@@ -161,6 +161,20 @@ impl State {
         text.map(|text| file::parse(&path, &text)).transpose()
     }
 
+    /// # Errors
+    /// [`LlamaError::CheckpointDamaged`] for counters that no training can have.
+    pub(super) fn check(&self, directory: &Path) -> Result<(), LlamaError> {
+        let Progress { step, seconds, .. } = self.progress;
+        let damaged = |what: String| LlamaError::CheckpointDamaged { path: directory.join(STATE_FILE), what };
+        if self.unread.len() > step {
+            return Err(damaged(format!("{} losses of {step} steps", self.unread.len())));
+        }
+        if !(seconds.is_finite() && (0.0..1e12).contains(&seconds)) {
+            return Err(damaged(format!("{seconds} seconds")));
+        }
+        Ok(())
+    }
+
     pub(super) fn to_json(&self) -> String {
         format!("{:#}\n", json!(self))
     }
