@@ -12,7 +12,7 @@ mod tests;
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn_peft::{LoadOptions, PeftModel};
 use burn_peft_examples::{failure, model};
 use burn_peft_llama::{LlamaForCausalLm, Message, Tokenizer};
@@ -48,6 +48,11 @@ fn run(args: &Args, input: &mut impl BufRead, output: &mut impl Write) -> Result
     load_adapters(args, &mut model)?;
 
     let is_chat = !args.raw && tokenizer.chat_template().is_some();
+    if args.system.is_some() && !is_chat {
+        bail!(
+            "this model has no chat template, so `--system` has no place\nhint: put the text before the prompt"
+        );
+    }
     let mut speaker = Speaker::new(&model, &tokenizer, args.options(), output);
     let mut turns: Vec<Message> = args.system.iter().map(Message::system).collect();
     if let Some(prompt) = &args.prompt {

@@ -45,8 +45,8 @@ impl<'a, W: Write> Speaker<'a, W> {
             failed = (|| {
                 let text = tokenizer.decode(&ids, true)?;
                 // A letter may need several tokens: until they are all there, it is none.
-                if !text.ends_with('\u{fffd}') && text.len() > written {
-                    write!(output, "{}", &text[written..])?;
+                if let Some(new) = text.get(written..).filter(|new| !new.ends_with('\u{fffd}')) {
+                    write!(output, "{new}")?;
                     output.flush()?;
                     written = text.len();
                 }
@@ -56,7 +56,8 @@ impl<'a, W: Write> Speaker<'a, W> {
         })?;
         failed.context("the answer cannot be written")?;
         let text = self.tokenizer.decode(&ids, true)?;
-        writeln!(self.output, "{}", &text[written..]).context("the answer cannot be written")?;
+        writeln!(self.output, "{}", text.get(written..).unwrap_or_default())
+            .context("the answer cannot be written")?;
         let first = first.unwrap_or_else(|| start.elapsed());
         self.reading += first;
         self.writing += start.elapsed() - first;
