@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use burn_peft_llama::{
     Content, Dataset, EncodeOptions, Encoded, Example, IGNORE_INDEX, Message, Place, Splits, Tokenizer,
+    TooLong,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -37,7 +38,10 @@ impl Part {
     fn new(name: &str, dataset: Dataset, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
         let encoded = dataset.encode(tokenizer, options).with_context(|| {
             let file = dataset.path.display();
-            format!("nothing can be learnt from `{file}`\nhint: `--too-long cut` or `drop` go on without what is too long")
+            match options.too_long {
+                TooLong::Refuse => format!("`{file}` cannot be learnt\nhint: if examples are too long, `--too-long cut` or `drop` go on without"),
+                _ => format!("`{file}` cannot be learnt"),
+            }
         });
         Ok(Self { name: name.into(), encoded: encoded?, dataset })
     }
@@ -59,6 +63,7 @@ impl Part {
                 let last = messages.iter().rposition(|message| message.role == "assistant")?;
                 Some(messages[..last].to_vec())
             }
+            Content::Continuation { prompt, .. } => Some(prompt.clone()),
             Content::Completion { prompt, .. } => Some(vec![Message::user(prompt)]),
             _ => None,
         };

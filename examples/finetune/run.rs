@@ -53,6 +53,11 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let max_length = args.max_length.unwrap_or(config.max_position_embeddings.min(MAX_LENGTH));
     let mut data = Data::load(args, &tokenizer, max_length)?;
     data.show(&tokenizer, args.show)?;
+    if args.patience.is_some() && data.valid.is_none() {
+        bail!(
+            "`--patience` needs held-out examples\nhint: a file `valid.jsonl` beside `train.jsonl`, or `--valid-split 0.1`"
+        );
+    }
 
     let training = training(args, data.train.examples().len());
     let total = training.total_steps(data.train.examples().len());
@@ -79,11 +84,6 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     }
 
     output::make_directory(&args.out)?;
-    if args.patience.is_some() && data.valid.is_none() {
-        bail!(
-            "`--patience` needs held-out examples\nhint: a file `valid.jsonl` beside `train.jsonl`, or `--valid-split 0.1`"
-        );
-    }
     let questions = match &data.valid {
         Some(valid) => valid.questions(QUESTIONS),
         None => data.train.questions(QUESTIONS),

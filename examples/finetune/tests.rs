@@ -202,7 +202,7 @@ fn bad_inputs_are_told_with_the_way_out() {
     );
     fs::write(place.out("train.jsonl"), QUESTIONS).unwrap();
     let long = error("out", "--max-length 8 --too-long refuse");
-    assert!(long.contains("tokens, 8 are allowed") && long.contains("hint: `--too-long cut`"), "{long}");
+    assert!(long.contains("tokens, 8 are allowed") && long.contains("`--too-long cut` or `drop`"), "{long}");
     let all = error("out", "--valid-split 0.99");
     assert!(all.contains("all 4 examples would be held out\nhint: "), "{all}");
     let names = error("out", "--targets q_prj");

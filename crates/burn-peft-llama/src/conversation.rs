@@ -79,7 +79,17 @@ impl Tokenizer {
     /// - [`LlamaError::NoEndToken`] if no special token follows an answer,
     /// - those of [`encode_prompt`](Self::encode_prompt).
     pub fn encode_conversation(&self, messages: &[Message], labels: Labels) -> Result<Example, LlamaError> {
-        let is_answer = |i: &usize| messages[*i].role == "assistant";
+        self.encode_from(messages, labels, 0)
+    }
+
+    /// As [`encode_conversation`](Self::encode_conversation); of the answers, those from message `first` on are learnt.
+    pub(crate) fn encode_from(
+        &self,
+        messages: &[Message],
+        labels: Labels,
+        first: usize,
+    ) -> Result<Example, LlamaError> {
+        let is_answer = |i: &usize| *i >= first && messages[*i].role == "assistant";
         let answers: Vec<usize> = match labels {
             Labels::LastAnswer => messages.len().checked_sub(1).into_iter().filter(is_answer).collect(),
             _ => (0..messages.len()).filter(is_answer).collect(),
@@ -99,8 +109,8 @@ impl Tokenizer {
             return Ok(Example::labelled(ids, 0, end));
         }
         if !passages.is_empty() {
-            if labels == Labels::LastAnswer {
-                let before = template.render_marked(&messages[..messages.len() - 1], false)?.1.len();
+            if answers[0] > 0 {
+                let before = template.render_marked(&messages[..answers[0]], false)?.1.len();
                 passages.drain(..before.min(passages.len()));
             }
             return self.encode_passages(&full, &passages);
@@ -110,12 +120,15 @@ impl Tokenizer {
         for &i in &answers {
             let prompt = template.render(&messages[..i], true)?;
             let is_last = i + 1 == messages.len();
-            found.push(locate(&mut full, prompt, &messages[i].content, is_last)?);
+            let until = if is_last { None } else { Some(template.render(&messages[..=i], false)?) };
+            found.push((locate(&mut full, prompt, &messages[i].content, is_last)?, until));
         }
         let encoding = self.encoding(&full, false)?;
         let ids = encoding.get_ids().to_vec();
         let mut labels = vec![IGNORE_INDEX; ids.len()];
-        for Answer { prompt, end } in found {
+        for (Answer { prompt, end }, until) in found {
+            // An answer without an end token must not run into the next message.
+            let until = until.filter(|until| full.starts_with(until)).map_or(full.len(), |until| until.len());
             let prompt_ids = self.encode(&prompt)?;
             for (at, &expected) in prompt_ids.iter().enumerate() {
                 let found = ids.get(at).copied();
@@ -124,7 +137,8 @@ impl Tokenizer {
                 }
             }
             // The end token is looked for behind the answer's text, because an answer may itself spell one.
-            let behind = |i: &usize| encoding.get_offsets()[*i].0 >= end && self.is_special(ids[*i]);
+            let behind =
+                |i: &usize| (end..until).contains(&encoding.get_offsets()[*i].0) && self.is_special(ids[*i]);
             let last = (prompt_ids.len()..ids.len()).find(behind).ok_or(LlamaError::NoEndToken)?;
             for i in prompt_ids.len()..=last {
                 labels[i] = i64::from(ids[i]);
@@ -247,15 +261,14 @@ fn locate(full: &mut String, mut prompt: String, content: &str, is_last: bool) -
     Ok(Answer { prompt, end })
 }
 
-/// Length in bytes of the answer at the beginning of `completion`, white space that the template put before it
-/// included. 0 if the template changed the answer beyond trimming.
+/// Where the answer `content` ends in `completion`, in bytes, with what the template put before it, such as white space or
+/// a header that it does not give the model. 0 if the template changed the answer beyond trimming.
 fn answer_length(completion: &str, content: &str) -> usize {
     if completion.starts_with(content) {
         return content.len();
     }
     let content = content.trim();
-    let start = completion.len() - completion.trim_start().len();
-    if completion[start..].starts_with(content) { start + content.len() } else { 0 }
+    completion.find(content).map_or(0, |start| start + content.len())
 }
 
 /// The error that shows where two texts part.
@@ -344,6 +357,32 @@ mod tests {
             let open = tokenizer.encode_conversation(&turns()[..4], Labels::Answers).unwrap();
             assert_eq!(learnt(&tokenizer, &open), format!("water{end}"));
         }
+    }
+
+    #[test]
+    fn a_header_that_the_model_is_not_given_is_learnt_with_the_answer() {
+        let tokenizer = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        );
+        let example = tokenizer.encode_conversation(&turns(), Labels::Answers).unwrap();
+        let expected = "<|im_start|>assistant\nwater<|im_end|><|im_start|>assistant\nfire<|im_end|>";
+        assert_eq!(learnt(&tokenizer, &example), expected);
+    }
+
+    #[test]
+    fn an_answer_without_an_end_does_not_run_into_the_next_question() {
+        let tokenizer = with_template(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}\
+             assistant: {% else %}{{ eos_token }}{% endif %}",
+        );
+        let error = tokenizer.encode_conversation(&turns(), Labels::Answers);
+        assert!(matches!(error, Err(LlamaError::TokenBoundary { .. } | LlamaError::NoEndToken)), "{error:?}");
+        let open = with_template(
+            "{% for m in messages %}<|im_start|>{{ m.role }}<|im_start|>{{ m.content }}{% endfor %}\
+             {% if add_generation_prompt %}<|im_start|>assistant<|im_start|>{% endif %}",
+        );
+        let error = open.encode_conversation(&turns(), Labels::Answers);
+        assert!(matches!(error, Err(LlamaError::NoEndToken)), "{error:?}");
     }
 
     #[test]

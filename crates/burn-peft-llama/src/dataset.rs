@@ -32,7 +32,8 @@ pub use report::EncodingReport;
 ///
 /// Other keys of the object are ignored, but for `tools`. Calls of tools are not supported.
 ///
-/// All of the file is held in memory, and 12 bytes for each of its tokens once they are [encoded](Self::encode).
+/// All of the file is held in memory, as text and as values, and 12 bytes for each of its tokens once they are
+/// [encoded](Self::encode).
 ///
 /// ```
 /// use burn_peft_llama::{Content, Dataset};
@@ -190,12 +191,15 @@ mod tests {
             (
                 r#"{"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"},
                    {"from": "gpt", "value": "a"}]}"#,
-                chat.clone(),
+                chat,
             ),
             (
                 r#"{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": [
                    {"type": "text", "text": "u"}]}], "completion": [{"role": "assistant", "content": "a"}]}"#,
-                chat,
+                Content::Continuation {
+                    prompt: vec![Message::system("s"), Message::user("u")],
+                    completion: vec![Message::assistant("a")],
+                },
             ),
             (r#"{"prompt": "p\u00e9", "completion": "c", "tools": []}"#, completion("pé", "c")),
             (r#"{"instruction": "i", "input": "", "output": "o"}"#, completion("i", "o")),
@@ -317,6 +321,11 @@ mod tests {
         );
         assert!(report.lengths.is_sorted() && report.labelled < report.tokens / 2);
         assert!(report.to_string().ends_with("ends with an end token"), "{report}");
+
+        let line = r#"{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "fire"}]}"#;
+        let continued = dataset(&line.replace('\n', " ")).encode(&chatml(), &EncodeOptions::new()).unwrap();
+        assert_eq!(learnt(&chatml(), &continued.examples[0]), "fire<|im_end|>");
 
         let everything = EncodeOptions::new().with_labels(Labels::Everything);
         let everything = dataset(LINES).encode(&chatml(), &everything).unwrap();

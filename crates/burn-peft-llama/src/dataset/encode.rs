@@ -128,6 +128,9 @@ impl Dataset {
 fn encode(tokenizer: &Tokenizer, content: &Content, labels: Labels) -> Result<Example, LlamaError> {
     match content {
         Content::Messages(messages) => tokenizer.encode_conversation(messages, labels),
+        Content::Continuation { prompt, completion } => {
+            tokenizer.encode_from(&[&prompt[..], completion].concat(), labels, prompt.len())
+        }
         Content::Completion { prompt, completion } if tokenizer.chat_template().is_some() => {
             let messages = [Message::user(prompt), Message::assistant(completion)];
             tokenizer.encode_conversation(&messages, labels)

@@ -10,6 +10,13 @@ use crate::message::Message;
 pub enum Content {
     /// A conversation.
     Messages(Vec<Message>),
+    /// A conversation and how it goes on: only answers in the rest are learnt.
+    Continuation {
+        /// The beginning.
+        prompt: Vec<Message>,
+        /// The rest.
+        completion: Vec<Message>,
+    },
     /// A text and how it goes on: with a chat template a question and its answer.
     Completion {
         /// The beginning, or the question.
@@ -56,9 +63,11 @@ pub(super) fn content(value: &Value) -> Result<Content, String> {
 
 fn completion(object: &Map<String, Value>) -> Result<Content, String> {
     if object["prompt"].is_array() || object["completion"].is_array() {
-        let mut all = messages("prompt", &object["prompt"])?;
-        all.extend(messages("completion", &object["completion"])?);
-        return Ok(Content::Messages(all));
+        let prompt = messages("prompt", &object["prompt"])?;
+        return Ok(Content::Continuation {
+            prompt,
+            completion: messages("completion", &object["completion"])?,
+        });
     }
     Ok(Content::Completion { prompt: text(object, "prompt")?, completion: text(object, "completion")? })
 }
