@@ -42,8 +42,7 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// Of a training of `model`, whose base has the type `dtype`, on batches of `batch_size` of the `examples`.
     ///
-    /// Nothing is computed, and parameters that do not exist yet are not made: [`LlamaConfig::init`] gives a model to ask
-    /// about before one is loaded.
+    /// No step is made: the shapes of the parameters tell.
     pub fn new(
         model: &LlamaForCausalLm,
         dtype: FloatDType,
