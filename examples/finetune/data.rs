@@ -1,5 +1,6 @@
 //! The examples, and what is shown of them before they are learnt.
 
+use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::path::Path;
 
@@ -117,18 +118,12 @@ fn hold_out(train: &mut Dataset, args: &Args) -> Result<Option<Dataset>> {
     }
     let mut order: Vec<usize> = (0..count).collect();
     order.shuffle(&mut StdRng::seed_from_u64(args.seed));
-    order.truncate(held_out);
+    let chosen: HashSet<usize> = order.into_iter().take(held_out).collect();
     let mut valid = train.clone();
-    let mut i = 0;
-    valid.records.retain(|_| {
-        i += 1;
-        order.contains(&(i - 1))
-    });
-    let mut i = 0;
-    train.records.retain(|_| {
-        i += 1;
-        !order.contains(&(i - 1))
-    });
+    let records = std::mem::take(&mut train.records).into_iter().enumerate();
+    let (held_out, rest): (Vec<_>, Vec<_>) = records.partition(|(i, _)| chosen.contains(i));
+    valid.records = held_out.into_iter().map(|(_, record)| record).collect();
+    train.records = rest.into_iter().map(|(_, record)| record).collect();
     Ok(Some(valid))
 }
 

@@ -20,8 +20,7 @@ pub fn clip_grad_norm<M: Module>(
     max_norm: f64,
 ) -> (GradientsParams, Option<Tensor<1>>) {
     let Some(squares) = Squares::of(module, &grads) else { return (grads, None) };
-    let norm = squares.norm();
-    (clip(module, grads, &norm, max_norm), Some(norm))
+    (clip(module, grads, &squares.norm, max_norm), Some(squares.norm))
 }
 
 /// Multiplies all gradients by `min(1, max_norm / (norm + 1e-6))`.
@@ -43,6 +42,8 @@ pub(crate) struct Squares {
     pub(crate) parameters: Vec<ParamId>,
     /// One for each of them, on the device of the first one, `[n]`.
     pub(crate) sums: Tensor<1>,
+    /// The norm of all gradients together, `[1]`.
+    pub(crate) norm: Tensor<1>,
 }
 
 impl Squares {
@@ -74,12 +75,11 @@ impl Squares {
         let mut visitor = Visitor { grads, parameters: vec![], sums: vec![] };
         module.visit(&mut visitor);
         let Visitor { parameters, sums, .. } = visitor;
-        (!sums.is_empty()).then(|| Self { parameters, sums: Tensor::cat(sums, 0) })
-    }
-
-    /// The norm of all gradients together, `[1]`.
-    pub(crate) fn norm(&self) -> Tensor<1> {
-        sum_all(self.sums.clone()).sqrt()
+        if sums.is_empty() {
+            return None;
+        }
+        let sums = Tensor::cat(sums, 0);
+        Some(Self { parameters, norm: sum_all(sums.clone()).sqrt(), sums })
     }
 }
 

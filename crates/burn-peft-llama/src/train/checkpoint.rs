@@ -105,32 +105,29 @@ pub(super) fn save<M: CausalLmLoss>(
     model: &M,
     directory: &Path,
 ) -> Result<PathBuf, LlamaError> {
-    if trainer.started.is_none() {
-        trainer.started = Some(trainer.start(model)?);
-    }
+    let place = directory.join(format!("{PREFIX}{}", trainer.progress.step));
+    check_place(directory, &place, trainer.progress.step)?;
     if !device(model)?.is_autodiff() || model.adapters().iter().any(|adapter| adapter.merged) {
         let hint =
             "a checkpoint is of the model that is trained: not of `valid()`, and with no adapter merged";
         return Err(LlamaError::NotTrainable { hint });
     }
     numbers::read(&trainer.unread, model)?;
-    let (fingerprint, optimizer) = match &trainer.started {
-        Some(started) => (
-            trainer.fingerprint.clone(),
-            optimizer::to_state(&started.optimizer, model, trainer.progress.step)?,
-        ),
-        None => (None, optimizer::OptimizerState::default()),
+    let started = match trainer.started.take() {
+        Some(started) => started,
+        None => trainer.start(model)?,
     };
-    let fingerprint = match fingerprint {
+    let started = trainer.started.insert(started);
+    let optimizer = optimizer::to_state(&started.optimizer, model, trainer.progress.step)?;
+    let fingerprint = match trainer.fingerprint.take() {
         Some(fingerprint) => fingerprint,
-        None => trainer.fingerprint.insert(Fingerprint::of(model, trainer)?).clone(),
+        None => Fingerprint::of(model, trainer)?,
     };
+    let fingerprint = trainer.fingerprint.insert(fingerprint).clone();
     let mut tensors = entries(model, trainer.progress.step)?;
     tensors.extend(optimizer.tensors);
     let state = State::new(trainer, adapters(model), fingerprint, optimizer.parameters)?;
 
-    let place = directory.join(format!("{PREFIX}{}", trainer.progress.step));
-    check_place(directory, &place, trainer.progress.step)?;
     let staged = StagedDirectory::beside(&place).map_err(unwritten(&place))?;
     if !state.adapters.is_empty() {
         model.save_adapters(staged.path())?;

@@ -38,7 +38,7 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
     }
     let loss = mean.take()?;
     let norms: Vec<Tensor<1>> =
-        steps.iter().filter_map(|step| step.squares.as_ref()).map(Squares::norm).collect();
+        steps.iter().filter_map(|step| Some(step.squares.as_ref()?.norm.clone())).collect();
     let norms: Vec<f64> = match norms.is_empty() {
         true => vec![],
         false => {
@@ -79,7 +79,7 @@ fn culprit<M: Module>(step: &StepNumbers, model: &M) -> Result<Option<(String, f
             Some((format!("the squared norm of the gradient of `{name}`"), sum))
         }
         None => {
-            let norm = scalar(squares.norm())?;
+            let norm = scalar(squares.norm.clone())?;
             (!norm.is_finite()).then(|| ("the norm of the gradients".to_string(), norm))
         }
     })

@@ -157,7 +157,7 @@ impl Trainer {
         };
         *is_checked = true;
         if let (Some(max_norm), Some(squares)) = (self.config.max_grad_norm, &squares) {
-            grads = clip(model, grads, &squares.norm(), max_norm);
+            grads = clip(model, grads, &squares.norm, max_norm);
         }
         let total_steps = self.config.total_steps(self.lengths.len());
         let factor = self.config.schedule.factor(step, self.config.warmup_steps, total_steps);
