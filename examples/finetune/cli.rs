@@ -17,6 +17,8 @@ use clap::{Parser, ValueEnum};
 ///
 /// What will be trained is shown first; with --dry-run, nothing more is done. Ctrl-C saves a checkpoint and prints the
 /// command that goes on; the result is, bit for bit on the CPU, that of a run that was not interrupted.
+///
+/// The aliases are the words of mlx-lm, PEFT and transformers.
 #[derive(Parser, Debug, Clone)]
 #[command(name = "finetune", version, max_term_width = 110)]
 pub struct Args {
@@ -27,7 +29,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE|DIR")]
     pub data: PathBuf,
     /// Directory for the adapter, checkpoints, metrics.jsonl and the plot of the loss
-    #[arg(long, default_value = "out/finetune", value_name = "DIR")]
+    #[arg(long, visible_alias = "adapter-path", default_value = "out/finetune", value_name = "DIR")]
     pub out: PathBuf,
     /// Go on from the last checkpoint in --out; begin if there is none
     #[arg(long)]
@@ -43,7 +45,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "loss", help_heading = "Examples")]
     pub mask_prompt: bool,
     /// Most tokens of an example [default: what the model was made for, and at most 2048]
-    #[arg(long, value_parser = at_least_two, value_name = "N", help_heading = "Examples")]
+    #[arg(long, visible_alias = "max-seq-length", value_parser = at_least_two, value_name = "N", help_heading = "Examples")]
     pub max_length: Option<usize>,
     /// What becomes of longer ones
     #[arg(long, value_enum, default_value_t = Longer::Cut, help_heading = "Examples")]
@@ -59,16 +61,16 @@ pub struct Args {
     pub show: usize,
 
     /// Rank of the adapter
-    #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
+    #[arg(long, visible_alias = "lora-r", default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
     pub rank: usize,
     /// Scale of the adapter's update: it is multiplied by alpha / rank [default: twice the rank]
-    #[arg(long, value_parser = positive, allow_negative_numbers = true, help_heading = "LoRA")]
+    #[arg(long, visible_alias = "lora-alpha", value_parser = positive, allow_negative_numbers = true, help_heading = "LoRA")]
     pub alpha: Option<f64>,
     /// Dropout on the adapter's input, 0 to below 1
-    #[arg(long, default_value_t = 0.0, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
+    #[arg(long, visible_alias = "lora-dropout", default_value_t = 0.0, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
     pub dropout: f64,
     /// Modules to adapt: `all-linear` alone, or names separated by commas such as `q_proj,v_proj`
-    #[arg(long, default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
+    #[arg(long, visible_alias = "target-modules", default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
     pub targets: TargetModules,
     /// Multiply by alpha / sqrt(rank) instead (rsLoRA)
     #[arg(long, help_heading = "LoRA")]
@@ -84,19 +86,19 @@ pub struct Args {
     #[arg(long, default_value_t = 2e-4, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub learning_rate: f64,
     /// Passes over the examples
-    #[arg(long, default_value_t = 3, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    #[arg(long, visible_alias = "num-train-epochs", default_value_t = 3, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: usize,
     /// Optimizer steps, instead of passes
-    #[arg(long, value_parser = at_least_one, value_name = "N", conflicts_with = "epochs", help_heading = "Training")]
+    #[arg(long, visible_alias = "iters", value_parser = at_least_one, value_name = "N", conflicts_with = "epochs", help_heading = "Training")]
     pub max_steps: Option<usize>,
     /// Examples in a batch
     #[arg(long, default_value_t = 8, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub batch_size: usize,
     /// Batches per optimizer step
-    #[arg(long, default_value_t = 1, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    #[arg(long, visible_alias = "grad-accumulation-steps", default_value_t = 1, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub grad_accumulation: usize,
     /// What the learning rate does after the warm-up
-    #[arg(long, value_enum, default_value_t = Decay::Linear, help_heading = "Training")]
+    #[arg(long, visible_alias = "lr-scheduler-type", value_enum, default_value_t = Decay::Linear, help_heading = "Training")]
     pub schedule: Decay,
     /// Steps over which the learning rate rises from 0 [default: 3 % of all]
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
@@ -118,10 +120,10 @@ pub struct Args {
     pub patience: Option<usize>,
 
     /// Steps between two reports of the loss [default: a hundredth of the run, at most 10]
-    #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Reports and checkpoints")]
+    #[arg(long, visible_alias = "steps-per-report", value_parser = at_least_one, value_name = "STEPS", help_heading = "Reports and checkpoints")]
     pub log_every: Option<usize>,
     /// Steps between two measurements of the held-out loss [default: as --save-every]
-    #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Reports and checkpoints")]
+    #[arg(long, visible_alias = "steps-per-eval", value_parser = at_least_one, value_name = "STEPS", help_heading = "Reports and checkpoints")]
     pub eval_every: Option<usize>,
     /// Steps between two checkpoints [default: a tenth of the run]
     #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Reports and checkpoints")]

@@ -57,20 +57,24 @@ impl Part {
         self.encoded.places[example]
     }
 
-    /// The first questions, as messages to answer.
-    pub fn questions(&self, count: usize) -> Vec<Vec<Message>> {
-        let question = |content: &Content| match content {
-            Content::Messages(messages) => {
-                let last = messages.iter().rposition(|message| message.role == "assistant")?;
-                Some(messages[..last].to_vec())
-            }
-            Content::Continuation { prompt, .. } => Some(prompt.clone()),
-            Content::Completion { prompt, .. } => Some(vec![Message::user(prompt)]),
-            _ => None,
-        };
-        let questions = self.dataset.records.iter().filter_map(|record| question(&record.content));
-        questions.filter(|question| !question.is_empty()).take(count).collect()
+    /// The questions, as messages to answer, each with its answer.
+    pub fn questions(&self) -> impl Iterator<Item = (Vec<Message>, &str)> {
+        self.dataset.records.iter().filter_map(|record| question(&record.content))
     }
+}
+
+/// The question and the last answer of an example, if it has them.
+fn question(content: &Content) -> Option<(Vec<Message>, &str)> {
+    let (question, answer) = match content {
+        Content::Messages(messages) => {
+            let last = messages.iter().rposition(|message| message.role == "assistant")?;
+            (messages[..last].to_vec(), &messages[last].content)
+        }
+        Content::Continuation { prompt, completion } => (prompt.clone(), &completion.first()?.content),
+        Content::Completion { prompt, completion } => (vec![Message::user(prompt)], completion),
+        _ => return None,
+    };
+    (!question.is_empty()).then_some((question, answer))
 }
 
 impl Data {

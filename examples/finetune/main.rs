@@ -3,9 +3,9 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 #![allow(unreachable_pub, reason = "a program has no public interface, its modules have")]
 
-mod answers;
 mod cli;
 mod data;
+mod exam;
 mod interrupt;
 mod memory;
 mod metrics;

@@ -8,15 +8,15 @@ use burn_peft_examples::canvas::{self, Curve, head, in_the_middle, loss_curves};
 use burn_peft_examples::progress::Progress;
 use burn_peft_examples::{command, model, output};
 use burn_peft_llama::{
-    Checkpoint, Collator, LlamaConfig, LlamaError, LlamaForCausalLm, MemoryEstimate, Message, Tokenizer,
-    Trainer, TrainingConfig, evaluate,
+    Checkpoint, Collator, LlamaConfig, LlamaError, LlamaForCausalLm, MemoryEstimate, Tokenizer, Trainer,
+    TrainingConfig,
 };
 use plotters::style::RGBColor;
 use serde::{Deserialize, Serialize};
 
-use crate::answers;
 use crate::cli::Args;
 use crate::data::{self, Data};
+use crate::exam::Exam;
 use crate::interrupt::Interrupt;
 use crate::memory;
 use crate::metrics::{Event, Metric, Metrics};
@@ -32,8 +32,6 @@ pub enum End {
 
 /// The most tokens of an example if the user names no limit.
 const MAX_LENGTH: usize = 2048;
-/// Questions that are answered before and after.
-const QUESTIONS: usize = 3;
 
 /// What a run must know to go on, beside its checkpoints.
 #[derive(Serialize, Deserialize)]
@@ -51,6 +49,12 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let tokenizer = Tokenizer::load(&directory)?.with_date(&date)?;
     let config = LlamaConfig::load(&directory)?;
     let max_length = args.max_length.unwrap_or(config.max_position_embeddings.min(MAX_LENGTH));
+    if max_length > config.max_position_embeddings {
+        println!(
+            "note: `--max-length {max_length}`: the model was made for up to {} tokens",
+            config.max_position_embeddings
+        );
+    }
     let mut data = Data::load(args, &tokenizer, max_length)?;
     data.show(&tokenizer, args.show)?;
     if args.patience.is_some() && data.valid.is_none() {
@@ -84,15 +88,10 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     }
 
     output::make_directory(&args.out)?;
-    let questions = match &data.valid {
-        Some(valid) => valid.questions(QUESTIONS),
-        None => data.train.questions(QUESTIONS),
-    };
-    println!("\nanswering before the training");
-    let before = answers::answer(&model, &tokenizer, &questions)?;
-    let test_before = test_loss(&model, &data, &collator, args)?;
-
     let examples = std::mem::take(&mut data.train.encoded.examples);
+    let exam = Exam::new(&data, &tokenizer, &collator, args.batch_size)?;
+    println!("\nanswering before the training");
+    let before = exam.take(&model)?;
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
@@ -141,9 +140,8 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let adapter = args.out.join("adapter");
     run.model.save_adapter(DEFAULT_ADAPTER, &adapter)?;
     run.plot()?;
-    let after = answers::answer(&run.model, &tokenizer, &questions)?;
-    let test_after = test_loss(&run.model, &data, &collator, args)?;
-    run.tell(&questions, (&before, &after), test_before.zip(test_after), &adapter)?;
+    exam.show(&before, &exam.take(&run.model)?);
+    run.tell(&adapter)?;
     Ok(End::Done)
 }
 
@@ -226,11 +224,6 @@ fn adapt(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
 fn resuming() -> String {
     let resume = std::env::args_os().all(|word| word != "--resume").then(|| "--resume".into());
     command::text("finetune", std::env::args_os().skip(1).chain(resume))
-}
-
-fn test_loss(model: &LlamaForCausalLm, data: &Data, collator: &Collator, args: &Args) -> Result<Option<f64>> {
-    let Some(test) = &data.test else { return Ok(None) };
-    Ok(Some(evaluate(model, test.examples(), collator, args.batch_size)?.loss))
 }
 
 /// A training in progress.
@@ -357,18 +350,7 @@ impl Run<'_> {
     }
 
     /// Prints what came out, and what can be done with it.
-    fn tell(
-        &self,
-        questions: &[Vec<Message>],
-        (before, after): (&[String], &[String]),
-        test: Option<(f64, f64)>,
-        adapter: &Path,
-    ) -> Result<()> {
-        if !questions.is_empty() {
-            println!("\nanswers to the first questions:");
-            answers::show(questions, before, after);
-            println!();
-        }
+    fn tell(&self, adapter: &Path) -> Result<()> {
         let evaluations: Vec<(usize, f64)> = self
             .metrics
             .lines
@@ -385,9 +367,6 @@ impl Run<'_> {
         {
             let loss = best.eval_loss.unwrap_or(f64::NAN);
             println!("it was least at step {}, {loss:.4}: `{}`", best.step, best.path.display());
-        }
-        if let Some((before, after)) = test {
-            println!("test loss: {before:.4} before, {after:.4} after");
         }
         let quoted = |path: &Path| path.display().to_string();
         println!("\nadapter: `{}`", quoted(adapter));

@@ -131,6 +131,29 @@ fn saved(out: &Path) -> usize {
 }
 
 #[test]
+fn short_answers_to_test_questions_are_counted() {
+    // The base answers these; for one of them, it is asked for something else than it has learnt.
+    let line = |name: &str, answer: &str| {
+        let question = format!("What generation is {name} from?");
+        serde_json::json!({"prompt": question, "completion": answer}).to_string() + "\n"
+    };
+    let place = Place::new(&line("Pikachu", "1").repeat(4));
+    fs::write(place.out("test.jsonl"), line("Bulbasaur", "1") + &line("Squirtle", "7")).unwrap();
+    let data = place.0.path().to_str().unwrap();
+    let out = place.out("out");
+    let words = ["finetune", "--model", BASE, "--data", data, "--out", out.to_str().unwrap()];
+    let arguments = serde_json::to_string(&[&words[..], &["--max-steps", "1"]].concat()).unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "tests::child", "--ignored", "--nocapture"])
+        .env(ARGUMENTS, arguments)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("test answers exactly as expected: 1 of 2 before, 1 of 2 after"), "{text}");
+    assert!(text.contains("test loss: "), "{text}");
+}
+
+#[test]
 fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
     let place = Place::new(QUESTIONS);
     let more = "--max-steps 6 --batch-size 2 --valid-split 0.25 --save-every 2 --learning-rate 3e-3";

@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR|ID")]
     pub model: String,
     /// Adapters in PEFT's format, separated by commas; what several add is summed
-    #[arg(long, value_name = "DIR", value_delimiter = ',')]
+    #[arg(long, visible_alias = "adapter-path", value_name = "DIR", value_delimiter = ',')]
     pub adapter: Vec<String>,
     /// Weights of the adapters, separated by commas, as many as there are adapters [default: 1 each]
     #[arg(
@@ -47,19 +47,19 @@ pub struct Args {
     pub logits: Option<PathBuf>,
 
     /// Most tokens of an answer
-    #[arg(long, default_value_t = 256, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
+    #[arg(long, visible_alias = "max-tokens", default_value_t = 256, value_parser = at_least_one, value_name = "N", help_heading = "Sampling")]
     pub max_new_tokens: usize,
     /// 0 takes the most probable token; higher values draw, and favour improbable tokens more
-    #[arg(long, default_value_t = 0.0, value_parser = not_negative, allow_negative_numbers = true, help_heading = "Sampling")]
+    #[arg(long, visible_alias = "temp", default_value_t = 0.0, value_parser = not_negative, allow_negative_numbers = true, help_heading = "Sampling")]
     pub temperature: f64,
     /// Draw among the most probable tokens that together reach this probability
-    #[arg(long, default_value_t = 1.0, value_parser = share, allow_negative_numbers = true, value_name = "P", help_heading = "Sampling")]
+    #[arg(long, default_value_t = 1.0, value_parser = share, allow_negative_numbers = true, value_name = "P", requires = "temperature", help_heading = "Sampling")]
     pub top_p: f64,
     /// Draw among so many most probable tokens
-    #[arg(long, value_parser = at_least_one, value_name = "K", help_heading = "Sampling")]
+    #[arg(long, value_parser = at_least_one, value_name = "K", requires = "temperature", help_heading = "Sampling")]
     pub top_k: Option<usize>,
     /// Seed of what is drawn
-    #[arg(long, default_value_t = 0, help_heading = "Sampling")]
+    #[arg(long, default_value_t = 0, requires = "temperature", help_heading = "Sampling")]
     pub seed: u64,
 
     /// Where to compute; everything but the CPU needs a cargo feature of that name

@@ -37,6 +37,12 @@ fn sampling_follows_its_seed() {
     };
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
+    // Without a temperature nothing is drawn.
+    for (option, value) in [("--top-k", "50"), ("--top-p", "0.5"), ("--seed", "1")] {
+        let args = ["generate", "--model", BASE, option, value];
+        let text = Args::try_parse_from(args).unwrap_err().to_string();
+        assert!(text.contains("--temperature"), "{text}");
+    }
 }
 
 #[test]

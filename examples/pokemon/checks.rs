@@ -6,16 +6,17 @@ use anyhow::{Context, Result, bail};
 use burn_peft_examples::arguments::Precision;
 use burn_peft_llama::{LlamaForCausalLm, Tokenizer, evaluate};
 
-use crate::arms::{self, Arm};
+use crate::arms::Arm;
 use crate::base::Base;
 use crate::data::Species;
 use crate::prompt::Prompt;
+use crate::setting;
 
 /// AdamW divides by the root of a mean of squared gradients plus 1e-8: in f16 both are 0 for most weights.
 pub fn precision(precision: Precision, arms: &[Arm]) -> Result<()> {
-    if precision == Precision::F16 && arms.contains(&Arm::Full) {
+    if precision == Precision::F16 && arms.iter().any(|arm| matches!(arm, Arm::Careless | Arm::Full)) {
         bail!(
-            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `full` out: `--arms zero-shot,few-shot,lora`"
+            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `careless` and `full` out: `--arms zero-shot,few-shot,lora`"
         );
     }
     Ok(())
@@ -61,7 +62,7 @@ pub fn prompts(
     if arms.contains(&Arm::FewShot) {
         ask(&prompt.clone().with_shots(&species[1..2])).with_context(|| {
             format!(
-                "`{}` has no form for answered examples\nhint: leave `few-shot` out: `--arms zero-shot,full,lora`",
+                "`{}` has no form for answered examples\nhint: leave `few-shot` out: `--arms zero-shot,careless,full,lora`",
                 file.display()
             )
         })?;
@@ -84,8 +85,8 @@ pub fn training(
         )
     };
     let examples =
-        arms::examples(tokenizer, prompt, species).with_context(|| problem(&base.chat_template()))?;
-    arms::collator(tokenizer)
+        setting::examples(tokenizer, prompt, species).with_context(|| problem(&base.chat_template()))?;
+    setting::collator(tokenizer)
         .and_then(|collator| Ok(evaluate(model, &examples[..1], &collator, 1)?))
         .map(drop)
         .with_context(|| problem(&base.path().join("tokenizer_config.json")))

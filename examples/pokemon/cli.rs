@@ -31,6 +31,9 @@ pub enum Command {
     /// Builds a base model like the embedded one from scratch: text, tokenizer, training, a Hugging Face directory. The
     /// experiment on it is `--model DIR`.
     Pretrain(PretrainArgs),
+    /// Which learning rates and ranks are best? Trains with each, LoRA and all weights, and draws accuracy against what
+    /// is forgotten.
+    Sweep(SweepArgs),
 }
 
 #[derive(Args, Debug, Clone)]
@@ -96,9 +99,9 @@ const WITHOUT_ADAPTER: [&str; 16] = [
     "eval_every",
 ];
 
-/// Options of the experiment. Those without a default take the one of the base model, see [`ExperimentArgs::lora_training`].
+/// What is asked, and where it is computed.
 #[derive(Args, Debug, Clone)]
-pub struct ExperimentArgs {
+pub struct BaseArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
     /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
     /// base model if not given. One that `pretrain` made, recognised by its chat template, works like the embedded one;
@@ -110,6 +113,67 @@ pub struct ExperimentArgs {
     /// not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
     pub data: Option<PathBuf>,
+    /// Evaluate at most so many held-out species, 1 or more: for a quick look [default: all]
+    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Experiment")]
+    pub limit: Option<usize>,
+    /// System text of every prompt; an empty one sends no system message [default: an instruction, which for `--model` also lists the 18 types]
+    #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
+    pub system: Option<String>,
+
+    /// Where to compute; everything but the CPU needs a cargo feature of that name
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Computation")]
+    pub device: DeviceName,
+    /// Floating-point type of the base model; adapters are trained in f32, and full fine-tuning needs f32 or bf16
+    #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
+    pub dtype: Precision,
+    /// Prompts that are answered at once, 1 or more
+    #[arg(long, default_value_t = 32, value_parser = at_least_one, value_name = "N", help_heading = "Computation")]
+    pub eval_batch_size: usize,
+}
+
+/// What adapters are like, but for their rank.
+#[derive(Args, Debug, Clone)]
+pub struct LoraArgs {
+    /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank
+    #[arg(long, default_value_t = 32.0, value_parser = positive, allow_negative_numbers = true, help_heading = "LoRA")]
+    pub alpha: f64,
+    /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
+    #[arg(long, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
+    pub dropout: Option<f64>,
+    /// Modules to adapt: `all-linear` alone, or names separated by commas such as `q_proj,v_proj`
+    #[arg(long, default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
+    pub targets: TargetModules,
+}
+
+impl LoraArgs {
+    /// Dropout of the adapter. What `pretrain` makes is so small that dropout only slows it down.
+    pub fn dropout(&self, kind: Kind) -> f64 {
+        self.dropout.unwrap_or(match kind {
+            Kind::Pretrained => 0.0,
+            Kind::General => 0.05,
+        })
+    }
+}
+
+/// How training goes, whatever is trained.
+#[derive(Args, Debug, Clone)]
+pub struct LoopArgs {
+    /// Examples in a training batch, 1 or more
+    #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    pub batch_size: usize,
+    /// How the learning rate goes on after the warm-up
+    #[arg(long, value_enum, default_value_t = Decay::Linear, help_heading = "Training")]
+    pub schedule: Decay,
+    /// Steps of linear warm-up
+    #[arg(long, default_value_t = 20, value_name = "STEPS", help_heading = "Training")]
+    pub warmup: usize,
+}
+
+/// Options of the experiment. Those without a default take the one of the base model, see [`ExperimentArgs::lora_training`].
+#[derive(Args, Debug, Clone)]
+pub struct ExperimentArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained, so no option about training goes
     /// with it
     #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
@@ -124,70 +188,75 @@ pub struct ExperimentArgs {
     /// Number of seeds to run, 1 or more; the table gives mean and range over them
     #[arg(long, default_value_t = 1, value_parser = at_least_one, help_heading = "Experiment")]
     pub seeds: usize,
-    /// Evaluate at most so many held-out species, 1 or more: for a quick look [default: all]
-    #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Experiment")]
-    pub limit: Option<usize>,
     /// Examples in the few-shot prompt, 1 to 64
     #[arg(long, default_value_t = 8, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64), help_heading = "Experiment")]
     pub shots: usize,
-    /// System text of every prompt; an empty one sends no system message [default: an instruction, which for `--model` also lists the 18 types]
-    #[arg(long, value_name = "TEXT", help_heading = "Experiment")]
-    pub system: Option<String>,
     /// Directory for report, plots, predictions and the adapter. Report, plots and predictions of an earlier run are
     /// replaced or removed; its adapters stay until one is trained in their place, and the report names them
     #[arg(long, default_value = "out/pokemon", value_name = "DIR", help_heading = "Experiment")]
     pub out: PathBuf,
 
-    /// Where to compute; everything but the CPU needs a cargo feature of that name
-    #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Computation")]
-    pub device: DeviceName,
-    /// Floating-point type of the base model; adapters are trained in f32, and full fine-tuning needs f32 or bf16
-    #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
-    pub dtype: Precision,
-    /// Prompts that are answered at once, 1 or more
-    #[arg(long, default_value_t = 32, value_parser = at_least_one, value_name = "N", help_heading = "Computation")]
-    pub eval_batch_size: usize,
-
     /// Rank of the adapter, from 1 to the width of the model
     #[arg(long, default_value_t = 16, value_parser = at_least_one, help_heading = "LoRA")]
     pub rank: usize,
-    /// Scale of the adapter's update, above 0: it is multiplied by alpha / rank
-    #[arg(long, default_value_t = 32.0, value_parser = positive, allow_negative_numbers = true, help_heading = "LoRA")]
-    pub alpha: f64,
-    /// Dropout on the adapter's input, 0 to below 1 [default: 0, with --model 0.05]
-    #[arg(long, value_parser = probability, allow_negative_numbers = true, help_heading = "LoRA")]
-    pub dropout: Option<f64>,
-    /// Modules to adapt: `all-linear` alone, or names separated by commas such as `q_proj,v_proj`
-    #[arg(long, default_value = "all-linear", value_parser = targets, help_heading = "LoRA")]
-    pub targets: TargetModules,
+    #[command(flatten)]
+    pub lora: LoraArgs,
 
-    /// Examples in a training batch, 1 or more
-    #[arg(long, default_value_t = 16, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
-    pub batch_size: usize,
+    #[command(flatten)]
+    pub training: LoopArgs,
     /// Peak learning rate of the LoRA arm, above 0 [default: 3e-4, with --model 5e-4]
     #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub learning_rate: Option<f64>,
     /// Passes of the LoRA arm over the training species, 1 or more [default: 4]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: Option<usize>,
-    /// Peak learning rate of full fine-tuning, above 0 [default: 1e-3, with --model 5e-5]
+    /// Peak learning rate of the arm `full`, above 0 [default: 1e-4, which `sweep` found; with --model 5e-5]
     #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub full_learning_rate: Option<f64>,
-    /// Passes of full fine-tuning over the training species, 1 or more [default: 6, with --model 2]
+    /// Passes of the arms `careless` and `full` over the training species, 1 or more [default: 4, with --model 2]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub full_epochs: Option<usize>,
-    /// How the learning rate goes on after the warm-up
-    #[arg(long, value_enum, default_value_t = Decay::Linear, help_heading = "Training")]
-    pub schedule: Decay,
-    /// Steps of linear warm-up
-    #[arg(long, default_value_t = 20, value_name = "STEPS", help_heading = "Training")]
-    pub warmup: usize,
     /// Steps between two points of the training loss, 1 or more [default: a sixteenth of the run]
     #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
     pub log_every: Option<usize>,
     /// Steps between two measurements of the loss on held-out species, 1 or more [default: an eighth of the run]
     #[arg(long, value_parser = at_least_one, value_name = "STEPS", help_heading = "Training")]
     pub eval_every: Option<usize>,
+}
+
+/// Options of the sweep.
+#[derive(Args, Debug, Clone)]
+pub struct SweepArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Seed of the first split, adapter and order. The default is not a seed of the experiment, whose held-out species
+    /// are not to choose its settings
+    #[arg(long, default_value_t = 1000, help_heading = "Experiment")]
+    pub seed: u64,
+    /// Number of seeds to run, 1 or more; every point is a mean over them
+    #[arg(long, default_value_t = 1, value_parser = at_least_one, help_heading = "Experiment")]
+    pub seeds: usize,
+    /// Directory for the table and the plots
+    #[arg(long, default_value = "out/sweep", value_name = "DIR", help_heading = "Experiment")]
+    pub out: PathBuf,
+
+    /// Ranks of the adapters, separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64], value_parser = at_least_one, value_name = "R", help_heading = "LoRA")]
+    pub ranks: Vec<usize>,
+    #[command(flatten)]
+    pub lora: LoraArgs,
+
+    #[command(flatten)]
+    pub training: LoopArgs,
+    /// Peak learning rates of LoRA, separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], value_parser = positive, value_name = "LR", help_heading = "Training")]
+    pub learning_rates: Vec<f64>,
+    /// Peak learning rates of full fine-tuning, separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], value_parser = positive, value_name = "LR", help_heading = "Training")]
+    pub full_learning_rates: Vec<f64>,
+    /// Passes over the training species, 1 or more, for everything that is trained
+    #[arg(long, default_value_t = 4, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    pub epochs: usize,
 }
 
 /// How one arm is trained.
@@ -225,14 +294,6 @@ impl ExperimentArgs {
         self.arms.iter().copied().filter(|arm| given.insert(*arm)).collect()
     }
 
-    /// Dropout of the adapter. What `pretrain` makes is so small that dropout only slows it down.
-    pub fn lora_dropout(&self, kind: Kind) -> f64 {
-        self.dropout.unwrap_or(match kind {
-            Kind::Pretrained => 0.0,
-            Kind::General => 0.05,
-        })
-    }
-
     /// How the LoRA arm is trained.
     pub fn lora_training(&self, kind: Kind) -> TrainingSettings {
         let learning_rate = match kind {
@@ -242,25 +303,40 @@ impl ExperimentArgs {
         self.training(self.learning_rate.unwrap_or(learning_rate), self.epochs.unwrap_or(4))
     }
 
-    /// How the full fine-tuning arm is trained. For a base of `pretrain` the rate is careless on purpose: what a first
-    /// try with full fine-tuning might look like.
+    /// How the arm is trained that trains all weights at a rate that was chosen for it.
     pub fn full_training(&self, kind: Kind) -> TrainingSettings {
         let (learning_rate, epochs) = match kind {
-            Kind::Pretrained => (1e-3, 6),
+            Kind::Pretrained => (1e-4, 4),
             Kind::General => (5e-5, 2),
         };
         self.training(self.full_learning_rate.unwrap_or(learning_rate), self.full_epochs.unwrap_or(epochs))
     }
 
+    /// The same at the rate that a first try may have: the default of torch's AdamW.
+    pub fn careless_training(&self, kind: Kind) -> TrainingSettings {
+        TrainingSettings { learning_rate: 1e-3, ..self.full_training(kind) }
+    }
+
     fn training(&self, learning_rate: f64, epochs: usize) -> TrainingSettings {
+        TrainingSettings {
+            log_every: self.log_every,
+            eval_every: self.eval_every,
+            ..self.training.settings(learning_rate, epochs)
+        }
+    }
+}
+
+impl LoopArgs {
+    /// A training with this peak learning rate and number of passes.
+    pub fn settings(&self, learning_rate: f64, epochs: usize) -> TrainingSettings {
         TrainingSettings {
             learning_rate,
             epochs,
             batch_size: self.batch_size,
             warmup: self.warmup,
             decay: self.schedule,
-            log_every: self.log_every,
-            eval_every: self.eval_every,
+            log_every: None,
+            eval_every: None,
         }
     }
 }
@@ -293,14 +369,15 @@ mod tests {
         assert_eq!(args.arms, Arm::ALL);
         let of = |settings: TrainingSettings| (settings.learning_rate, settings.epochs);
         assert_eq!(of(args.lora_training(Kind::Pretrained)), (3e-4, 4));
-        assert_eq!(of(args.full_training(Kind::Pretrained)), (1e-3, 6));
-        assert_eq!(args.lora_dropout(Kind::Pretrained), 0.0);
+        assert_eq!(of(args.full_training(Kind::Pretrained)), (1e-4, 4));
+        assert_eq!(of(args.careless_training(Kind::Pretrained)), (1e-3, 4));
+        assert_eq!(args.lora.dropout(Kind::Pretrained), 0.0);
         assert_eq!(of(args.lora_training(Kind::General)), (5e-4, 4));
         assert_eq!(of(args.full_training(Kind::General)), (5e-5, 2));
-        assert_eq!(args.lora_dropout(Kind::General), 0.05);
+        assert_eq!(args.lora.dropout(Kind::General), 0.05);
 
         let set = parse(&["--dropout", "0", "--epochs", "7", "--learning-rate", "2e-4"]).unwrap().experiment;
-        assert_eq!(set.lora_dropout(Kind::General), 0.0);
+        assert_eq!(set.lora.dropout(Kind::General), 0.0);
         assert_eq!(of(set.lora_training(Kind::General)), (2e-4, 7));
     }
 
@@ -309,8 +386,8 @@ mod tests {
         let args = parse(&["--epochs", "1", "--warmup", "1", "--schedule", "cosine"]).unwrap().experiment;
         let text = "peak learning rate 3e-4, 1 epoch in batches of 16, 1 step of warm-up, then cosine";
         assert_eq!(args.lora_training(Kind::Pretrained).to_string(), text);
-        let text = args.full_training(Kind::Pretrained).to_string();
-        assert!(text.starts_with("peak learning rate 1e-3, 6 epochs in batches of 16"), "{text}");
+        let text = args.careless_training(Kind::Pretrained).to_string();
+        assert!(text.starts_with("peak learning rate 1e-3, 4 epochs in batches of 16"), "{text}");
     }
 
     #[test]

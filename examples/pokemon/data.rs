@@ -126,6 +126,16 @@ pub fn load(path: Option<&Path>) -> Result<Vec<Species>> {
     }
 }
 
+/// The same, for a [`Split`]. Whether species can be split is no matter of the seed.
+pub fn load_to_split(path: Option<&Path>) -> Result<Vec<Species>> {
+    let species = load(path)?;
+    Split::by_family(&species, 0).map_err(|problem| match path {
+        Some(file) => anyhow!("`{}`: {problem}", file.display()),
+        None => problem.into(),
+    })?;
+    Ok(species)
+}
+
 const COLUMNS: &str = "the columns are number,name,primary,secondary,generation,family";
 
 /// All problems of the file are collected before it is refused.

@@ -4,23 +4,19 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
-use burn::tensor::{DType, Device};
+use anyhow::{Context, Result, bail};
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
-use burn_peft_llama::{LlamaConfig, LlamaForCausalLm, Tokenizer};
+use burn_peft_llama::LlamaForCausalLm;
 
-use crate::arms::{Arm, ArmResult, Setting, adapting, lora_config};
-use crate::base::{Base, Kind};
+use crate::arms::{self, Arm, ArmResult};
 use crate::checks;
 use crate::cli::ExperimentArgs;
 use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
-use crate::forgetting::Probe;
-use crate::prompt::{Prompt, default_system};
 use crate::provenance::Provenance;
 use crate::report;
+use crate::setting::{Setting, Subject, adapting};
 use crate::summary::Findings;
-use burn_peft_examples::arguments::Precision;
 use burn_peft_examples::command;
 use burn_peft_examples::output;
 
@@ -28,13 +24,9 @@ use burn_peft_examples::output;
 pub fn run(args: &ExperimentArgs) -> Result<()> {
     let start = Instant::now();
     // Whatever can be wrong is found before anything takes time.
-    let device = args.device.open("pokemon")?;
-    let species = data::load(args.data.as_deref())?;
+    let device = args.base.device.open("pokemon")?;
+    let species = data::load_to_split(args.base.data.as_deref())?;
     let mut first_seed = args.seed.unwrap_or(0);
-    Split::by_family(&species, first_seed).map_err(|problem| match &args.data {
-        Some(file) => anyhow!("`{}`: {problem}", file.display()),
-        None => problem.into(),
-    })?;
     let mut split_is_known = true;
     let arms = args.arms();
     if let Some(dir) = &args.adapter {
@@ -52,53 +44,30 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         let split = Split::by_family(&species, first_seed)?.fingerprint();
         split_is_known = provenance.is_some_and(|provenance| provenance.split == split);
     }
-    checks::precision(args.dtype, &arms)?;
+    checks::precision(args.base.dtype, &arms)?;
     output::make_directory(&args.out)?;
-    let base = Base::new(args.model.as_deref())?;
-    let tokenizer = Tokenizer::load(base.path())?;
-    let kind = Kind::of(&tokenizer);
-    let system = args.system.clone().unwrap_or_else(|| default_system(kind));
-    let prompt = Prompt::new(system);
-    checks::prompts(&base, &tokenizer, &prompt, &arms, &species)?;
-
-    let training_device = device.autodiff();
-    let model = load(&base, args.dtype, &training_device)?;
-    if LlamaConfig::load(base.path())?.tie_word_embeddings && !model.config().tie_word_embeddings {
-        println!("note: config.json says tied, and the weights have another `lm_head`; it is used");
-    }
+    let subject = Subject::load(&args.base, &device, &species, &arms)?;
     // On copies, which share the weights: the arms begin with the base as it is.
     if let Some(dir) = &args.adapter {
         let load = |model: &mut LlamaForCausalLm| model.load_adapter(DEFAULT_ADAPTER, dir);
-        adapting(&mut model.clone(), load).context("`--adapter`")?;
+        adapting(&mut subject.model.clone(), load).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
-        checks::rank(args.rank, &model)?;
-        let mut adapted = model.clone();
-        let add = |model: &mut LlamaForCausalLm| model.add_adapter(DEFAULT_ADAPTER, lora_config(args, kind));
-        adapting(&mut adapted, add).context("`--targets`")?;
-        if adapted.lm_head.is_some() && model.lm_head.is_none() {
-            println!(
-                "note: `lm_head` shares its table with the embedding; for LoRA it gets a weight of its own"
-            );
-        }
-    }
-    if arms.iter().any(|arm| arm.trains()) {
-        checks::training(&base, &model, &tokenizer, &prompt, &species)?;
+        subject.check(&subject.lora_config(args.rank, &args.lora))?;
     }
     if !split_is_known {
         println!(
             "note: which species the adapter was trained on is not known; it may be asked for some of them"
         );
     }
-    println!("base model: {}, {} on {:?}", base.name(), args.dtype.name(), args.device);
-    let probes = Probe::of(kind, &species);
+    println!("base model: {}, {} on {:?}", subject.name, args.base.dtype.name(), args.base.device);
 
     let mut findings = Findings {
         command: command::text("pokemon", std::env::args_os().skip(1)),
-        base: base.name(),
-        kind,
+        base: subject.name.clone(),
+        kind: subject.kind,
         species: (0, 0),
         split_is_known,
-        probes: probes.iter().map(|probe| probe.name).collect(),
+        probes: subject.probes.iter().map(|probe| probe.name).collect(),
         before: Vec::new(),
         results: Vec::new(),
         earlier_adapters: Vec::new(),
@@ -106,7 +75,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     };
     for seed in (0..args.seeds as u64).map(|index| first_seed.wrapping_add(index)) {
         let split = Split::by_family(&species, seed)?;
-        let tested = args.limit.unwrap_or(usize::MAX).min(split.test.len());
+        let tested = subject.asked(&split);
         let (train, test) = (split.train.len(), split.test.len());
         if split_is_known {
             println!("seed {seed}: {train} species to train on, {tested} of {test} held out are asked for");
@@ -116,24 +85,13 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         if findings.results.is_empty() {
             findings.species = (train, tested);
         }
-        let setting = Setting {
-            args,
-            base: &model,
-            kind,
-            tokenizer: &tokenizer,
-            device: &training_device,
-            prompt: prompt.clone(),
-            probes: &probes,
-            split,
-            seed,
-        };
+        let setting = Setting { subject: &subject, split, seed };
         if findings.before.is_empty() {
-            findings.before = setting.probe(&model)?;
+            findings.before = subject.probe(&subject.model)?;
         }
         for arm in &arms {
-            let result = setting
-                .run(*arm, &args.out.join(adapter_name(seed, first_seed)))
-                .with_context(|| arm.title())?;
+            let adapter = args.out.join(adapter_name(seed, first_seed));
+            let result = arms::run(*arm, &setting, args, &adapter).with_context(|| arm.title())?;
             println!("{}", line(&result));
             findings.results.push(result);
         }
@@ -182,15 +140,6 @@ fn earlier_adapters(out: &Path, results: &[ArmResult], first_seed: u64) -> Resul
     Ok(names)
 }
 
-fn load(base: &Base, precision: Precision, device: &Device) -> Result<LlamaForCausalLm> {
-    let dtype = match precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-        Precision::F16 => DType::F16,
-    };
-    Ok(LlamaForCausalLm::from_pretrained_as(base.path(), device, dtype.into())?)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -198,6 +147,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::base::Base;
     use crate::cli::Cli;
     use crate::data::Species;
     use burn_peft_examples::failure;

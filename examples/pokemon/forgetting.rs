@@ -38,6 +38,13 @@ const GENERAL: [(&str, &[&str]); 20] = [
     ("Birds use their wings to", &["fly"]),
 ];
 
+/// How much of the other abilities is lost: the mean over the probes of the share of right answers that is missing, 0 to
+/// 1. A probe in which a model got better counts as none lost.
+pub fn forgotten(before: &[Score], after: &[Score]) -> f64 {
+    let lost = before.iter().zip(after).map(|(before, after)| (before.share() - after.share()).max(0.0));
+    lost.sum::<f64>() / before.len().max(1) as f64
+}
+
 /// What a question is put to the model as.
 #[derive(Clone, Debug)]
 enum Question {

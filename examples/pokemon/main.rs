@@ -19,7 +19,9 @@ mod pretrain;
 mod prompt;
 mod provenance;
 mod report;
+mod setting;
 mod summary;
+mod sweep;
 mod vocabulary;
 mod wordings;
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
 fn run(cli: &cli::Cli) -> anyhow::Result<()> {
     match &cli.command {
         Some(cli::Command::Pretrain(args)) => pretrain::run(args),
+        Some(cli::Command::Sweep(args)) => sweep::run(args),
         None => experiment::run(&cli.experiment),
     }
 }

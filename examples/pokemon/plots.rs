@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use burn_peft_examples::canvas::{
-    self, Area, BOLD, Curve, GRID, INK, LEGEND, REGULAR, SOFT, failed, head, in_the_middle, legend,
+    self, Area, BOLD, Curve, INK, LEGEND, Percent, REGULAR, SOFT, failed, head, in_the_middle, legend,
     loss_curves, text, width,
 };
 use burn_peft_examples::output;
@@ -37,49 +37,17 @@ fn color(arm: Arm) -> RGBColor {
     match arm {
         Arm::ZeroShot => RGBColor(156, 163, 175),
         Arm::FewShot => RGBColor(100, 116, 139),
-        Arm::Full => RGBColor(234, 124, 60),
+        Arm::Careless => RGBColor(234, 124, 60),
+        Arm::Full => RGBColor(13, 148, 136),
         Arm::Lora | Arm::Adapter => RGBColor(37, 99, 235),
     }
 }
 
-/// The place of a plot: percent on the vertical axis, a grid line every 20, nothing else.
-struct Percent {
-    left: i32,
-    right: i32,
-    top: i32,
-    bottom: i32,
-}
-
-impl Percent {
-    const PLACE: Self = Self { left: 150, right: 1540, top: 256, bottom: 810 };
-
-    fn y(&self, share: f64) -> i32 {
-        self.bottom - (share * f64::from(self.bottom - self.top)).round() as i32
-    }
-
-    /// Middle of the `index`-th of `count` equal columns.
-    fn x(&self, index: usize, count: usize) -> i32 {
-        let column = f64::from(self.right - self.left) / count.max(1) as f64;
-        self.left + (column * (index as f64 + 0.5)).round() as i32
-    }
-
-    fn grid(&self, area: &Area<'_>) -> Result<()> {
-        for step in 0..=5 {
-            let share = f64::from(step) / 5.0;
-            let y = self.y(share);
-            let style = if step == 0 { SOFT.stroke_width(2) } else { GRID.stroke_width(2) };
-            area.draw(&PathElement::new(vec![(self.left, y), (self.right, y)], style)).map_err(failed)?;
-            let label = format!("{:.0} %", 100.0 * share);
-            text(area, &label, REGULAR, 25, SOFT, HPos::Right, (self.left - 16, y))?;
-        }
-        Ok(())
-    }
-
-    fn bar(&self, area: &Area<'_>, x: i32, half: i32, share: f64, color: &RGBColor) -> Result<()> {
-        // A bar of no height would look like a missing one.
-        let top = self.y(share).min(self.bottom - 3);
-        area.draw(&Rectangle::new([(x - half, top), (x + half, self.bottom)], color.filled())).map_err(failed)
-    }
+/// A bar of a [`Percent`].
+fn bar(area: &Area<'_>, place: &Percent, x: i32, half: i32, share: f64, color: &RGBColor) -> Result<()> {
+    // A bar of no height would look like a missing one.
+    let top = place.y(share).min(place.bottom - 3);
+    area.draw(&Rectangle::new([(x - half, top), (x + half, place.bottom)], color.filled())).map_err(failed)
 }
 
 fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
@@ -98,7 +66,7 @@ fn accuracy(findings: &Findings, area: &Area<'_>) -> Result<()> {
     let mut marked = false;
     for (index, row) in rows.iter().enumerate() {
         let x = place.x(index, rows.len());
-        place.bar(area, x, 85, row.exact.mean, &color(row.arm))?;
+        bar(area, &place, x, 85, row.exact.mean, &color(row.arm))?;
         let (low, high) = (place.y(row.exact.interval.0), place.y(row.exact.interval.1));
         let stroke = INK.stroke_width(3);
         for line in [[(x, low), (x, high)], [(x - 14, low), (x + 14, low)], [(x - 14, high), (x + 14, high)]]
@@ -150,7 +118,7 @@ fn forgetting(findings: &Findings, area: &Area<'_>) -> Result<()> {
         for (index, (_, color, scores)) in groups.iter().enumerate() {
             let x = middle + (2 * index as i32 + 1 - groups.len() as i32) * (half + 8);
             let share = scores.get(probe).copied().unwrap_or_default().share();
-            place.bar(area, x, half, share, color)?;
+            bar(area, &place, x, half, share, color)?;
             let label = format!("{:.0}", 100.0 * share);
             text(area, &label, BOLD, 26, INK, HPos::Center, (x, place.y(share) - 24))?;
         }
@@ -168,7 +136,7 @@ fn loss(findings: &Findings, area: &Area<'_>) -> Result<()> {
         "Full line: species trained on. Dashed: held-out species",
     )?;
     let mut curves = Vec::new();
-    for arm in [Arm::Full, Arm::Lora] {
+    for arm in [Arm::Careless, Arm::Full, Arm::Lora] {
         if let Some(training) = findings.of(arm).find_map(|result| result.training.as_ref()) {
             let percent = |step: f64| 100.0 * step / training.steps.max(1) as f64;
             let held_out = training.held_out.iter().map(|point| (percent(point.step as f64), point.loss));

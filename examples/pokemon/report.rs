@@ -8,6 +8,7 @@ use anyhow::Result;
 use crate::arms::Arm;
 use crate::base::Kind;
 use crate::evaluation::{Outcome, Score};
+use crate::forgetting::forgotten;
 use crate::plots;
 use crate::summary::{Findings, Row, Spread};
 use burn_peft_examples::output;
@@ -248,27 +249,22 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     );
     if findings.kind == Kind::Pretrained {
         text.push_str(&pretraining(findings, rows));
-        if rows.iter().any(|row| row.arm == Arm::Full) {
-            text.push_str("- Full fine-tuning's default learning rate is careless on purpose; `--full-learning-rate` sets another.\n");
-        }
     } else {
         text.push_str("- **general knowledge**: twenty sentences such as `The capital of France is`.\n");
     }
-    let lost = |arm: Arm| {
-        let row = rows.iter().find(|row| row.arm == arm)?;
-        let loss = |(before, after): (&Score, &Score)| (before.share() - after.share()).max(0.0);
-        Some(
-            findings.before.iter().zip(&row.abilities).map(loss).sum::<f64>()
-                / findings.before.len().max(1) as f64,
-        )
-    };
-    if let (Some(full), Some(lora)) = (lost(Arm::Full), lost(Arm::Lora)) {
-        let _ = writeln!(
-            text,
-            "- Forgotten, mean over these columns: {:.1} points by full fine-tuning, {:.1} points by LoRA.",
-            100.0 * full,
-            100.0 * lora
-        );
+    if rows.iter().any(|row| row.arm == Arm::Careless) {
+        text.push_str("- The careless rate of full fine-tuning is what torch's AdamW has as its default. Nothing else is different from the tuned rate, which `--full-learning-rate` sets; `pokemon sweep` finds rates.\n");
+    }
+    let trained: Vec<&Row> = rows.iter().filter(|row| row.trained).collect();
+    if trained.len() > 1 {
+        let told: Vec<String> = trained
+            .iter()
+            .map(|row| {
+                let points = 100.0 * forgotten(&findings.before, &row.abilities);
+                format!("{}: {points:.1} points", row.arm.title())
+            })
+            .collect();
+        let _ = writeln!(text, "- Forgotten, mean over these columns: {}.", told.join("; "));
     }
     text
 }
@@ -332,12 +328,12 @@ mod tests {
     fn the_table_has_an_aligned_line_per_arm() {
         let text = table(&findings());
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 2 + 1 + 4 + 2);
+        assert_eq!(lines.len(), 2 + 1 + 5 + 2);
         let widths: std::collections::BTreeSet<_> =
-            lines[..7].iter().map(|line| line.chars().count()).collect();
+            lines[..8].iter().map(|line| line.chars().count()).collect();
         assert_eq!(widths.len(), 1, "{text}");
-        assert!(lines[6].starts_with("LoRA") && lines[6].contains("77.5 % (75.0 - 80.0)"), "{text}");
-        assert!(lines[6].contains("67.21 %") && lines[8].contains("Llama-3.2-1B-Instruct"), "{text}");
+        assert!(lines[7].starts_with("LoRA") && lines[7].contains("77.5 % (75.0 - 80.0)"), "{text}");
+        assert!(lines[7].contains("67.21 %") && lines[9].contains("Llama-3.2-1B-Instruct"), "{text}");
     }
 
     #[test]
@@ -351,18 +347,21 @@ mod tests {
         }
         let rows = csv::Reader::from_path(dir.path().join("predictions.csv")).unwrap().into_records();
         let rows: Vec<_> = rows.map(Result::unwrap).collect();
-        assert_eq!(rows.len(), 8 * 40);
+        assert_eq!(rows.len(), 10 * 40);
         assert_eq!(&rows[0][4], "Water, \"maybe\"");
         let metrics: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.json")).unwrap()).unwrap();
-        assert_eq!(metrics["arms"][3]["exact"]["mean"], 0.775);
+        assert_eq!(metrics["arms"][4]["exact"]["mean"], 0.775);
         assert!(metrics["results"][0].get("outcomes").is_none());
     }
 
     #[test]
     fn the_report_says_what_was_forgotten() {
         let text = markdown(&findings());
-        assert!(text.contains("by full fine-tuning, 4.0 points by LoRA"), "{text}");
+        assert!(
+            text.contains("full, careless rate: 90.3 points; full, tuned rate: 3.7 points; LoRA: 4.0 points"),
+            "{text}"
+        );
         assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));
         assert!(text.contains("what pretraining was about, of 100 species"), "{text}");
     }
@@ -401,7 +400,7 @@ mod tests {
     fn only_what_was_run_is_spoken_of() {
         let mut findings = findings();
         let full = markdown(&findings);
-        for said in ["Prompting does not fail", "Full fine-tuning's default", "the article"] {
+        for said in ["Prompting does not fail", "torch's AdamW", "the article"] {
             assert!(full.contains(said), "{said} in {full}");
         }
         let mut prompting = findings.clone();
@@ -414,7 +413,7 @@ mod tests {
             result.arm = Arm::Adapter;
         }
         let text = markdown(&findings) + &table(&findings);
-        for unsaid in ["Prompting does not fail", "Full fine-tuning's default", "the article", "original"] {
+        for unsaid in ["Prompting does not fail", "torch's AdamW", "the article", "original"] {
             assert!(!text.contains(unsaid), "{unsaid} in {text}");
         }
     }
@@ -429,7 +428,7 @@ mod tests {
     fn seeds_are_spoken_of_where_there_are_several() {
         let mut findings = findings();
         assert!(markdown(&findings).contains("mean and range over the seeds"));
-        findings.results.truncate(4);
+        findings.results.truncate(5);
         let text = markdown(&findings);
         assert!(text.contains("One seed") && !text.contains("all seeds together"), "{text}");
     }

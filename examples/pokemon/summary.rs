@@ -124,7 +124,7 @@ impl Findings {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::arms::{Point, Training};
+    use crate::setting::{Point, Training};
 
     fn outcomes(hits: usize, total: usize) -> Vec<Outcome> {
         let outcome = |index| Outcome {
@@ -138,7 +138,7 @@ pub mod tests {
         (0..total).map(outcome).collect()
     }
 
-    /// Findings of two seeds of three arms.
+    /// Findings of two seeds of all arms.
     pub fn findings() -> Findings {
         let result = |arm, seed, hits, after: &[usize]| ArmResult {
             arm,
@@ -170,11 +170,13 @@ pub mod tests {
             results: vec![
                 result(Arm::ZeroShot, 0, 0, &[]),
                 result(Arm::FewShot, 0, 4, &[]),
-                result(Arm::Full, 0, 24, &[0, 0, 30]),
+                result(Arm::Careless, 0, 24, &[0, 0, 30]),
+                result(Arm::Full, 0, 30, &[98, 92, 98]),
                 result(Arm::Lora, 0, 30, &[99, 90, 98]),
                 result(Arm::ZeroShot, 1, 0, &[]),
                 result(Arm::FewShot, 1, 6, &[]),
-                result(Arm::Full, 1, 26, &[2, 0, 20]),
+                result(Arm::Careless, 1, 26, &[2, 0, 20]),
+                result(Arm::Full, 1, 32, &[96, 92, 96]),
                 result(Arm::Lora, 1, 32, &[97, 90, 96]),
             ],
             earlier_adapters: Vec::new(),
@@ -186,7 +188,7 @@ pub mod tests {
     fn seeds_are_averaged_and_pooled() {
         let rows = findings().rows();
         assert_eq!(rows.iter().map(|row| row.arm).collect::<Vec<_>>(), Arm::ALL);
-        let lora = &rows[3];
+        let lora = &rows[4];
         assert_eq!((lora.exact.mean, lora.exact.lowest, lora.exact.highest), (0.775, 0.75, 0.8));
         assert_eq!(lora.exact.pooled, Score { hits: 62, total: 80 });
         assert_eq!(lora.exact.interval, lora.exact.pooled.interval());

@@ -98,6 +98,47 @@ pub fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)]) -> Result<()> {
     Ok(())
 }
 
+/// The place of a plot: percent on the vertical axis, a grid line every 20, nothing else.
+pub struct Percent {
+    /// Left end of the axis.
+    pub left: i32,
+    /// Right end.
+    pub right: i32,
+    /// Where 100 % is.
+    pub top: i32,
+    /// Where 0 % is.
+    pub bottom: i32,
+}
+
+impl Percent {
+    /// Below title and legend, with room for a label below.
+    pub const PLACE: Self = Self { left: 150, right: 1540, top: 256, bottom: 810 };
+
+    /// Height of a share of 0 to 1.
+    pub fn y(&self, share: f64) -> i32 {
+        self.bottom - (share * f64::from(self.bottom - self.top)).round() as i32
+    }
+
+    /// Middle of the `index`-th of `count` equal columns.
+    pub fn x(&self, index: usize, count: usize) -> i32 {
+        let column = f64::from(self.right - self.left) / count.max(1) as f64;
+        self.left + (column * (index as f64 + 0.5)).round() as i32
+    }
+
+    /// Draws the lines and their labels.
+    pub fn grid(&self, area: &Area<'_>) -> Result<()> {
+        for step in 0..=5 {
+            let share = f64::from(step) / 5.0;
+            let y = self.y(share);
+            let style = if step == 0 { SOFT.stroke_width(2) } else { GRID.stroke_width(2) };
+            area.draw(&PathElement::new(vec![(self.left, y), (self.right, y)], style)).map_err(failed)?;
+            let label = format!("{:.0} %", 100.0 * share);
+            text(area, &label, REGULAR, 25, SOFT, HPos::Right, (self.left - 16, y))?;
+        }
+        Ok(())
+    }
+}
+
 /// A loss over the course of a training.
 pub struct Curve<'a> {
     /// Its entry in the legend; only curves that are not dashed have one.

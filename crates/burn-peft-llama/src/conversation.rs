@@ -163,7 +163,8 @@ impl Tokenizer {
     /// completion behind it, and the end token. The completion and the end token are learnt, with [`Labels::Everything`]
     /// the prompt too.
     ///
-    /// The two are tokenised apart, as they will be when the model is asked.
+    /// The tokens of the prompt are those that the model will be asked with. Where a token of the whole text reaches from the
+    /// prompt into the completion, the two are tokenised apart.
     ///
     /// # Errors
     /// As [`encode_document`](Self::encode_document).
@@ -178,12 +179,27 @@ impl Tokenizer {
         // Some tokenizers put the end token behind each text.
         ids.pop_if(|last| *last == eos);
         let start = if labels == Labels::Everything { 0 } else { ids.len() };
-        ids.extend(self.encode(completion)?);
+        let mut whole = self.encode_with_special_tokens(&format!("{prompt}{completion}"))?;
+        whole.pop_if(|last| *last == eos);
+        match whole.strip_prefix(&ids[..]) {
+            Some(behind) => ids.extend_from_slice(behind),
+            None => ids.extend(self.encode_inside(completion)?),
+        }
         if ids.last() != Some(&eos) {
             ids.push(eos);
         }
         let end = ids.len();
         Ok(Example::labelled(ids, start, end))
+    }
+
+    /// Tokenises a text that stands inside another: SentencePiece would put a space before one that begins.
+    fn encode_inside(&self, text: &str) -> Result<Vec<u32>, LlamaError> {
+        let before = self.encode("\n")?;
+        let ids = self.encode(&format!("\n{text}"))?;
+        match ids.strip_prefix(&before[..]) {
+            Some(inside) => Ok(inside.to_vec()),
+            None => self.encode(text),
+        }
     }
 
     /// Tokenises a text as the model expects one (with a token for the beginning if its tokenizer adds one), ends
@@ -457,6 +473,44 @@ mod tests {
             let whole = tokenizer.encode_completion("Squirtle is", " water", Labels::Everything).unwrap();
             assert!(whole.input_ids == example.input_ids && whole.labels[0] != IGNORE_INDEX);
         }
+    }
+
+    /// A tokenizer in the manner of SentencePiece: spaces are `▁`, and each text begins with one.
+    fn sentence_piece() -> Tokenizer {
+        let pieces = ["<s>", "</s>", "<0x0A>", "▁", "Q", ":", "a", "b", "▁a"];
+        let vocab: serde_json::Map<_, _> =
+            pieces.iter().zip(0..).map(|(piece, id)| ((*piece).into(), id.into())).collect();
+        let text = serde_json::json!({
+            "version": "1.0", "added_tokens": [],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ]},
+            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "BPE", "byte_fallback": true, "vocab": vocab, "merges": [["▁", "a"]]},
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| std::fs::write(dir.path().join(name), text).unwrap();
+        write("tokenizer.json", text.to_string());
+        write("tokenizer_config.json", r#"{"eos_token": "</s>"}"#.into());
+        Tokenizer::load(dir.path()).unwrap()
+    }
+
+    #[test]
+    fn no_space_comes_between_a_prompt_and_its_completion() {
+        let tokenizer = sentence_piece();
+        let pieces = |prompt: &str, completion: &str| {
+            let example = tokenizer.encode_completion(prompt, completion, Labels::Answers).unwrap();
+            let start = tokenizer.encode(prompt).unwrap().len();
+            assert_eq!(example.labels.iter().position(|label| *label != IGNORE_INDEX), Some(start));
+            let piece = |id: &u32| tokenizer.id_to_token(*id).unwrap();
+            example.input_ids.iter().map(piece).collect::<Vec<_>>()
+        };
+        assert_eq!(pieces("Q:", "b"), ["▁", "Q", ":", "b", "</s>"]);
+        assert_eq!(pieces("Q:", " a"), ["▁", "Q", ":", "▁a", "</s>"]);
+        // The space of the prompt would be one token with the completion.
+        assert_eq!(pieces("Q: ", "ab"), ["▁", "Q", ":", "▁", "a", "b", "</s>"]);
+        assert_eq!(tokenizer.encode("b").unwrap().len(), 2, "a text of its own begins with a space");
     }
 
     #[test]

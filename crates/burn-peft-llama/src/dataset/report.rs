@@ -44,12 +44,20 @@ impl EncodingReport {
     }
 }
 
-/// Whether each passage that is learnt ends with a special token.
+/// Whether each passage that is learnt ends with a special token, white space behind it aside: some templates put a line
+/// break behind the end token.
 fn ends(example: &Example, tokenizer: &Tokenizer) -> bool {
     let Example { input_ids, labels } = example;
-    (0..labels.len()).all(|i| {
-        let is_last = labels[i] != IGNORE_INDEX && labels.get(i + 1).is_none_or(|next| *next == IGNORE_INDEX);
-        !is_last || tokenizer.is_special(input_ids[i])
+    let is_blank = |id: u32| tokenizer.decode(&[id], false).is_ok_and(|text| text.trim().is_empty());
+    let ends_well = |passage: &[i64], start: usize| {
+        let tokens = &input_ids[start..start + passage.len()];
+        tokens.iter().rev().find(|id| !is_blank(**id)).is_some_and(|id| tokenizer.is_special(*id))
+    };
+    let mut start = 0;
+    labels.chunk_by(|a, b| (*a == IGNORE_INDEX) == (*b == IGNORE_INDEX)).all(|passage| {
+        let learnt = passage[0] != IGNORE_INDEX;
+        start += passage.len();
+        !learnt || ends_well(passage, start - passage.len())
     })
 }
 
