@@ -254,8 +254,9 @@ pub struct SweepArgs {
     /// Peak learning rates of full fine-tuning, separated by commas
     #[arg(long, value_delimiter = ',', default_values_t = [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], value_parser = positive, value_name = "LR", help_heading = "Training")]
     pub full_learning_rates: Vec<f64>,
-    /// Passes over the training species, 1 or more, for everything that is trained
-    #[arg(long, default_value_t = 4, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
+    /// Passes over the training species, 1 or more, for everything that is trained. With more than one, many rates of
+    /// the embedded base are equally good
+    #[arg(long, default_value_t = 1, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: usize,
 }
 
