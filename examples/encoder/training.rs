@@ -40,27 +40,31 @@ pub fn train(
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.0).with_epsilon(1e-8).init();
     let mut random = StdRng::seed_from_u64(args.seed);
     let mut places: Vec<usize> = (0..sentences.texts.len()).collect();
-    let progress = Progress::new("training", args.epochs);
-    for epoch in 1..=args.epochs {
+    let steps = places.len().div_ceil(args.batch_size);
+    let progress = Progress::new("training", steps * args.epochs);
+    let mut means = vec![];
+    for epoch in 0..args.epochs {
         places.shuffle(&mut random);
-        let (mut sum, mut steps) = (0.0, 0);
-        for places in places.chunks(args.batch_size) {
+        let mut sum = 0.0;
+        for (step, places) in places.chunks(args.batch_size).enumerate() {
             let (texts, labels) = sentences.at(places);
             let batch = text::batch(tokenizer, &texts, &device)?;
             let labels: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
             let labels = Tensor::from_data(TensorData::new(labels, [places.len()]), &device);
 
             let loss = loss(encoder.embed(batch.ids, batch.mask), labels);
-            sum += f64::from(loss.clone().into_scalar::<f32>());
-            steps += 1;
+            let number = loss.clone().into_scalar::<f32>();
             let gradients = GradientsParams::from_grads(loss.backward(), &encoder);
             encoder = optimizer.step(args.learning_rate, encoder, gradients);
+
+            sum += f64::from(number);
+            progress.report(epoch * steps + step + 1, &format!("loss {number:.3}"));
         }
-        let mean = sum / f64::from(steps);
-        progress.report(epoch, &format!("loss {mean:.3}"));
-        println!("epoch {epoch:<3} loss {mean:.3}");
+        means.push(sum / steps as f64);
     }
     progress.finish();
+    let means: Vec<String> = means.iter().map(|mean| format!("{mean:.2}")).collect();
+    println!("loss      {}", means.join(", "));
     Ok(encoder)
 }
 
