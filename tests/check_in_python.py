@@ -21,7 +21,8 @@ batches, which have the prefixes `right.` and `left.`, and any of
     mixed.logits            the adapter of each row that --rows or a JSON's `adapter_names` names, `__base__` for none
     merged.logits, NAME.merged.logits, both.merged.logits
                             the same once merged
-Without a prefix they are about the batch without one, or else the one of `right.`; the toy has `output` for `logits`.
+Without a prefix they are about the batch without one, or else the one of `right.`; the toy has `output` for `logits`, and
+a BERT has `embeddings`, the means over the tokens of a sentence, scaled to length 1.
 Other tensors are ignored, so the fixtures can be compared with themselves. Such a JSON for any base and adapter comes from
     BURN_PEFT_EXPORT=DIR BURN_PEFT_EXPORT_BASE=BASE BURN_PEFT_EXPORT_ADAPTER=ADAPTER \\
         cargo test -p burn-peft-tests export_any_adapter_for_python
@@ -39,7 +40,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 # Of the largest magnitude among the logits.
 LOGIT_TOLERANCE = 1e-5
@@ -62,7 +63,8 @@ def load_base(directory):
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists():
         return load_toy(directory)
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
+    kind = AutoModel if AutoConfig.from_pretrained(directory).model_type == "bert" else AutoModelForCausalLM
+    model, info = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
                                                        output_loading_info=True)
     for kind in ["missing_keys", "unexpected_keys", "mismatched_keys"]:
         check(not info[kind], f"base, {kind}: {sorted(info[kind]) or 'none'}")
@@ -130,7 +132,7 @@ def check_outputs(model, expected, rows, of_base):
         *label, kind = name.removeprefix(side).split(".")
         merged = label[-1:] == ["merged"]
         label = ".".join(label[:-1] if merged else label)
-        if kind not in ("logits", "output") or (label == "base") != of_base:
+        if kind not in ("logits", "output", "embeddings") or (label == "base") != of_base:
             continue
         batch = batches[side] or batches["right."]
         here = output_of(model, batch, label, merged, rows)
@@ -160,11 +162,14 @@ def output_of(model, batch, label, merged, rows):
 
 
 def outputs(model, batch, rows=None):
-    """Logits, or the output of the toy; `rows` has the adapter of each row."""
+    """Logits, embeddings, or the output of the toy; `rows` has the adapter of each row."""
     extra = {} if rows is None else {"adapter_names": rows}
     with torch.no_grad():
         if "attention_mask" not in batch:
             return model(batch["input_ids"], **extra)
+        if model.config.model_type == "bert":
+            hidden, mask = model(**batch, **extra).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return model(**batch, position_ids=positions, **extra).logits
 
@@ -172,7 +177,7 @@ def outputs(model, batch, rows=None):
 def compare(name, here, there, mask):
     if there.shape != here.shape:
         return check(False, f"{name}: expected shape {list(here.shape)}, found {list(there.shape)}")
-    real = torch.ones(here.shape[:1], dtype=bool) if mask is None else mask.bool()
+    real = torch.ones(here.shape[:1], dtype=bool) if mask is None or here.dim() < 3 else mask.bool()
     difference = ((here[real] - there[real]).abs().max() / here[real].abs().max()).item()
     check(difference < LOGIT_TOLERANCE, f"{name} of {real.sum()} positions, largest difference {difference:.1e} of the largest")
 
