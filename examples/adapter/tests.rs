@@ -305,7 +305,7 @@ mod programs {
         edit(copy.path(), "\"use_qalora\": false", "\"use_qalora\": true");
         assert!(verdicts(copy.path()).values().all(|told| told.starts_with("not known")));
         let copy = copied("gqa-tied-qv");
-        edit(copy.path(), "\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"");
+        edit(copy.path(), "\"init_lora_weights\": false", "\"init_lora_weights\": \"pissa\"");
         assert!(verdicts(copy.path())["vLLM"].starts_with("no, because `init_lora_weights` is \"pissa\""));
     }
 

@@ -76,7 +76,8 @@ pub fn gguf_obstacles(adapter: &AdapterDirectory) -> Vec<String> {
                     .push(format!("`{module}` has {what}, and such a file has updates of low rank only"));
             }
             TensorRole::Unknown => obstacles.push(format!("`{key}` is no tensor of a LoRA adapter")),
-            TensorRole::BaseLayer | TensorRole::Repeated | _ => {}
+            // They say nothing new.
+            _ => {}
         }
     }
     for StoredModule { name, .. } in adapter.modules() {
