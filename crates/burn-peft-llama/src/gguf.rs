@@ -2,7 +2,7 @@
 //!
 //! A GGUF file is a header, a table of keys and values, a table of tensors, and their numbers. `writer` writes the
 //! bytes; the other files say what is in them. The keys, the names of tensors and what llama.cpp makes of them are those
-//! of llama.cpp's sources as of July 2026, which the Python package `gguf` 0.19 describes as well.
+//! of llama.cpp at commit 0c1e57098, which the Python package `gguf` 0.19 has as well.
 
 mod adapter;
 mod model;
