@@ -78,7 +78,7 @@ impl Tensor {
 /// that are written, and of all.
 pub(super) fn write(
     output: &Path,
-    metadata: &Metadata,
+    metadata: &[(String, Value)],
     tensors: &[Tensor],
     matrices: GgufType,
     on_tensor: &mut dyn FnMut(usize, usize),
@@ -126,7 +126,7 @@ fn exists(output: &Path) -> LlamaError {
 }
 
 /// All that comes before the numbers.
-fn header(metadata: &Metadata, tensors: &[Tensor], matrices: GgufType) -> Vec<u8> {
+fn header(metadata: &[(String, Value)], tensors: &[Tensor], matrices: GgufType) -> Vec<u8> {
     let mut out = Vec::new();
     out.extend_from_slice(b"GGUF");
     out.extend_from_slice(&VERSION.to_le_bytes());
@@ -235,7 +235,7 @@ mod tests {
     fn every_field_is_where_the_format_has_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.gguf");
-        let metadata = vec![
+        let metadata = [
             ("a".to_string(), Value::U32(7)),
             ("b".to_string(), Value::Texts(vec!["é".into(), String::new()])),
         ];
@@ -267,13 +267,13 @@ mod tests {
         let path = directory.path().join("deep/a.gguf");
         let large = tensor("large", &[1, 2], &[1.0, 1e6]);
         let mut failing = two().into_iter().chain([large]).collect::<Vec<_>>();
-        let error = write(&path, &vec![], &failing, GgufType::F16, &mut |_, _| {}).unwrap_err();
+        let error = write(&path, &[], &failing, GgufType::F16, &mut |_, _| {}).unwrap_err();
         assert!(matches!(&error, LlamaError::TooLarge { parameter, .. } if parameter == "large"), "{error}");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
-        write(&path, &vec![], &failing, GgufType::F32, &mut |_, _| {}).unwrap();
+        write(&path, &[], &failing, GgufType::F32, &mut |_, _| {}).unwrap();
         let before = fs::read(&path).unwrap();
         failing.pop();
-        let error = write(&path, &vec![], &failing, GgufType::F32, &mut |_, _| {}).unwrap_err();
+        let error = write(&path, &[], &failing, GgufType::F32, &mut |_, _| {}).unwrap_err();
         let LlamaError::WriteFile { source, .. } = error else { panic!("{error}") };
         assert!(source.to_string().contains("choose another name"), "{source}");
         assert_eq!(fs::read(&path).unwrap(), before);
