@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use burn::tensor::{DType, FloatDType};
+use burn_peft_llama::GgufType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Looks into LoRA adapters in the format of Hugging Face PEFT and merges them into LLaMA models.
+/// Looks into LoRA adapters in the format of Hugging Face PEFT, merges them into LLaMA models and writes them for llama.cpp.
 #[derive(Parser, Debug)]
 #[command(name = "adapter", version, max_term_width = 110)]
 pub struct Cli {
@@ -21,6 +22,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Writes a model with adapters merged into its weights, which transformers loads like any other.
     Merge(MergeArgs),
+    /// Writes a GGUF file for llama.cpp: an adapter, or with `--merged` a whole model.
+    Export(ExportArgs),
 }
 
 #[derive(Args, Debug, Clone)]
@@ -47,6 +50,46 @@ pub struct MergeArgs {
     /// Directory to write the merged model to; it is made, and must be empty if it exists
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct ExportArgs {
+    /// Base model: a directory in the Hugging Face layout with the architecture of LLaMA or Qwen2
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// The adapter; with --merged, any number of them, separated by commas, or none for the base alone
+    #[arg(long, value_name = "DIR", value_delimiter = ',', required_unless_present = "merged")]
+    pub adapter: Vec<PathBuf>,
+    /// Write the whole model with the adapters in its weights, and its tokenizer
+    #[arg(long)]
+    pub merged: bool,
+    /// Weights of the adapters, separated by commas, as many as there are adapters; for --merged [default: 1 each]
+    #[arg(long, value_name = "W", value_delimiter = ',', allow_negative_numbers = true, value_parser = finite)]
+    pub weights: Vec<f64>,
+    /// Floating-point type of the matrices [default: f32 of an adapter, f16 of a model]
+    #[arg(long, value_enum)]
+    pub dtype: Option<GgufPrecision>,
+    /// File to write, such as adapter.gguf; there must be none of that name
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+/// Floating-point type of the matrices in a GGUF file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GgufPrecision {
+    /// 32 bits
+    F32,
+    /// IEEE half precision
+    F16,
+}
+
+impl From<GgufPrecision> for GgufType {
+    fn from(precision: GgufPrecision) -> Self {
+        match precision {
+            GgufPrecision::F32 => Self::F32,
+            GgufPrecision::F16 => Self::F16,
+        }
+    }
 }
 
 /// Floating-point type of the merged model.

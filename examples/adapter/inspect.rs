@@ -10,7 +10,7 @@ use burn_peft::{AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetMod
 
 use crate::cli::InspectArgs;
 use crate::numbers::{bytes, count, ranges, short, thousands};
-use crate::table;
+use crate::{programs, table};
 use burn_peft_examples::failure;
 
 /// Entries of a long list that are told.
@@ -95,6 +95,7 @@ fn describe(adapter: &AdapterDirectory) -> Result<Report> {
         text.push_str("\nwould be refused:\n");
         text.push_str(&refusals);
     }
+    text.push_str(&programs::lines(adapter, refusals.is_empty()));
     Ok(Report { text, usable: refusals.is_empty() })
 }
 

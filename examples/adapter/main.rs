@@ -1,4 +1,4 @@
-//! For people who have an adapter as files: what is in it, and a model with it merged.
+//! For people who have an adapter as files: what is in it, a model with it merged, and files for llama.cpp.
 //!
 //! `cargo run --release --example adapter -- --help` lists the commands.
 
@@ -7,9 +7,12 @@
 
 mod base;
 mod cli;
+mod export;
+mod inputs;
 mod inspect;
 mod merge;
 mod numbers;
+mod programs;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -39,5 +42,6 @@ fn run(cli: &cli::Cli) -> anyhow::Result<bool> {
     match &cli.command {
         cli::Command::Inspect(args) => inspect::run(args),
         cli::Command::Merge(args) => merge::run(args).map(|()| true),
+        cli::Command::Export(args) => export::run(args).map(|()| true),
     }
 }

@@ -1,19 +1,17 @@
 //! `merge`: a model with adapters in its weights.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use burn::tensor::{Device, FloatDType};
-use burn_peft::{AdapterDirectory, MergeReport, TensorRole};
+use burn_peft::MergeReport;
 use burn_peft_llama::{MergedDirectory, check_output, merge_directory};
 use indicatif::ProgressBar;
 
-use crate::base::BaseFiles;
 use crate::cli::{MergeArgs, name_of};
-use crate::inspect::refusals;
+use crate::inputs::Inputs;
 use crate::numbers::{bytes, count, thousands};
 
 /// Merges and prints what became of it.
@@ -32,11 +30,8 @@ pub fn run(args: &MergeArgs) -> Result<()> {
 
 /// A merge of which everything has been checked that can be checked before the weights are read.
 pub struct Plan {
-    model: PathBuf,
-    base: BaseFiles,
-    adapters: Vec<(AdapterDirectory, f64)>,
+    inputs: Inputs,
     dtype: FloatDType,
-    untie: bool,
     out: PathBuf,
 }
 
@@ -53,39 +48,9 @@ impl Plan {
     /// # Errors
     /// Whatever would go wrong later: the base, an adapter, how they fit together, the weights, the output directory.
     pub fn new(args: &MergeArgs) -> Result<Self> {
-        let base = BaseFiles::open(&args.model)?;
-        let weights = match args.weights.len() {
-            0 => vec![1.0; args.adapter.len()],
-            n if n == args.adapter.len() => args.weights.clone(),
-            n => bail!(
-                "expected as many weights as adapters, found {n} for {}",
-                count(args.adapter.len(), "adapter")
-            ),
-        };
-        let mut adapters = vec![];
-        for (path, weight) in args.adapter.iter().zip(weights) {
-            let adapter = AdapterDirectory::open(path)?;
-            let refusals = refusals(&adapter.problems());
-            if !refusals.is_empty() {
-                bail!("cannot use the adapter `{}`:\n{}", path.display(), refusals.trim_end());
-            }
-            base.check(&adapter)?;
-            adapters.push((adapter, weight));
-        }
-        check_copies(&adapters)?;
+        let inputs = Inputs::open(&args.model, &args.adapter, &args.weights)?;
         check_output(&args.out)?;
-        Ok(Self {
-            dtype: args.dtype.resolve(base.dtype),
-            untie: adapters.iter().any(|(adapter, _)| base.config.needs_untying(adapter)),
-            out: args.out.clone(),
-            model: args.model.clone(),
-            base,
-            adapters,
-        })
-    }
-
-    fn is_weighted(&self) -> bool {
-        self.adapters.iter().any(|(_, weight)| *weight != 1.0)
+        Ok(Self { dtype: args.dtype.resolve(inputs.base.dtype), inputs, out: args.out.clone() })
     }
 
     /// Merges and writes.
@@ -94,10 +59,9 @@ impl Plan {
     /// The weights are malformed, the adapter belongs to another base, the merged weights are not finite, or a file
     /// cannot be written.
     pub fn carry_out(&self) -> Result<Merged> {
-        let adapters: Vec<_> =
-            self.adapters.iter().map(|(adapter, weight)| (adapter.path(), *weight)).collect();
-        let merged = merge_directory(&self.model, &adapters, Some(self.dtype), &self.out, &Device::flex())?;
-        let shapes = merged.report.parameters.iter().filter_map(|name| self.base.shape(name));
+        let (model, adapters) = (&self.inputs.model, self.inputs.paths());
+        let merged = merge_directory(model, &adapters, Some(self.dtype), &self.out, &Device::flex())?;
+        let shapes = merged.report.parameters.iter().filter_map(|name| self.inputs.base.shape(name));
         let values = shapes.map(|shape| shape.iter().product::<usize>()).sum();
         let mut files = vec![];
         for entry in std::fs::read_dir(&self.out)? {
@@ -109,47 +73,10 @@ impl Plan {
     }
 }
 
-/// Finds copies of parameters that cannot be merged as it was asked.
-///
-/// # Errors
-/// Two adapters have a copy of one parameter, or one that has copies is weighted.
-fn check_copies(adapters: &[(AdapterDirectory, f64)]) -> Result<()> {
-    let weighted = adapters.iter().any(|(_, weight)| *weight != 1.0);
-    let mut owners: BTreeMap<&str, &AdapterDirectory> = BTreeMap::new();
-    for (adapter, _) in adapters {
-        let copies = adapter.tensors().iter().filter(|tensor| tensor.role == TensorRole::Copy);
-        for key in copies.map(|tensor| &*tensor.key) {
-            let shown = adapter.path().display();
-            if weighted {
-                bail!(
-                    "the adapter `{shown}` has a trained copy of a parameter, which cannot be weighted: `{key}`\n\
-                     hint: leave `--weights` out"
-                );
-            }
-            if let Some(owner) = owners.insert(key, adapter) {
-                bail!(
-                    "the adapters `{}` and `{shown}` both have a trained copy of one parameter: `{key}`\n\
-                     hint: merge one of them",
-                    owner.path().display()
-                );
-            }
-        }
-    }
-    Ok(())
-}
-
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (model, dtype) = (self.model.display(), name_of(self.base.dtype));
-        writeln!(f, "base     {model}: {}, {dtype}", count(self.base.num_params(), "parameter"))?;
-        for (adapter, weight) in &self.adapters {
-            write!(f, "adapter  {}: {}", adapter.path().display(), count(adapter.modules().len(), "module"))?;
-            if let Some(config) = adapter.config().as_lora() {
-                write!(f, ", r {}, lora_alpha {}", config.r, config.lora_alpha)?;
-            }
-            if self.is_weighted() { writeln!(f, ", weight {weight}")? } else { writeln!(f)? }
-        }
-        if self.untie {
+        write!(f, "{}", self.inputs)?;
+        if self.inputs.unties() {
             writeln!(
                 f,
                 "note     an adapter changes the embedding or the output layer, which share one table here: the merged\n         \

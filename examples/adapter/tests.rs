@@ -1,4 +1,4 @@
-//! Both commands over the files that the real peft and transformers wrote.
+//! All commands over the files that the real peft and transformers wrote.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,8 @@ use burn_peft_llama::LlamaForCausalLm;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
-use crate::cli::{MergeArgs, Precision};
+use crate::cli::{ExportArgs, GgufPrecision, MergeArgs, Precision};
+use crate::export;
 use crate::inspect::report;
 use crate::merge::{Merged, Plan};
 use burn_peft_examples::failure;
@@ -246,6 +247,195 @@ mod inspecting {
         model.save_adapter("default", fresh.path()).unwrap();
         let text = report(fresh.path()).unwrap().text;
         assert!(text.contains("note: every update is zero"), "{text}");
+    }
+}
+
+mod programs {
+    use super::*;
+
+    /// What is told about each program, by its name.
+    fn verdicts(directory: &Path) -> BTreeMap<String, String> {
+        let text = report(directory).unwrap().text;
+        let told = text.split("\nloads in\n").nth(1).unwrap();
+        let lines = told.lines().take(3).map(|line| line.trim_start().split_once(' ').unwrap());
+        lines.map(|(name, verdict)| (name.to_string(), verdict.trim().to_string())).collect()
+    }
+
+    #[test]
+    fn plain_adapters_load_everywhere() {
+        for name in ["gqa-tied-qv", "gqa-tied-rslora", "mha-biased-patterns", "qwen2-qv"] {
+            let told = verdicts(&fixture(name));
+            assert_eq!((&*told["peft"], &*told["vLLM"]), ("yes", "yes"), "{name}");
+            assert_eq!(told["llama.cpp"], "yes, as a GGUF file, which `adapter export` makes", "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_program_lacks_is_told_with_the_way_out() {
+        for (name, vllm, llama_cpp) in [
+            (
+                "gqa-tied-dora",
+                "no, because it has no DoRA",
+                "no, because `model.layers.0.mlp.down_proj` has a magnitude",
+            ),
+            (
+                "mha-biased-save-head",
+                "no, because `modules_to_save` is lm_head",
+                "no, because `lm_head` was trained as a whole",
+            ),
+            ("mha-biased-bias-all", "no, because `bias` is \"all\"", "no, because the bias of `"),
+            ("gqa-tied-lora-bias", "no, because it has no `lora_bias`", "no, because `"),
+            (
+                "gqa-tied-tokens",
+                "no, because it has no trained tokens",
+                "no, because `model.embed_tokens` has ",
+            ),
+            (
+                "mha-biased-embedding-head",
+                "yes, on a LLaMA: ",
+                "yes, as a GGUF file, which `adapter export` makes, if the base",
+            ),
+        ] {
+            let told = verdicts(&fixture(name));
+            assert_eq!(told["peft"], "yes", "{name}");
+            assert!(told["vLLM"].starts_with(vllm), "{name}: {}", told["vLLM"]);
+            assert!(told["llama.cpp"].starts_with(llama_cpp), "{name}: {}", told["llama.cpp"]);
+        }
+        let copy = copied("gqa-tied-qv");
+        edit(copy.path(), "\"use_qalora\": false", "\"use_qalora\": true");
+        assert!(verdicts(copy.path()).values().all(|told| told.starts_with("not known")));
+        let copy = copied("gqa-tied-qv");
+        edit(copy.path(), "\"init_lora_weights\": false", "\"init_lora_weights\": \"pissa\"");
+        assert!(verdicts(copy.path())["vLLM"].starts_with("no, because `init_lora_weights` is \"pissa\""));
+    }
+
+    #[test]
+    fn ranks_that_vllm_is_to_be_told_of() {
+        let saved = |r: usize| {
+            let place = tempfile::tempdir().unwrap();
+            let mut model = LlamaForCausalLm::from_pretrained(fixture("gqa-tied"), &Device::flex()).unwrap();
+            let config = burn_peft::LoraConfig::new(2)
+                .with_target_modules(["q_proj"])
+                .with_rank_pattern([("q_proj", r)]);
+            model.add_adapter("default", &config).unwrap();
+            model.save_adapter("default", place.path()).unwrap();
+            verdicts(place.path())["vLLM"].clone()
+        };
+        assert_eq!(saved(16), "yes");
+        assert_eq!(saved(17), "yes, with `--max-lora-rank 32`: the rank is 17, and the default allows 16");
+        assert_eq!(saved(300), "yes, with `--max-lora-rank 320`: the rank is 300, and the default allows 16");
+        assert!(saved(513).starts_with("no, because the rank is 513, and its largest is 512"));
+    }
+}
+
+mod exporting {
+    use super::*;
+
+    /// A base of the fixtures with a tokenizer.
+    fn base(place: &Path, name: &str) -> PathBuf {
+        let directory = place.join(name);
+        fs::create_dir(&directory).unwrap();
+        for from in [fixture(name), fixture("gguf")] {
+            for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+                let name = entry.file_name().into_string().unwrap();
+                if !name.contains("expected") && !name.contains("gguf") && !name.ends_with(".header") {
+                    fs::copy(entry.path(), directory.join(name)).unwrap();
+                }
+            }
+        }
+        directory
+    }
+
+    fn args(model: &Path, adapters: &[&Path], out: &Path) -> ExportArgs {
+        ExportArgs {
+            model: model.into(),
+            adapter: adapters.iter().map(|path| path.to_path_buf()).collect(),
+            merged: false,
+            weights: vec![],
+            dtype: None,
+            out: out.into(),
+        }
+    }
+
+    #[test]
+    fn an_adapter_is_written_with_the_command_that_uses_it() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("deep/adapter.gguf");
+        let plan = export::Plan::new(&args(&fixture("gqa-tied"), &[&fixture("gqa-tied-qv")], &out)).unwrap();
+        assert!(!plan.to_string().contains("note"), "{plan}");
+        let exported = plan.carry_out().unwrap().to_string();
+        assert!(exported.contains("adapter.gguf: 3.5 kB, f32, 8 tensors, alpha 5.00\n"), "{exported}");
+        assert_eq!(fs::read(&out).unwrap(), fs::read(fixture("gguf/gqa-tied-qv.gguf")).unwrap());
+        let next = plan.next();
+        let base = out.with_file_name("base.gguf");
+        assert!(
+            next.ends_with(&format!("llama-cli -m {} --lora {}", base.display(), out.display())),
+            "{next}"
+        );
+        assert!(
+            next.contains("--example adapter -- export --model ") && next.contains(" --merged --out "),
+            "{next}"
+        );
+
+        let patterns =
+            args(&fixture("mha-biased"), &[&fixture("mha-biased-patterns")], &place.path().join("b.gguf"));
+        let plan = export::Plan::new(&patterns).unwrap();
+        assert!(plan.to_string().contains("note     a file has one alpha"), "{plan}");
+    }
+
+    #[test]
+    fn a_model_is_written_with_adapters_or_without() {
+        let place = tempfile::tempdir().unwrap();
+        let base = base(place.path(), "gqa-tied");
+        let written = |name: &str, adapters: &[&Path], weights: Vec<f64>, dtype| {
+            let out = place.path().join(name);
+            let plan = export::Plan::new(&ExportArgs {
+                merged: true,
+                weights,
+                dtype,
+                ..args(&base, adapters, &out)
+            })
+            .unwrap();
+            let told = plan.carry_out().unwrap().to_string();
+            assert_eq!(plan.next(), format!("llama-cli -m {}", out.display()));
+            (fs::read(&out).unwrap(), told)
+        };
+        let (plain, told) = written("plain.gguf", &[], vec![], None);
+        assert!(told.starts_with("wrote ") && told.contains("44.4 kB, f16, 20 tensors\n"), "{told}");
+        let adapter = fixture("gqa-tied-qv");
+        let (merged, told) = written("merged.gguf", &[&adapter], vec![], Some(GgufPrecision::F16));
+        assert!(told.starts_with("merged   4 tensors\n"), "{told}");
+        let (half, _) = written("half.gguf", &[&adapter], vec![0.5], None);
+        let header = fs::read(fixture("gguf/gqa-tied.f16.header")).unwrap().len();
+        assert!(plain[..header] == merged[..header] && plain != merged && merged != half);
+        let (zero, _) = written("zero.gguf", &[&adapter], vec![0.0], None);
+        assert!(zero == plain, "an adapter without weight changes nothing");
+    }
+
+    #[test]
+    fn whatever_is_wrong_is_found_before_anything_is_written() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("out.gguf");
+        let (model, adapter) = (fixture("gqa-tied"), fixture("gqa-tied-qv"));
+        let refused = |args: ExportArgs| error(export::Plan::new(&args).map(|_| ()));
+        let text = refused(args(&model, &[&adapter, &adapter], &out));
+        assert!(
+            text.contains("expected one adapter for one file, found 2") && text.contains("`--merged`"),
+            "{text}"
+        );
+        let text = refused(ExportArgs { weights: vec![0.5], ..args(&model, &[&adapter], &out) });
+        assert!(text.contains("--lora-scaled"), "{text}");
+        let text = refused(args(&model, &[&fixture("gqa-tied-dora")], &out));
+        assert!(text.contains("has a magnitude of DoRA") && text.contains("hint: merge it"), "{text}");
+        let text = refused(args(&fixture("mha-biased"), &[&adapter], &out));
+        assert!(text.contains("does not fit the model"), "{text}");
+        let text = refused(ExportArgs { merged: true, ..args(&model, &[], &out) });
+        assert!(text.contains("tokenizer.json"), "{text}");
+        fs::write(&out, "mine").unwrap();
+        let text = refused(args(&model, &[&adapter], &out));
+        assert!(text.contains("cannot write") && text.contains("choose another name"), "{text}");
+        assert_eq!(fs::read_to_string(&out).unwrap(), "mine");
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
     }
 }
 

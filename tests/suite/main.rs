@@ -9,6 +9,7 @@ mod checkpointing;
 mod common;
 mod directories;
 mod export;
+mod gguf;
 mod key_mapping;
 mod lifecycle;
 mod llama_parity;

@@ -264,6 +264,17 @@ pub enum LlamaError {
     #[error(transparent)]
     Adapters(#[from] PeftError),
 
+    /// llama.cpp does not compute what an adapter or a model asks for, or its format cannot say it.
+    #[error("llama.cpp cannot use `{}`:{}\nhint: {hint}", .path.display(), lines(.problems))]
+    NotForLlamaCpp {
+        /// The directory of the adapter or of the model.
+        path: PathBuf,
+        /// All of them.
+        problems: Vec<String>,
+        /// The way out.
+        hint: &'static str,
+    },
+
     /// A value cannot be held in the type that a model was to be converted to.
     #[error("a value of `{parameter}` is too large for {dtype:?}\nhint: bf16 and f32 hold larger ones")]
     TooLarge {

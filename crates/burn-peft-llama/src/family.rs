@@ -38,6 +38,21 @@ pub(crate) struct Family {
     pub(crate) fixed: &'static [(&'static str, &'static [&'static str])],
     /// What a `config.json` leaves out.
     pub(crate) defaults: Defaults,
+    /// What llama.cpp makes of it.
+    pub(crate) llama_cpp: LlamaCpp,
+}
+
+/// How llama.cpp computes a family.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct LlamaCpp {
+    /// `general.architecture` of its files.
+    pub(crate) architecture: &'static str,
+    /// Whether rotary embedding turns neighbours together, not halves of a head.
+    pub(crate) rotates_neighbours: bool,
+    /// Whether `rope_freqs.weight` is read.
+    pub(crate) scales_rope: bool,
+    /// Whether a head may have another width than `hidden_size / num_attention_heads`.
+    pub(crate) has_head_dim: bool,
 }
 
 /// Whether layers have a bias.

@@ -34,7 +34,7 @@
 //! | Train, interrupted or not | [`Trainer`] with [`TrainingConfig`]; [`Checkpoint`]; [`MemoryEstimate`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
 //! | Measure | [`evaluate`], [`LlamaForCausalLm::forward`] |
 //! | Generate | [`LlamaForCausalLm::generate`] with [`GenerateOptions`] |
-//! | Files | [`merge_directory`]: adapters merged from directories to a directory |
+//! | Files | [`merge_directory`]: adapters merged from directories to a directory; [`GgufAdapter`], [`GgufModel`]: files for llama.cpp |
 //!
 //! The parameters have the names of Hugging Face checkpoints, so adapters need no key mapping. [`LlamaConfig::model_type`]
 //! is the name of the family.
@@ -71,6 +71,7 @@ mod error;
 mod family;
 mod file;
 mod generate;
+mod gguf;
 mod gradient;
 mod head;
 #[cfg(feature = "hub")]
@@ -107,6 +108,7 @@ pub use conversation::{Example, IGNORE_INDEX, Labels};
 pub use dataset::{Content, Dataset, EncodeOptions, Encoded, EncodingReport, Place, Record, Splits, TooLong};
 pub use error::LlamaError;
 pub use generate::GenerateOptions;
+pub use gguf::{GgufAdapter, GgufModel, GgufType, check_gguf_output, gguf_obstacles};
 pub use gradient::clip_grad_norm;
 #[cfg(feature = "hub")]
 pub use hub::{ModelId, resolve};

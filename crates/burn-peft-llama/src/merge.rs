@@ -93,13 +93,47 @@ pub fn merge_directory<P: AsRef<Path>>(
 ) -> Result<MergedDirectory, LlamaError> {
     let (base, output) = (base.as_ref(), output.as_ref());
     let staged = stage(output)?;
-    let config = LlamaConfig::load(base)?;
+    let is_tied = LlamaConfig::load(base)?.tie_word_embeddings;
     let from = stored_dtype(base)?;
     let dtype = dtype.unwrap_or(from);
     // Where the type changes, too, the sum is rounded to the new type, not to the old one before.
     let wide = if dtype == from { dtype } else { FloatDType::F32 };
-    let mut model = LlamaForCausalLm::from_pretrained_as(base, device, wide)?;
-    let has_other_head = config.tie_word_embeddings && !model.config().tie_word_embeddings;
+    let Merged { mut model, mut report, is_tied: is_base_tied } = merged(base, adapters, wide, device)?;
+    let has_other_head = is_tied && !is_base_tied;
+    if wide != dtype {
+        let rounding;
+        (model, rounding) = model.to_dtype(dtype)?;
+        if rounding.largest_error > report.largest_error {
+            (report.largest_error, report.worst_parameter) =
+                (rounding.largest_error, rounding.worst_parameter);
+        }
+    }
+    model.save_pretrained(staged.path())?;
+    for name in SHARED_FILES.iter().filter(|name| base.join(name).exists()) {
+        fs::copy(base.join(name), staged.path().join(name)).map_err(unwritten(&output.join(name)))?;
+    }
+    write_config(base, staged.path(), dtype, model.config().tie_word_embeddings)?;
+    staged.put().map_err(unwritten(output))?;
+    Ok(MergedDirectory { report, dtype, has_other_head })
+}
+
+/// A model with adapters in its weights.
+pub(crate) struct Merged {
+    pub(crate) model: LlamaForCausalLm,
+    pub(crate) report: MergeReport,
+    /// Whether the base's output layer is its embedding.
+    pub(crate) is_tied: bool,
+}
+
+/// Loads a model in `dtype` and merges the adapters in some directories into it, each with its weight.
+pub(crate) fn merged<P: AsRef<Path>>(
+    base: &Path,
+    adapters: &[(P, f64)],
+    dtype: FloatDType,
+    device: &Device,
+) -> Result<Merged, LlamaError> {
+    let mut model = LlamaForCausalLm::from_pretrained_as(base, device, dtype)?;
+    let is_tied = model.config().tie_word_embeddings;
     let names: Vec<String> = (1..=adapters.len()).map(|i| format!("adapter-{i}")).collect();
     for (name, (path, _)) in names.iter().zip(adapters) {
         if model.config().needs_untying(&AdapterDirectory::open(path)?) {
@@ -116,22 +150,8 @@ pub fn merge_directory<P: AsRef<Path>>(
     } else {
         model.set_adapter(&names)?;
     }
-    let mut report = model.merge_and_unload()?;
-    if wide != dtype {
-        let rounding;
-        (model, rounding) = model.to_dtype(dtype)?;
-        if rounding.largest_error > report.largest_error {
-            (report.largest_error, report.worst_parameter) =
-                (rounding.largest_error, rounding.worst_parameter);
-        }
-    }
-    model.save_pretrained(staged.path())?;
-    for name in SHARED_FILES.iter().filter(|name| base.join(name).exists()) {
-        fs::copy(base.join(name), staged.path().join(name)).map_err(unwritten(&output.join(name)))?;
-    }
-    write_config(base, staged.path(), dtype, model.config().tie_word_embeddings)?;
-    staged.put().map_err(unwritten(output))?;
-    Ok(MergedDirectory { report, dtype, has_other_head })
+    let report = model.merge_and_unload()?;
+    Ok(Merged { model, report, is_tied })
 }
 
 /// Finds out whether [`merge_directory`] can write to `output`: whether there is nothing in it, and a directory can be

@@ -65,6 +65,16 @@ impl RopeConfig {
     }
 }
 
+impl RopeConfig {
+    /// What the frequencies of a head of width `head_dim` are divided by, one for each pair; `None` without scaling.
+    pub(crate) fn factors(&self, head_dim: usize) -> Option<Vec<f32>> {
+        let plain = Self::new(self.rope_theta).frequencies(head_dim);
+        let scaled = self.frequencies(head_dim);
+        let factors = plain.into_iter().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32);
+        (self.scaling != RopeScaling::Default).then(|| factors.collect())
+    }
+}
+
 impl RopeScaling {
     fn apply(self, frequency: f64) -> f64 {
         let Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =

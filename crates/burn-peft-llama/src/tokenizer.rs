@@ -175,6 +175,11 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The tokenizer without what this crate adds.
+    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
     /// Whether a token is marked as special, or is the end token.
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)

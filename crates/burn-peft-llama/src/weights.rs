@@ -55,17 +55,7 @@ impl LlamaForCausalLm {
         device: &Device,
         dtype: FloatDType,
     ) -> Result<Self, LlamaError> {
-        let dir = dir.as_ref();
-        let lock = file::lock(dir)?;
-        let mut config = LlamaConfig::load(dir)?;
-        let mut checkpoint = Checkpoint::open(dir)?;
-        // Files that are open stay what they are.
-        drop(lock);
-        if config.tie_word_embeddings {
-            config.tie_word_embeddings = checkpoint.resolve_tied_head()?;
-        }
-        // Parameters are made when they are first used, so this model costs nothing.
-        checkpoint.check(&parameters(&config.init(device)))?;
+        let (config, checkpoint) = open_checkpoint(dir.as_ref(), device)?;
         Self::build(&config, &mut Loader { checkpoint, device, dtype: dtype.into() })
     }
 
@@ -100,6 +90,22 @@ impl LlamaForCausalLm {
         file::put(weights, &weights_path)?;
         file::put(staged, &config_path)
     }
+}
+
+/// Opens the files of a model directory and checks them; see
+/// [`from_pretrained_as`](LlamaForCausalLm::from_pretrained_as). Nothing is put on the device.
+pub(crate) fn open_checkpoint(dir: &Path, device: &Device) -> Result<(LlamaConfig, Checkpoint), LlamaError> {
+    let lock = file::lock(dir)?;
+    let mut config = LlamaConfig::load(dir)?;
+    let mut checkpoint = Checkpoint::open(dir)?;
+    // Files that are open stay what they are.
+    drop(lock);
+    if config.tie_word_embeddings {
+        config.tie_word_embeddings = checkpoint.resolve_tied_head()?;
+    }
+    // Parameters are made when they are first used, so this model costs nothing.
+    checkpoint.check(&parameters(&config.init(device)))?;
+    Ok((config, checkpoint))
 }
 
 /// A type as `config.json` names it.

@@ -1,6 +1,6 @@
 //! LLaMA, and the models that call themselves so, such as SmolLM2.
 
-use super::{Bias, Defaults, Family};
+use super::{Bias, Defaults, Family, LlamaCpp};
 
 pub(crate) const FAMILY: Family = Family {
     model_type: "llama",
@@ -21,5 +21,11 @@ pub(crate) const FAMILY: Family = Family {
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: &[2],
+    },
+    llama_cpp: LlamaCpp {
+        architecture: "llama",
+        rotates_neighbours: true,
+        scales_rope: true,
+        has_head_dim: true,
     },
 };

@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5: queries, keys and values have a bias.
 
-use super::{Bias, Defaults, Family};
+use super::{Bias, Defaults, Family, LlamaCpp};
 
 pub(crate) const FAMILY: Family = Family {
     model_type: "qwen2",
@@ -21,5 +21,11 @@ pub(crate) const FAMILY: Family = Family {
         tie_word_embeddings: false,
         bos_token_id: None,
         eos_token_ids: &[],
+    },
+    llama_cpp: LlamaCpp {
+        architecture: "qwen2",
+        rotates_neighbours: false,
+        scales_rope: false,
+        has_head_dim: false,
     },
 };

@@ -14,7 +14,7 @@ const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The files of a checkpoint.
-pub(super) struct Checkpoint {
+pub(crate) struct Checkpoint {
     files: TensorFiles,
 }
 
@@ -87,7 +87,7 @@ impl Checkpoint {
     }
 
     /// The numbers of a tensor that [`check`](Self::check) has seen.
-    pub(super) fn read(&self, name: &str) -> Result<Vec<f32>, LlamaError> {
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, LlamaError> {
         let count = self.files.get(name).map_or(0, |info| info.shape.iter().product());
         let numbers = self.files.read(name, 0..count).map_err(unread_weights(CHANGED))?;
         numbers.ok_or_else(|| self.misfit(vec![WeightProblem::Missing { name: name.to_string() }]))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
-use burn_peft_files::{closest_key, is_float};
+use burn_peft_files::{closest_key, is_float, to_f32};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
@@ -208,6 +208,21 @@ impl AdapterDirectory {
                 .ok_or_else(|| tensor.wrong_type()),
         };
         value.map_err(|problem| self.inconsistent(vec![problem]))
+    }
+
+    /// The numbers of the tensor `key`, in the order of the file.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn values(&self, key: &str) -> Result<Vec<f32>, PeftError> {
+        let found = self.tensors.iter().find(|tensor| tensor.key == key);
+        let values = match found {
+            None => Err(TensorProblem::Missing { key: key.to_string(), closest: None }),
+            Some(tensor) => {
+                to_f32(tensor.stored, &self.bytes[tensor.place.clone()]).ok_or_else(|| tensor.wrong_type())
+            }
+        };
+        values.map_err(|problem| self.inconsistent(vec![problem]))
     }
 
     /// Everything for which [`load_adapter`](crate::PeftModel::load_adapter) refuses this adapter on any model; empty if

@@ -1,0 +1,114 @@
+//! Whether other programs load an adapter: by what the sources of peft 0.21.2, vLLM 0.33.0 and llama.cpp at 0c1e57098
+//! say.
+
+use burn_peft::{AdapterDirectory, Bias};
+use burn_peft_llama::gguf_obstacles;
+
+use crate::numbers::count;
+
+/// The modules of LLaMA and Qwen2 that vLLM adapts.
+const LINEAR: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/// Those that it adapts in LLaMA.
+const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
+/// `--max-lora-rank` of vLLM may be one of these, and is 16 where it is not given.
+const VLLM_RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
+const VLLM_DEFAULT_RANK: usize = 16;
+
+/// A line for each program. Of an adapter that this library refuses, nothing is known.
+pub fn lines(adapter: &AdapterDirectory, is_usable: bool) -> String {
+    let unknown = || "not known: see above for what this library does not read".to_string();
+    let [peft, vllm, llama_cpp] = if is_usable {
+        [peft(), vllm(adapter), llama_cpp(adapter)]
+    } else {
+        [unknown(), unknown(), unknown()]
+    };
+    format!("\nloads in\n  peft       {peft}\n  vLLM       {vllm}\n  llama.cpp  {llama_cpp}\n")
+}
+
+fn peft() -> String {
+    "yes".into()
+}
+
+fn vllm(adapter: &AdapterDirectory) -> String {
+    let mut reasons: Vec<String> = vec![];
+    let Some(config) = adapter.config().as_lora() else {
+        return "no: vLLM loads LoRA only".into();
+    };
+    if config.use_dora {
+        reasons.push("it has no DoRA".into());
+    }
+    let saved = &config.targeting.modules_to_save;
+    if !saved.is_empty() {
+        reasons.push(format!("`modules_to_save` is {}, and it has updates only", saved.join(", ")));
+    }
+    if config.bias != Bias::None {
+        reasons.push(format!("`bias` is \"{}\", and it has no trained biases", config.bias.as_str()));
+    }
+    if config.lora_bias {
+        reasons.push("it has no `lora_bias`".into());
+    }
+    if config.trainable_token_indices.is_some() {
+        reasons.push("it has no trained tokens".into());
+    }
+    let init = config.init_lora_weights.to_string();
+    if ["pissa", "olora", "loftq", "corda"].iter().any(|name| init.to_lowercase().starts_with(name)) {
+        reasons.push(format!(
+            "`init_lora_weights` is \"{init}\", which says that the base was changed; load and save the adapter here or \
+             convert it in peft, and it is plain LoRA"
+        ));
+    }
+    let name = |module: &str| module.rsplit('.').next().unwrap_or(module).to_string();
+    let names: Vec<String> = adapter.modules().iter().map(|module| name(&module.name)).collect();
+    let rank = config.rank_pattern.iter().map(|(_, r)| *r).fold(config.r, usize::max);
+    let option = VLLM_RANKS.into_iter().find(|largest| *largest >= rank);
+    if option.is_none() {
+        reasons.push(format!(
+            "the rank is {rank}, and its largest is 512: `convert_to_lora` makes a smaller one"
+        ));
+    }
+    if !reasons.is_empty() {
+        let out = if config.lora_bias {
+            ""
+        } else {
+            "; merge it with `adapter merge`, and vLLM loads the merged model"
+        };
+        return format!("no, because {}{out}", reasons.join("; "));
+    }
+    let mut conditions = vec![];
+    if let Some(option) = option.filter(|_| rank > VLLM_DEFAULT_RANK) {
+        conditions.push(format!(
+            "with `--max-lora-rank {option}`: the rank is {rank}, and the default allows {VLLM_DEFAULT_RANK}"
+        ));
+    }
+    if names.iter().any(|name| TABLES.contains(&&**name)) {
+        conditions.push("on a LLaMA: on a Qwen2 it has no update of `embed_tokens` and `lm_head`".into());
+    }
+    let other = names.iter().find(|name| !LINEAR.contains(&&***name) && !TABLES.contains(&&***name));
+    if let Some(other) = other {
+        conditions.push(format!("if it has the model, and `{other}` is a linear layer there"));
+    }
+    said("yes", &conditions)
+}
+
+fn llama_cpp(adapter: &AdapterDirectory) -> String {
+    let obstacles = gguf_obstacles(adapter);
+    if let Some(first) = obstacles.first() {
+        let more = match obstacles.len() {
+            1 => String::new(),
+            n => format!(" ({} more like it)", count(n - 1, "reason")),
+        };
+        return format!(
+            "no, because {first}{more}; merge it: `adapter export --merged` makes a GGUF file of the merged model"
+        );
+    }
+    let mut conditions = vec!["as a GGUF file, which `adapter export` makes".to_string()];
+    if adapter.modules().iter().any(|module| TABLES.iter().any(|table| module.name.ends_with(table))) {
+        conditions.push("if the base has a table for each of `embed_tokens` and `lm_head`".into());
+    }
+    said("yes", &conditions)
+}
+
+fn said(verdict: &str, conditions: &[String]) -> String {
+    let told = conditions.iter().map(|condition| format!(", {condition}"));
+    verdict.to_string() + &told.collect::<String>()
+}
