@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use burn::tensor::{Device, FloatDType};
 use burn_peft::{AdapterDirectory, MergeReport, TensorRole};
+use burn_peft_examples::model;
 use burn_peft_llama::{MergedDirectory, check_output, merge_directory};
 use indicatif::ProgressBar;
 
@@ -18,6 +19,11 @@ use crate::numbers::{bytes, count, thousands};
 
 /// Merges and prints what became of it.
 pub fn run(args: &MergeArgs) -> Result<()> {
+    let args = &MergeArgs {
+        model: model::directory(&args.model, "adapter", "")?,
+        adapter: args.adapter.iter().map(|name| model::adapter(name, "adapter")).collect::<Result<_>>()?,
+        ..args.clone()
+    };
     let start = Instant::now();
     let spinner = ProgressBar::new_spinner();
     spinner.enable_steady_tick(Duration::from_millis(100));

@@ -103,16 +103,16 @@ pub struct ExperimentArgs {
     /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
     /// base model if not given. One that `pretrain` made, recognised by its chat template, works like the embedded one;
     /// the defaults below for `--model` are those of any other
-    #[arg(long, value_name = "DIR", help_heading = "Experiment")]
+    #[arg(long, value_name = "DIR|ID", help_heading = "Experiment")]
     pub model: Option<String>,
     /// Species of at least 5 evolution families: a CSV file with the columns
     /// number,name,primary,secondary,generation,family; the file that is part of the program (all 1025 species) if
     /// not given
     #[arg(long, value_name = "FILE", help_heading = "Experiment")]
     pub data: Option<PathBuf>,
-    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained, so no option about training goes
-    /// with it
-    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
+    /// Evaluate only this adapter, a directory in PEFT's format, or owner/name on the Hub if built with the feature
+    /// `hub`; nothing is trained, so no option about training goes with it
+    #[arg(long, value_name = "DIR|ID", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
     /// Arms to run, separated by commas; one that is given twice runs once
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]
