@@ -52,10 +52,15 @@ enum Request {
     Get { start: u64 },
 }
 
-/// The server that a URL names.
+/// The server that a URL names, with its port if that is told; a password in the URL is left out.
 fn host(url: &str) -> String {
     let uri: Option<Uri> = url.parse().ok();
-    uri.and_then(|uri| Some(uri.authority()?.host().to_string())).unwrap_or_else(|| url.to_string())
+    let authority = uri.as_ref().and_then(Uri::authority);
+    let told = authority.map(|authority| match authority.port() {
+        Some(port) => format!("{}:{port}", authority.host()),
+        None => authority.host().to_string(),
+    });
+    told.unwrap_or_else(|| url.to_string())
 }
 
 impl<'a> Client<'a> {
@@ -210,6 +215,13 @@ mod tests {
         assert_eq!(to("//cdn.example/x").unwrap(), "https://cdn.example/x");
         assert_eq!(to("https://cdn.example/x").unwrap(), "https://cdn.example/x");
         assert_eq!(to("x/y"), None);
+    }
+
+    #[test]
+    fn a_server_is_told_without_a_password() {
+        assert_eq!(host("https://me:secret@huggingface.co/a?b"), "huggingface.co");
+        assert_eq!(host("http://127.0.0.1:80/a"), "127.0.0.1:80");
+        assert_eq!(host("no address"), "no address");
     }
 
     #[test]

@@ -140,6 +140,17 @@ impl Stored {
         // The Hub has Git's SHA-1 for small files: also 40 digits by which two contents differ.
         if self.is_large { hash } else { hash[..40].to_string() }
     }
+
+    /// What a listing says of it, which only Python asks for.
+    fn entry(&self) -> serde_json::Value {
+        let size = self.content.len();
+        let mut entry =
+            serde_json::json!({"type": "file", "path": self.name, "size": size, "oid": &self.etag()[..40]});
+        if self.is_large {
+            entry["lfs"] = serde_json::json!({"oid": self.etag(), "size": size, "pointerSize": 130});
+        }
+        entry
+    }
 }
 
 impl Behaviour {
@@ -179,6 +190,11 @@ impl Behaviour {
                 self.files.iter().map(|file| serde_json::json!({"rfilename": file.name})).collect();
             let info = serde_json::json!({"id": NAME, "sha": COMMIT, "siblings": siblings});
             return Answer::new(200, &[("content-type", "application/json")], info.to_string());
+        }
+        if path.contains("/tree/") {
+            let entries: Vec<_> = self.files.iter().map(Stored::entry).collect();
+            let entries = serde_json::Value::Array(entries);
+            return Answer::new(200, &[("content-type", "application/json")], entries.to_string());
         }
         let Some((revision, name)) = path.split_once("/resolve/").and_then(|(_, rest)| rest.split_once('/'))
         else {

@@ -326,7 +326,7 @@ fn if_the_hub_cannot_be_reached_a_complete_copy_will_do() {
     let text = scene.error(NAME);
     assert_contains(
         &text,
-        &["`127.0.0.1` cannot be reached", "is there a network", "HF_ENDPOINT", "`hf download owner/name`"],
+        &["`127.0.0.1:1` cannot be reached", "is there a network", "HF_ENDPOINT", "`hf download owner/name`"],
     );
 
     scene.settings.endpoint = scene.server.endpoint.clone();
@@ -408,6 +408,26 @@ fn two_at_once_fetch_each_file_once() {
         calls.into_iter().for_each(|call| assert_complete(&call.join().unwrap().unwrap()));
     });
     assert_eq!(scene.server.large_requests().len(), 1);
+}
+
+#[test]
+fn a_file_that_another_program_fetches_is_waited_for_with_its_progress() {
+    let scene = Scene::new(model());
+    let id: ModelId = NAME.parse().unwrap();
+    let other = CachedRepo::new(&scene.settings.cache, &id);
+    let lock = other.lock(&file(WEIGHTS, weights()).etag(), || ()).unwrap();
+    fs::write(scene.partial(), &weights()[..5]).unwrap();
+    let mut seen = vec![];
+    let mut progress = |at: FetchProgress| seen.push(at.done);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(500));
+            drop(lock);
+        });
+        assert_complete(&fetch(Kind::Model, &id, &scene.settings, &mut progress).unwrap());
+    });
+    assert!(seen.contains(&(16 + 5)), "{seen:?}");
+    assert_eq!(scene.server.large_requests()[0].range.as_deref(), Some("bytes=5-"));
 }
 
 #[test]
