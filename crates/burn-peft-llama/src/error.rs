@@ -471,7 +471,7 @@ pub enum LlamaError {
         /// The file, if it is about one.
         file: Option<String>,
         /// What was wrong.
-        source: crate::hub::HubProblem,
+        source: Box<crate::hub::HubProblem>,
         /// What to type or do.
         hint: String,
     },

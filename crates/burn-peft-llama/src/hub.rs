@@ -173,7 +173,7 @@ fn hub_error(
     source: HubProblem,
 ) -> LlamaError {
     let hint = source.hint(id, settings);
-    LlamaError::Hub { model: id.to_string(), file: file.map(str::to_string), hint, source }
+    LlamaError::Hub { model: id.to_string(), file: file.map(str::to_string), hint, source: source.into() }
 }
 
 fn fetch(

@@ -33,7 +33,7 @@ pub(super) enum Kind {
 
 impl Kind {
     /// The files that are of use. Only those of the top folder: others hold other formats.
-    pub(super) fn wanted<'a>(self, found: &'a [String]) -> Vec<&'a str> {
+    pub(super) fn wanted(self, found: &[String]) -> Vec<&str> {
         let sharded = found.iter().any(|file| file == INDEX_FILE);
         let is_wanted = |file: &&str| match self {
             Self::Adapter => [ADAPTER_CONFIG_FILE, ADAPTER_FILE].contains(file),

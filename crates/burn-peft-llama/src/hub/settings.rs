@@ -78,7 +78,7 @@ impl Settings {
             endpoint: endpoint.as_deref().unwrap_or(HUB).trim_end_matches('/').to_string(),
             cache: cache.ok_or(HubProblem::NoCacheFolder)?,
             token: token.or_else(from_file),
-            offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(|name| is_yes(&name)),
+            offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(is_yes),
             retries: 4,
             pause: Duration::from_secs(1),
         })
