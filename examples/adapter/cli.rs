@@ -28,18 +28,21 @@ pub enum Command {
 
 #[derive(Args, Debug, Clone)]
 pub struct InspectArgs {
-    /// Directory of an adapter (adapter_config.json, adapter_model.safetensors), or of several in sub-directories
-    #[arg(value_name = "DIR")]
+    /// Directory of an adapter (adapter_config.json, adapter_model.safetensors), or of several in sub-directories;
+    /// owner/name on the Hub if built with the feature `hub`
+    #[arg(value_name = "DIR|ID")]
     pub directory: PathBuf,
 }
 
 #[derive(Args, Debug, Clone)]
 pub struct MergeArgs {
-    /// Base model: a directory in the Hugging Face layout with the architecture of LLaMA or Qwen2
-    #[arg(long, value_name = "DIR")]
+    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on the
+    /// Hub if built with the feature `hub`
+    #[arg(long, value_name = "DIR|ID")]
     pub model: PathBuf,
-    /// Adapters, separated by commas; the updates of several are summed
-    #[arg(long, value_name = "DIR", value_delimiter = ',', required = true)]
+    /// Adapters, separated by commas: directories, or owner/name on the Hub if built with the feature `hub`; the updates
+    /// of several are summed
+    #[arg(long, value_name = "DIR|ID", value_delimiter = ',', required = true)]
     pub adapter: Vec<PathBuf>,
     /// Weights of the adapters, separated by commas, as many as there are adapters [default: 1 each]
     #[arg(long, value_name = "W", value_delimiter = ',', allow_negative_numbers = true, value_parser = finite)]
@@ -54,11 +57,12 @@ pub struct MergeArgs {
 
 #[derive(Args, Debug, Clone)]
 pub struct ExportArgs {
-    /// Base model: a directory in the Hugging Face layout with the architecture of LLaMA or Qwen2
-    #[arg(long, value_name = "DIR")]
+    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on the
+    /// Hub if built with the feature `hub`
+    #[arg(long, value_name = "DIR|ID")]
     pub model: PathBuf,
     /// The adapter; with --merged, any number of them, separated by commas, or none for the base alone
-    #[arg(long, value_name = "DIR", value_delimiter = ',', required_unless_present = "merged")]
+    #[arg(long, value_name = "DIR|ID", value_delimiter = ',', required_unless_present = "merged")]
     pub adapter: Vec<PathBuf>,
     /// Write the whole model with the adapters in its weights, and its tokenizer
     #[arg(long)]

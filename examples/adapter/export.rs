@@ -69,9 +69,9 @@ impl Plan {
         let inputs = Inputs::open(&args.model, &args.adapter, &args.weights)?;
         let (mut adapter, mut notes) = (None, vec![]);
         if args.merged {
-            notes = GgufModel::open(&args.model, &Device::flex())?.notes().to_vec();
+            notes = GgufModel::open(&inputs.model, &Device::flex())?.notes().to_vec();
         } else if let Some((directory, _)) = inputs.adapters.first() {
-            adapter = Some(GgufAdapter::new(&args.model, directory.clone())?);
+            adapter = Some(GgufAdapter::new(&inputs.model, directory.clone())?);
         }
         check_gguf_output(&args.out)?;
         let dtype = match args.dtype {

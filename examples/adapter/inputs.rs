@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use burn_peft::{AdapterDirectory, TensorRole};
+use burn_peft_examples::model;
 
 use crate::base::BaseFiles;
 use crate::cli::name_of;
@@ -21,10 +22,13 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Opens a base and adapters, by their directories or by their names on the Hub.
+    ///
     /// # Errors
-    /// The base or an adapter cannot be used, they do not fit together, or there are not as many weights as adapters.
-    pub fn open(model: &Path, adapters: &[PathBuf], weights: &[f64]) -> Result<Self> {
-        let base = BaseFiles::open(model)?;
+    /// The base or an adapter cannot be found or used, they do not fit together, or there are not as many weights as adapters.
+    pub fn open(base: &Path, adapters: &[PathBuf], weights: &[f64]) -> Result<Self> {
+        let model = model::directory(base, "adapter", "")?;
+        let base = BaseFiles::open(&model)?;
         let weights = match weights.len() {
             0 => vec![1.0; adapters.len()],
             n if n == adapters.len() => weights.to_vec(),
@@ -37,7 +41,8 @@ impl Inputs {
         };
         let mut opened = vec![];
         for (path, weight) in adapters.iter().zip(weights) {
-            let adapter = AdapterDirectory::open(path)?;
+            let path = model::adapter(path, "adapter")?;
+            let adapter = AdapterDirectory::open(&path)?;
             let refusals = refusals(&adapter.problems());
             if !refusals.is_empty() {
                 bail!("cannot use the adapter `{}`:\n{}", path.display(), refusals.trim_end());
@@ -46,7 +51,7 @@ impl Inputs {
             opened.push((adapter, weight));
         }
         check_copies(&opened)?;
-        Ok(Self { model: model.into(), base, adapters: opened })
+        Ok(Self { model, base, adapters: opened })
     }
 
     /// The directories of the adapters with their weights.

@@ -11,14 +11,14 @@ use burn_peft::{AdapterDirectory, LoraConfig, PeftError, StoredModule, TargetMod
 use crate::cli::InspectArgs;
 use crate::numbers::{bytes, count, ranges, short, thousands};
 use crate::{programs, table};
-use burn_peft_examples::failure;
+use burn_peft_examples::{failure, model};
 
 /// Entries of a long list that are told.
 const SHOWN: usize = 8;
 
 /// Prints what is in the directory; whether every adapter in it can be used.
 pub fn run(args: &InspectArgs) -> Result<bool> {
-    let report = report(&args.directory)?;
+    let report = report(&model::adapter(&args.directory, "adapter")?)?;
     print!("{}", report.text);
     Ok(report.usable)
 }

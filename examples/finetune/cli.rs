@@ -78,8 +78,9 @@ pub struct Args {
     /// Train a magnitude for each column of the weights too (DoRA)
     #[arg(long, help_heading = "LoRA")]
     pub use_dora: bool,
-    /// Train this adapter further, a directory in PEFT's format, instead of a new one
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "use_rslora", "use_dora"], help_heading = "LoRA")]
+    /// Train this adapter further instead of a new one: a directory in PEFT's format, or owner/name on the Hub if built
+    /// with the feature `hub`
+    #[arg(long, value_name = "DIR|ID", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "use_rslora", "use_dora"], help_heading = "LoRA")]
     pub adapter: Option<PathBuf>,
 
     /// Highest learning rate of AdamW

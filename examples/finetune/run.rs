@@ -42,6 +42,8 @@ struct Begun {
 
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let directory = model::directory(&args.model, "finetune", "")?;
+    let adapter =
+        args.adapter.as_ref().map(|name| model::directory_of_adapter(name, "finetune")).transpose()?;
     data::check(&args.data)?;
     let device = args.device.open("finetune")?.autodiff();
     let checkpoint = checkpoint(args)?;
@@ -72,7 +74,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let program = memory::now().unwrap_or(0);
     let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
     device.seed(args.seed);
-    adapt(args, &mut model)?;
+    adapt(args, adapter.as_deref(), &mut model)?;
     println!("\n{}", model.trainable_parameters());
     println!(
         "{total} steps of {} x {} examples, learning rate up to {:e} after {} steps of warm-up",
@@ -199,9 +201,9 @@ fn training(args: &Args, examples: usize) -> TrainingConfig {
         .with_log_every(args.log_every.unwrap_or((total / 100).clamp(1, 10)))
 }
 
-/// Adds the adapter that is to be trained.
-fn adapt(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
-    let Some(adapter) = &args.adapter else {
+/// Adds the adapter that is to be trained: the saved one, or a new one.
+fn adapt(args: &Args, saved: Option<&Path>, model: &mut LlamaForCausalLm) -> Result<()> {
+    let Some(adapter) = saved else {
         let config = LoraConfig::new(args.rank)
             .with_lora_alpha(args.alpha.unwrap_or(2.0 * args.rank as f64))
             .with_lora_dropout(args.dropout)

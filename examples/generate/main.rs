@@ -98,8 +98,8 @@ fn run(args: &Args, input: &mut impl BufRead, output: &mut impl Write) -> Result
 fn load_adapters(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
     let weights = args.weights()?;
     let names: Vec<String> = (1..=args.adapter.len()).map(|number| format!("adapter-{number}")).collect();
-    for ((directory, name), weight) in args.adapter.iter().zip(&names).zip(weights) {
-        let path = model::directory_of_adapter(directory)?;
+    for ((adapter, name), weight) in args.adapter.iter().zip(&names).zip(weights) {
+        let path = model::directory_of_adapter(adapter, "generate")?;
         model.load_adapter_with(name, &path, &LoadOptions::new())?;
         model.set_scale(name, weight)?;
     }

@@ -22,17 +22,6 @@ pub fn precision(precision: Precision, arms: &[Arm]) -> Result<()> {
     Ok(())
 }
 
-/// There is an adapter in `dir`.
-pub fn adapter(dir: &Path) -> Result<()> {
-    if !dir.join("adapter_config.json").is_file() {
-        bail!(
-            "`{}` has no `adapter_config.json`\nhint: `--adapter` takes a directory in PEFT's format, such as `out/pokemon/adapter`",
-            dir.display()
-        );
-    }
-    Ok(())
-}
-
 /// Every weight of a LLaMA has the model's width on one side, so no update of it has a higher rank.
 pub fn rank(rank: usize, model: &LlamaForCausalLm) -> Result<()> {
     let width = model.config().hidden_size;

@@ -174,9 +174,9 @@ pub struct LoopArgs {
 pub struct ExperimentArgs {
     #[command(flatten)]
     pub base: BaseArgs,
-    /// Evaluate only this adapter, a directory in PEFT's format; nothing is trained, so no option about training goes
-    /// with it
-    #[arg(long, value_name = "DIR", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
+    /// Evaluate only this adapter, a directory in PEFT's format, or owner/name on the Hub if built with the feature
+    /// `hub`; nothing is trained, so no option about training goes with it
+    #[arg(long, value_name = "DIR|ID", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
     /// Arms to run, separated by commas; one that is given twice runs once
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Arm::ALL, help_heading = "Experiment")]

@@ -18,6 +18,7 @@ use crate::report;
 use crate::setting::{Setting, Subject, adapting};
 use crate::summary::Findings;
 use burn_peft_examples::command;
+use burn_peft_examples::model::directory_of_adapter;
 use burn_peft_examples::output;
 
 /// Runs the arms of `args` with all its seeds, prints the table and writes the output directory.
@@ -29,8 +30,12 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let mut first_seed = args.seed.unwrap_or(0);
     let mut split_is_known = true;
     let arms = args.arms();
+    let mut args = args.clone();
+    if let Some(adapter) = &mut args.adapter {
+        *adapter = directory_of_adapter(&adapter, "pokemon")?;
+    }
+    let args = &args;
     if let Some(dir) = &args.adapter {
-        checks::adapter(dir)?;
         let provenance = Provenance::read(dir)?;
         if let Some(Provenance { seed, .. }) = provenance {
             if args.seed.is_some_and(|given| given != seed) {

@@ -4,6 +4,11 @@ use std::ffi::OsString;
 
 /// The command of the example `name` with these arguments and the features it was built with.
 pub fn text(name: &str, arguments: impl Iterator<Item = OsString>) -> String {
+    with_feature("", name, arguments)
+}
+
+/// The same with one more feature.
+pub fn with_feature(more: &str, name: &str, arguments: impl Iterator<Item = OsString>) -> String {
     let features = [
         ("cuda", cfg!(feature = "cuda")),
         ("wgpu", cfg!(feature = "wgpu")),
@@ -11,7 +16,8 @@ pub fn text(name: &str, arguments: impl Iterator<Item = OsString>) -> String {
         ("metal", cfg!(feature = "metal")),
         ("hub", cfg!(feature = "hub")),
     ];
-    let built_in: Vec<&str> = features.iter().filter(|feature| feature.1).map(|feature| feature.0).collect();
+    let built_in: Vec<&str> =
+        features.iter().filter(|feature| feature.1 || feature.0 == more).map(|feature| feature.0).collect();
     let mut words = vec!["cargo run --release".to_string()];
     if !built_in.is_empty() {
         words.push(format!("--features {}", built_in.join(",")));
@@ -48,6 +54,15 @@ mod tests {
         let text = of(&["--system", "What's it?\n$5", "--data", "a/b-c.csv", "--arms", "lora,full", ""]);
         assert!(
             text.ends_with("-- --system 'What'\\''s it?\n$5' --data a/b-c.csv --arms lora,full ''"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_feature_is_added_to_those_of_the_build() {
+        let text = with_feature("hub", "generate", ["--adapter", "a/b"].iter().map(OsString::from));
+        assert!(
+            text.contains("--features ") && text.ends_with("hub --example generate -- --adapter a/b"),
             "{text}"
         );
     }

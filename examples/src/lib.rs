@@ -1,6 +1,6 @@
 //! What the examples share; the programs are beside this crate, in `adapter/`, `finetune/` and `pokemon/`.
 
-#![allow(clippy::print_stdout, reason = "programs talk to their users")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "programs talk to their users")]
 
 pub mod arguments;
 pub mod canvas;

@@ -463,26 +463,28 @@ pub enum LlamaError {
         expected: String,
     },
 
-    /// A model is named neither by a directory nor by a valid hub id.
+    /// A model or an adapter is named neither by a directory nor by a valid id of the Hub.
     #[error(
-        "`{model}` is neither a directory nor a model id\nhint: expected a directory, `owner/name` or `owner/name@revision`"
+        "`{model}` is neither a directory nor a name on the Hub\n\
+         hint: expected a directory, `owner/name` or `owner/name@revision`"
     )]
     ModelId {
         /// What was given.
         model: String,
     },
 
-    /// A model could not be fetched.
-    #[error("cannot fetch `{file}` of `{model}`\nhint: {hint}")]
+    /// A model or an adapter could not be fetched.
+    #[cfg(feature = "hub")]
+    #[error("cannot fetch {}`{model}`\nhint: {hint}", .file.as_ref().map_or(String::new(), |file| format!("`{file}` of ")))]
     Hub {
-        /// The model's id.
+        /// Its id.
         model: String,
-        /// The file.
-        file: String,
-        /// What the client said.
-        source: Box<dyn std::error::Error + Send + Sync>,
-        /// What to try.
-        hint: &'static str,
+        /// The file, if it is about one.
+        file: Option<String>,
+        /// What was wrong.
+        source: Box<crate::hub::HubProblem>,
+        /// What to type or do.
+        hint: String,
     },
 }
 
@@ -540,7 +542,6 @@ mod tests {
         let io = || std::io::Error::other("the cause");
         let json = || serde_json::Error::custom("the cause");
         let header = safetensors::SafeTensorError::HeaderTooSmall;
-        let (model, file) = ("owner/name".to_string(), "config.json".to_string());
         let errors = [
             LlamaError::Json { path: path.clone(), source: json() },
             LlamaError::WeightsFile(TensorFileError::Format { path: path.clone(), source: header }),
@@ -549,7 +550,6 @@ mod tests {
             LlamaError::Tokenizer { action: "train".to_string(), source: "the cause".into() },
             LlamaError::ChatTemplate { source: "the cause".into() },
             LlamaError::DeviceRead { source: "the cause".into() },
-            LlamaError::Hub { model, file, source: "the cause".into(), hint },
         ];
         for error in errors {
             let (message, cause) = (error.to_string(), error.source().unwrap().to_string());

@@ -41,7 +41,8 @@
 //!
 //! # Features
 //! Both are off by default.
-//! - `hub`: `resolve` fetches a model directory from the Hugging Face Hub into the usual cache and returns its path.
+//! - `hub`: `resolve` and `resolve_adapter` fetch a model or an adapter from the Hugging Face Hub into the cache that
+//!   other tools use, and return its directory.
 //! - `train`: `LlamaForCausalLm` implements the traits of burn-train, for Burn's own learner. It brings the CPU backend and
 //!   burn-dataset with it.
 //!
@@ -111,7 +112,7 @@ pub use generate::GenerateOptions;
 pub use gguf::{GgufAdapter, GgufModel, GgufType, check_gguf_output, gguf_obstacles};
 pub use gradient::clip_grad_norm;
 #[cfg(feature = "hub")]
-pub use hub::{ModelId, resolve};
+pub use hub::{FetchProgress, HubProblem, ModelId, resolve, resolve_adapter};
 #[cfg(feature = "train")]
 pub use learner::{TrainingOutput, ValidationOutput};
 pub use merge::{MergedDirectory, check_output, merge_directory, stored_dtype};
