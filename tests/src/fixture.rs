@@ -66,11 +66,12 @@ pub const LORA_PLUS: [&str; 2] = ["gqa-tied-loraplus", "gqa-tied-loraplus-embedd
 pub const TOYS: [&str; 3] = ["toy", "toy-biases", "toy-dora"];
 
 /// The cases that are something else, each read by a test of its own.
-pub const OTHERS: [&str; 12] = [
+pub const OTHERS: [&str; 13] = [
     "bert",
     "chat-templates",
     "converted",
     "fan-in-fan-out",
+    "gguf",
     "minilm",
     "old",
     "starts",

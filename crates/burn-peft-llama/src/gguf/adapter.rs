@@ -262,9 +262,7 @@ mod tests {
         let sizes = sizes.with_heads(4, 2).with_tie_word_embeddings(tied);
         let mut model = sizes.init(&Device::flex());
         model.save_pretrained(&base).unwrap();
-        model
-            .add_adapter("default", &config.clone().with_init_lora_weights(InitLoraWeights::Random))
-            .unwrap();
+        model.add_adapter("default", config.clone().with_init_lora_weights(InitLoraWeights::Random)).unwrap();
         model.save_adapter("default", &path).unwrap();
         let adapter = AdapterDirectory::open(path).unwrap();
         (place, base, adapter)
