@@ -31,7 +31,7 @@ pub struct Plan {
     inputs: Inputs,
     /// The adapter that is written, unless it is a model.
     adapter: Option<GgufAdapter>,
-    /// What llama.cpp does otherwise.
+    /// What llama.cpp does otherwise, and what the file has otherwise than the base.
     notes: Vec<String>,
     dtype: GgufType,
     out: PathBuf,
@@ -69,7 +69,15 @@ impl Plan {
         let inputs = Inputs::open(&args.model, &args.adapter, &args.weights)?;
         let (mut adapter, mut notes) = (None, vec![]);
         if args.merged {
-            notes = GgufModel::open(&inputs.model, &Device::flex())?.notes().to_vec();
+            let model = GgufModel::open(&inputs.model, &Device::flex())?;
+            notes = model.notes().to_vec();
+            if model.is_tied() && inputs.unties() {
+                notes.push(
+                    "an adapter changes the embedding or the output layer, which share one table here: the file has\n         \
+                     a table for each"
+                        .into(),
+                );
+            }
         } else if let Some((directory, _)) = inputs.adapters.first() {
             adapter = Some(GgufAdapter::new(&inputs.model, directory.clone())?);
         }
@@ -129,7 +137,8 @@ impl Plan {
 
     /// The command with which llama.cpp uses the file.
     pub fn next(&self) -> String {
-        let out = self.out.display();
+        let quoted = |path: &Path| command::quoted(&path.to_string_lossy());
+        let out = quoted(&self.out);
         if self.adapter.is_none() {
             return format!("llama-cli -m {out}");
         }
@@ -146,7 +155,7 @@ impl Plan {
         format!(
             "the base, unless you have it as GGUF:\n         {}\n         llama-cli -m {} --lora {out}",
             command::text("adapter", make.into_iter()),
-            base.display(),
+            quoted(&base),
         )
     }
 }
@@ -156,13 +165,6 @@ impl fmt::Display for Plan {
         write!(f, "{}", self.inputs)?;
         for note in &self.notes {
             writeln!(f, "note     {note}")?;
-        }
-        if self.adapter.is_none() && self.inputs.unties() {
-            writeln!(
-                f,
-                "note     an adapter changes the embedding or the output layer, which share one table here: the file has\n         \
-                 a table for each"
-            )?;
         }
         match self.adapter.as_ref().map(GgufAdapter::num_rescaled) {
             None | Some(0) => Ok(()),

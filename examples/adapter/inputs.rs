@@ -59,7 +59,7 @@ impl Inputs {
         self.adapters.iter().map(|(adapter, weight)| (adapter.path(), *weight)).collect()
     }
 
-    /// Whether a merged model needs a table for each end.
+    /// Whether a merged model needs a table for each end, if the base is tied as its configuration says.
     pub fn unties(&self) -> bool {
         self.adapters.iter().any(|(adapter, _)| self.base.config.needs_untying(adapter))
     }

@@ -1,7 +1,9 @@
 //! Whether other programs load an adapter: by what the sources of peft 0.21.2, vLLM 0.33.0 and llama.cpp at 0c1e57098
 //! say.
 
-use burn_peft::{AdapterDirectory, Bias};
+use std::collections::BTreeSet;
+
+use burn_peft::{AdapterDirectory, Bias, TensorRole};
 use burn_peft_llama::gguf_obstacles;
 
 use crate::numbers::count;
@@ -50,6 +52,13 @@ fn vllm(adapter: &AdapterDirectory) -> String {
     if config.trainable_token_indices.is_some() {
         reasons.push("it has no trained tokens".into());
     }
+    // It passes over those with `base_layer` in their key, and stops at others without `lora_`.
+    let mut of_base = adapter.tensors().iter().filter(|tensor| tensor.role == TensorRole::BaseLayer);
+    if let Some(tensor) =
+        of_base.find(|tensor| !["lora_", "base_layer"].iter().any(|part| tensor.key.contains(part)))
+    {
+        reasons.push(format!("`{}` is a weight of the base, and it has updates only", tensor.key));
+    }
     let init = config.init_lora_weights.to_string();
     if ["pissa", "olora", "loftq", "corda"].iter().any(|name| init.to_lowercase().starts_with(name)) {
         reasons.push(format!(
@@ -57,8 +66,7 @@ fn vllm(adapter: &AdapterDirectory) -> String {
              convert it in peft, and it is plain LoRA"
         ));
     }
-    let name = |module: &str| module.rsplit('.').next().unwrap_or(module).to_string();
-    let names: Vec<String> = adapter.modules().iter().map(|module| name(&module.name)).collect();
+    let names: Vec<&str> = adapter.modules().iter().map(|module| last(&module.name)).collect();
     let rank = config.rank_pattern.iter().map(|(_, r)| *r).fold(config.r, usize::max);
     let option = VLLM_RANKS.into_iter().find(|largest| *largest >= rank);
     if option.is_none() {
@@ -80,10 +88,10 @@ fn vllm(adapter: &AdapterDirectory) -> String {
             "with `--max-lora-rank {option}`: the rank is {rank}, and the default allows {VLLM_DEFAULT_RANK}"
         ));
     }
-    if names.iter().any(|name| TABLES.contains(&&**name)) {
+    if names.iter().any(|name| TABLES.contains(name)) {
         conditions.push("on a LLaMA: on a Qwen2 it has no update of `embed_tokens` and `lm_head`".into());
     }
-    let other = names.iter().find(|name| !LINEAR.contains(&&***name) && !TABLES.contains(&&***name));
+    let other = names.iter().find(|name| !is_of_llama(name));
     if let Some(other) = other {
         conditions.push(format!("if it has the model, and `{other}` is a linear layer there"));
     }
@@ -97,15 +105,39 @@ fn llama_cpp(adapter: &AdapterDirectory) -> String {
             1 => String::new(),
             n => format!(" ({} more like it)", count(n - 1, "reason")),
         };
-        return format!(
-            "no, because {first}{more}; merge it: `adapter export --merged` makes a GGUF file of the merged model"
-        );
+        let out = if adapter.modules().iter().all(|module| is_of_llama(&module.name)) {
+            "merge it: `adapter export --merged` makes a GGUF file of the merged model"
+        } else {
+            "`adapter export` writes adapters and models of LLaMA and Qwen2 only"
+        };
+        return format!("no, because {first}{more}; {out}");
     }
-    let mut conditions = vec!["as a GGUF file, which `adapter export` makes".to_string()];
+    // Other models have modules of these names, too.
+    let mut conditions =
+        vec!["on a LLaMA or Qwen2".to_string(), "as a GGUF file, which `adapter export` makes".to_string()];
     if adapter.modules().iter().any(|module| TABLES.iter().any(|table| module.name.ends_with(table))) {
         conditions.push("if the base has a table for each of `embed_tokens` and `lm_head`".into());
     }
+    let of_base = adapter.tensors().iter().filter(|tensor| tensor.role == TensorRole::BaseLayer);
+    let repeated: BTreeSet<String> = of_base.map(|tensor| format!("`{}`", last(&tensor.module))).collect();
+    let repeated: Vec<String> = repeated.into_iter().collect();
+    match &repeated[..] {
+        [] => {}
+        [one] => conditions.push(format!("if {one} in it is the base's")),
+        several => conditions.push(format!("if {} in it are the base's", several.join(" and "))),
+    }
     said("yes", &conditions)
+}
+
+/// Whether a module has the name of one of LLaMA's.
+fn is_of_llama(module: &str) -> bool {
+    let name = last(module);
+    LINEAR.iter().chain(&TABLES).any(|known| *known == name)
+}
+
+/// The name of a module in the module that it is in.
+fn last(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
 }
 
 fn said(verdict: &str, conditions: &[String]) -> String {

@@ -266,7 +266,10 @@ mod programs {
         for name in ["gqa-tied-qv", "gqa-tied-rslora", "mha-biased-patterns", "qwen2-qv"] {
             let told = verdicts(&fixture(name));
             assert_eq!((&*told["peft"], &*told["vLLM"]), ("yes", "yes"), "{name}");
-            assert_eq!(told["llama.cpp"], "yes, as a GGUF file, which `adapter export` makes", "{name}");
+            assert_eq!(
+                told["llama.cpp"], "yes, on a LLaMA or Qwen2, as a GGUF file, which `adapter export` makes",
+                "{name}"
+            );
         }
     }
 
@@ -293,7 +296,7 @@ mod programs {
             (
                 "mha-biased-embedding-head",
                 "yes, on a LLaMA: ",
-                "yes, as a GGUF file, which `adapter export` makes, if the base",
+                "yes, on a LLaMA or Qwen2, as a GGUF file, which `adapter export` makes, if the base",
             ),
         ] {
             let told = verdicts(&fixture(name));
@@ -307,6 +310,17 @@ mod programs {
         let copy = copied("gqa-tied-qv");
         edit(copy.path(), "\"init_lora_weights\": false", "\"init_lora_weights\": \"pissa\"");
         assert!(verdicts(copy.path())["vLLM"].starts_with("no, because `init_lora_weights` is \"pissa\""));
+    }
+
+    #[test]
+    fn weights_of_the_base_in_an_adapter_are_told() {
+        let told = verdicts(&fixture("cases/b06-embedding-layers"));
+        let (vllm, llama_cpp) = (&told["vLLM"], &told["llama.cpp"]);
+        assert!(vllm.starts_with("no, because `base_model.model.lm_head.weight` is a weight of"), "{vllm}");
+        assert!(llama_cpp.starts_with("yes, on a LLaMA or Qwen2, "), "{llama_cpp}");
+        assert!(llama_cpp.ends_with(", if `embed_tokens` and `lm_head` in it are the base's"), "{llama_cpp}");
+        let told = verdicts(&fixture("mha-biased-embedding-head"));
+        assert!(told["vLLM"].starts_with("yes, "), "vLLM passes over `base_layer`: {}", told["vLLM"]);
     }
 
     #[test]
@@ -410,6 +424,50 @@ mod exporting {
         assert!(plain[..header] == merged[..header] && plain != merged && merged != half);
         let (zero, _) = written("zero.gguf", &[&adapter], vec![0.0], None);
         assert!(zero == plain, "an adapter without weight changes nothing");
+    }
+
+    #[test]
+    fn an_embedding_that_was_changed_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("new/adapter.gguf");
+        let model = fixture("cases/base-untied");
+        let copy = copied("cases/b06-embedding-layers");
+        export::Plan::new(&args(&model, &[copy.path()], &out)).unwrap();
+        poke(copy.path(), "base_model.model.model.embed_tokens.weight", 9.0);
+        let text = error(export::Plan::new(&args(&model, &[copy.path()], &out)));
+        assert!(text.contains("`base_model.model.model.embed_tokens.weight` is not the weight"), "{text}");
+        assert!(text.contains("hint: give the whole directory of the base"), "{text}");
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_command_has_quotes_where_a_shell_needs_them() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("my adapter.gguf");
+        let plan = export::Plan::new(&args(&fixture("gqa-tied"), &[&fixture("gqa-tied-qv")], &out)).unwrap();
+        let next = plan.next();
+        assert!(next.ends_with(&format!(" --lora '{}'", out.display())), "{next}");
+    }
+
+    #[test]
+    fn two_tables_that_the_configuration_denies_are_no_news() {
+        let place = tempfile::tempdir().unwrap();
+        let note = |model: &Path, adapter: &str| {
+            let (adapter, out) = (fixture(adapter), place.path().join("out.gguf"));
+            let args = ExportArgs { merged: true, ..args(model, &[&adapter], &out) };
+            export::Plan::new(&args)
+                .unwrap()
+                .to_string()
+                .contains("note     an adapter changes the embedding")
+        };
+        assert!(note(&base(place.path(), "gqa-tied"), "gqa-tied-embedding"));
+        let untied = base(place.path(), "mha-biased");
+        let path = untied.join("config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let (no, yes) = ("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+        assert!(text.contains(no), "{text}");
+        fs::write(path, text.replace(no, yes)).unwrap();
+        assert!(!note(&untied, "mha-biased-embedding-head"));
     }
 
     #[test]

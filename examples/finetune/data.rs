@@ -36,7 +36,7 @@ pub struct Part {
 }
 
 impl Part {
-    fn new(name: &str, dataset: Dataset, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
+    fn new(name: &str, mut dataset: Dataset, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
         let encoded = dataset.encode(tokenizer, options).with_context(|| {
             let file = dataset.path.display();
             match options.too_long {
@@ -44,7 +44,18 @@ impl Part {
                 _ => format!("`{file}` cannot be learnt"),
             }
         });
-        Ok(Self { name: name.into(), encoded: encoded?, dataset })
+        let encoded = encoded?;
+        // Nobody is asked about examples that were left out.
+        let mut places = encoded.places.iter();
+        let mut next = places.next();
+        dataset.records.retain(|record| {
+            let remains = next == Some(&record.place);
+            if remains {
+                next = places.next();
+            }
+            remains
+        });
+        Ok(Self { name: name.into(), encoded, dataset })
     }
 
     /// The examples.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Args;
 use crate::data::{self, Data};
-use crate::exam::Exam;
+use crate::exam::{Exam, Marks};
 use crate::interrupt::Interrupt;
 use crate::memory;
 use crate::metrics::{Event, Metric, Metrics};
@@ -38,6 +38,8 @@ const MAX_LENGTH: usize = 2048;
 struct Begun {
     /// The day that chat templates saw.
     date: String,
+    /// What was answered before the training.
+    before: Option<Marks>,
 }
 
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
@@ -47,7 +49,12 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     data::check(&args.data)?;
     let device = args.device.open("finetune")?.autodiff();
     let checkpoint = checkpoint(args)?;
-    let date = date(args)?;
+    let begun = begun(args)?;
+    let date = match (&args.date, &begun) {
+        (Some(date), _) => date.clone(),
+        (None, Some(begun)) => begun.date.clone(),
+        (None, None) => jiff::Zoned::now().date().to_string(),
+    };
     let tokenizer = Tokenizer::load(&directory)?.with_date(&date)?;
     let config = LlamaConfig::load(&directory)?;
     let max_length = args.max_length.unwrap_or(config.max_position_embeddings.min(MAX_LENGTH));
@@ -92,8 +99,8 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     output::make_directory(&args.out)?;
     let examples = std::mem::take(&mut data.train.encoded.examples);
     let exam = Exam::new(&data, &tokenizer, &collator, args.batch_size)?;
-    println!("\nanswering before the training");
-    let before = exam.take(&model)?;
+    // A copy, which shares the tensors: what cannot be gone on with is refused before anything takes time.
+    let untrained = model.clone();
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
@@ -101,7 +108,22 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
         }
         None => Trainer::new(&training, examples, &collator)?,
     };
-    output::write(&args.out.join(BEGUN), serde_json::to_string(&Begun { date })?)?;
+    let earlier = begun.filter(|_| checkpoint.is_some()).and_then(|begun| begun.before);
+    let before = match earlier.filter(|marks| exam.fits(marks)) {
+        Some(marks) => marks,
+        None => {
+            println!("\nanswering before the training");
+            let Some(marks) = exam.take(&untrained, interrupt)? else {
+                println!("stopped before the training; this begins it again:\n  {}", resuming());
+                return Ok(End::Interrupted);
+            };
+            marks
+        }
+    };
+    drop(untrained);
+    let begun = Begun { date, before: Some(before) };
+    output::write(&args.out.join(BEGUN), serde_json::to_string(&begun)?)?;
+    let before = begun.before;
     let metrics = Metrics::open(&args.out, trainer.steps())?;
     let mut run = Run { args, data: &data, trainer, model, metrics, total };
     match run.train(interrupt) {
@@ -142,7 +164,9 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let adapter = args.out.join("adapter");
     run.model.save_adapter(DEFAULT_ADAPTER, &adapter)?;
     run.plot()?;
-    exam.show(&before, &exam.take(&run.model)?);
+    if let (Some(before), Some(after)) = (before, exam.take(&run.model, interrupt)?) {
+        exam.show(&before, &after);
+    }
     run.tell(&adapter)?;
     Ok(End::Done)
 }
@@ -164,21 +188,21 @@ fn checkpoint(args: &Args) -> Result<Option<Checkpoint>> {
     Ok(found)
 }
 
-/// The day that chat templates see: a prompt with a date must not change while a run is interrupted.
-fn date(args: &Args) -> Result<String> {
+/// What an earlier run knew, if this one goes on with it: a prompt with a date must not change in between.
+fn begun(args: &Args) -> Result<Option<Begun>> {
     let path = args.out.join(BEGUN);
-    match &args.date {
-        Some(date) => Ok(date.clone()),
-        None if args.resume && path.exists() => {
-            let text =
-                std::fs::read(&path).with_context(|| format!("`{}` cannot be read", path.display()))?;
-            let begun: Begun = serde_json::from_slice(&text).with_context(|| {
-                format!("`{}` is damaged\nhint: give the day with `--date`", path.display())
-            })?;
-            Ok(begun.date)
-        }
-        None => Ok(jiff::Zoned::now().date().to_string()),
+    if !args.resume || !path.exists() {
+        return Ok(None);
     }
+    let text = std::fs::read(&path).with_context(|| format!("`{}` cannot be read", path.display()))?;
+    let begun = serde_json::from_slice(&text);
+    // With a date, nothing in it is needed.
+    if args.date.is_some() {
+        return Ok(begun.ok());
+    }
+    begun.map(Some).with_context(|| {
+        format!("`{}` is damaged\nhint: give the day of the run with `--date`", path.display())
+    })
 }
 
 /// The options of the training, with defaults that depend on how long it is.
@@ -377,10 +401,13 @@ impl Run<'_> {
             quoted(&self.args.out.join("loss.png")),
             quoted(&self.metrics_file())
         );
-        println!("\nwhat is in it, and the model with the adapter merged:");
-        let words = |words: &[&str]| {
-            command::text("adapter", words.iter().map(|word| std::ffi::OsString::from(*word)))
+        println!("\nask it; see what is in it; merge it into the model:");
+        let command = |example: &str, words: &[&str]| {
+            command::text(example, words.iter().map(|word| std::ffi::OsString::from(*word)))
         };
+        let words = |words: &[&str]| command("adapter", words);
+        let asked = ["--model", &self.args.model, "--adapter", &quoted(adapter)];
+        println!("  {}", command("generate", &asked));
         println!("  {}", words(&["inspect", &quoted(adapter)]));
         let merged = quoted(&self.args.out.join("merged"));
         println!(

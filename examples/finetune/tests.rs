@@ -131,6 +131,24 @@ fn saved(out: &Path) -> usize {
 }
 
 #[test]
+fn the_words_of_mlx_lm_peft_and_transformers_are_understood() {
+    use clap::CommandFactory;
+    Args::command().debug_assert();
+    let words = "finetune --model m --data d --adapter-path o --max-seq-length 9 --lora-r 2 --lora-alpha 3 --lora-dropout 0.5 \
+                 --target-modules q_proj --grad-accumulation-steps 4 --lr-scheduler-type constant_with_warmup --iters 5 \
+                 --steps-per-report 6 --steps-per-eval 7";
+    let args = Args::try_parse_from(words.split_whitespace()).unwrap();
+    assert_eq!((args.out, args.max_length, args.rank, args.alpha), ("o".into(), Some(9), 2, Some(3.0)));
+    assert_eq!((args.dropout, args.grad_accumulation, args.max_steps), (0.5, 4, Some(5)));
+    assert_eq!(
+        (args.log_every, args.eval_every, args.targets.to_string()),
+        (Some(6), Some(7), "[\"q_proj\"]".into())
+    );
+    let words = "finetune --model m --data d --num-train-epochs 2";
+    assert_eq!(Args::try_parse_from(words.split_whitespace()).unwrap().epochs, 2);
+}
+
+#[test]
 fn short_answers_to_test_questions_are_counted() {
     // The base answers these; for one of them, it is asked for something else than it has learnt.
     let line = |name: &str, answer: &str| {
@@ -167,6 +185,7 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
         "<|assistant|>[[ Water, of course.<|end|>]]",
         "trainable params: ",
         "6 steps of 1 x 2 examples",
+        "--example generate -- --model pokemon/base --adapter ",
         "    before: ",
         "    after:  ",
         "held-out loss: ",

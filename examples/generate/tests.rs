@@ -37,6 +37,9 @@ fn sampling_follows_its_seed() {
     };
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
+    let words = ["generate", "--model", BASE, "--temp", "1", "--max-tokens", "3", "--adapter-path", "a"];
+    let args = Args::try_parse_from(words).unwrap();
+    assert_eq!((args.temperature, args.max_new_tokens, args.adapter), (1.0, 3, vec!["a".to_string()]));
     // Without a temperature nothing is drawn.
     for (option, value) in [("--top-k", "50"), ("--top-p", "0.5"), ("--seed", "1")] {
         let args = ["generate", "--model", BASE, option, value];

@@ -22,9 +22,9 @@ pub enum Arm {
     ZeroShot,
     /// The instruction and answered examples
     FewShot,
-    /// All weights are trained, at the learning rate that a first try may have
+    /// All weights are trained, at the learning rate that torch's AdamW has as its default
     Careless,
-    /// All weights are trained, at a learning rate that was chosen for it
+    /// All weights are trained, at a learning rate of their own
     Full,
     /// An adapter is trained, the weights stay
     Lora,
@@ -48,7 +48,7 @@ impl Arm {
             Self::ZeroShot => "prompting, zero-shot",
             Self::FewShot => "prompting, few-shot",
             Self::Careless => "full, careless rate",
-            Self::Full => "full, tuned rate",
+            Self::Full => "full fine-tuning",
             Self::Lora => "LoRA",
             Self::Adapter => "saved adapter",
         }

@@ -16,17 +16,19 @@ use crate::setting;
 pub fn precision(precision: Precision, arms: &[Arm]) -> Result<()> {
     if precision == Precision::F16 && arms.iter().any(|arm| matches!(arm, Arm::Careless | Arm::Full)) {
         bail!(
-            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`, or leave `careless` and `full` out: `--arms zero-shot,few-shot,lora`"
+            "all weights cannot be trained in f16: squared gradients are too small for it\nhint: choose `--dtype f32` or `--dtype bf16`; the experiment may leave `careless` and `full` out: `--arms zero-shot,few-shot,lora`"
         );
     }
     Ok(())
 }
 
 /// Every weight of a LLaMA has the model's width on one side, so no update of it has a higher rank.
-pub fn rank(rank: usize, model: &LlamaForCausalLm) -> Result<()> {
+pub fn rank(rank: usize, option: &str, model: &LlamaForCausalLm) -> Result<()> {
     let width = model.config().hidden_size;
     if rank > width {
-        bail!("`--rank {rank}`: expected at most {width}, the width of this model\nhint: 8 to 64 are usual");
+        bail!(
+            "`{option} {rank}`: expected at most {width}, the width of this model\nhint: 8 to 64 are usual"
+        );
     }
     Ok(())
 }

@@ -210,7 +210,7 @@ pub struct ExperimentArgs {
     /// Passes of the LoRA arm over the training species, 1 or more [default: 4]
     #[arg(long, value_parser = at_least_one, value_name = "N", help_heading = "Training")]
     pub epochs: Option<usize>,
-    /// Peak learning rate of the arm `full`, above 0 [default: 1e-4, which `sweep` found; with --model 5e-5]
+    /// Peak learning rate of the arm `full`, above 0 [default: 1e-4, the best of `sweep`; with --model 5e-5]
     #[arg(long, value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub full_learning_rate: Option<f64>,
     /// Passes of the arms `careless` and `full` over the training species, 1 or more [default: 4, with --model 2]
@@ -249,10 +249,10 @@ pub struct SweepArgs {
     #[command(flatten)]
     pub training: LoopArgs,
     /// Peak learning rates of LoRA, separated by commas
-    #[arg(long, value_delimiter = ',', default_values_t = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], value_parser = positive, value_name = "LR", help_heading = "Training")]
+    #[arg(long, value_delimiter = ',', default_values_t = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub learning_rates: Vec<f64>,
     /// Peak learning rates of full fine-tuning, separated by commas
-    #[arg(long, value_delimiter = ',', default_values_t = [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], value_parser = positive, value_name = "LR", help_heading = "Training")]
+    #[arg(long, value_delimiter = ',', default_values_t = [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], value_parser = positive, allow_negative_numbers = true, value_name = "LR", help_heading = "Training")]
     pub full_learning_rates: Vec<f64>,
     /// Passes over the training species, 1 or more, for everything that is trained. With more than one, many rates of
     /// the embedded base are equally good

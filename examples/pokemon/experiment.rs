@@ -57,7 +57,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         let load = |model: &mut LlamaForCausalLm| model.load_adapter(DEFAULT_ADAPTER, dir);
         adapting(&mut subject.model.clone(), load).context("`--adapter`")?;
     } else if arms.contains(&Arm::Lora) {
-        subject.check(&subject.lora_config(args.rank, &args.lora))?;
+        subject.check(&subject.lora_config(args.rank, &args.lora), "--rank")?;
     }
     if !split_is_known {
         println!(
@@ -73,7 +73,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
         species: (0, 0),
         split_is_known,
         probes: subject.probes.iter().map(|probe| probe.name).collect(),
-        before: Vec::new(),
+        before: subject.before.clone(),
         results: Vec::new(),
         earlier_adapters: Vec::new(),
         seconds: 0.0,
@@ -91,9 +91,6 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             findings.species = (train, tested);
         }
         let setting = Setting { subject: &subject, split, seed };
-        if findings.before.is_empty() {
-            findings.before = subject.probe(&subject.model)?;
-        }
         for arm in &arms {
             let adapter = args.out.join(adapter_name(seed, first_seed));
             let result = arms::run(*arm, &setting, args, &adapter).with_context(|| arm.title())?;

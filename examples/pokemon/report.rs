@@ -252,8 +252,14 @@ fn reading(findings: &Findings, rows: &[Row]) -> String {
     } else {
         text.push_str("- **general knowledge**: twenty sentences such as `The capital of France is`.\n");
     }
-    if rows.iter().any(|row| row.arm == Arm::Careless) {
-        text.push_str("- The careless rate of full fine-tuning is what torch's AdamW has as its default. Nothing else is different from the tuned rate, which `--full-learning-rate` sets; `pokemon sweep` finds rates.\n");
+    let is_there = |arm: Arm| rows.iter().any(|row| row.arm == arm);
+    if is_there(Arm::Careless) {
+        text.push_str("- The careless rate of full fine-tuning is what torch's AdamW has as its default.");
+        text.push_str(if is_there(Arm::Full) {
+            " Nothing else is different between both arms of full fine-tuning. `pokemon sweep` finds rates.\n"
+        } else {
+            "\n"
+        });
     }
     let trained: Vec<&Row> = rows.iter().filter(|row| row.trained).collect();
     if trained.len() > 1 {
@@ -359,7 +365,7 @@ mod tests {
     fn the_report_says_what_was_forgotten() {
         let text = markdown(&findings());
         assert!(
-            text.contains("full, careless rate: 90.3 points; full, tuned rate: 3.7 points; LoRA: 4.0 points"),
+            text.contains("full, careless rate: 90.3 points; full fine-tuning: 3.7 points; LoRA: 4.0 points"),
             "{text}"
         );
         assert!(text.contains("not on this base model") && text.contains("pokemon --seeds 2"));

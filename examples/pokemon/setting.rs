@@ -94,6 +94,8 @@ pub struct Subject<'a> {
     pub prompt: Prompt,
     pub model: LlamaForCausalLm,
     pub probes: Vec<Probe>,
+    /// What the base scores in them.
+    pub before: Vec<Score>,
     device: Device,
 }
 
@@ -116,7 +118,11 @@ impl<'a> Subject<'a> {
             checks::training(&base, &model, &tokenizer, &prompt, species)?;
         }
         let probes = Probe::of(kind, species);
-        Ok(Self { args, name: base.name(), kind, tokenizer, prompt, model, probes, device })
+        let name = base.name();
+        let mut subject =
+            Self { args, name, kind, tokenizer, prompt, model, probes, before: Vec::new(), device };
+        subject.before = subject.probe(&subject.model)?;
+        Ok(subject)
     }
 
     /// An adapter of this base.
@@ -129,9 +135,10 @@ impl<'a> Subject<'a> {
             .with_task_type("CAUSAL_LM")
     }
 
-    /// Whether `config` fits the model, found out on a copy. What is remarkable about it is printed.
-    pub fn check(&self, config: &LoraConfig) -> Result<()> {
-        checks::rank(config.r, &self.model)?;
+    /// Whether `config` fits the model, found out on a copy; `rank` is the option of its rank. What is remarkable about it
+    /// is printed.
+    pub fn check(&self, config: &LoraConfig, rank: &str) -> Result<()> {
+        checks::rank(config.r, rank, &self.model)?;
         let mut adapted = self.model.clone();
         let add = |model: &mut LlamaForCausalLm| model.add_adapter(DEFAULT_ADAPTER, config);
         let report = adapting(&mut adapted, add).context("`--targets`")?;

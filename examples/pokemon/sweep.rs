@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use burn_peft_examples::{command, output};
+use burn_peft_llama::LlamaError;
 use serde::Serialize;
 
 use crate::arms::Arm;
@@ -55,7 +56,7 @@ struct Trial {
     exact: Score,
     /// The other abilities afterwards, in the order of the probes.
     abilities: Vec<Score>,
-    /// Of the answers of held-out species, at the end.
+    /// Of the answers of held-out species, at the end; no number if the training diverged.
     held_out_loss: f64,
     seconds: f64,
 }
@@ -101,6 +102,8 @@ struct Best {
     /// The learning rates around the most accurate one whose accuracy is at most [`GOOD`] below its: the lowest and the
     /// highest without a worse one in between.
     good: (f64, f64),
+    /// Whether a lower and a higher rate were worse.
+    is_bounded: bool,
 }
 
 impl Best {
@@ -114,7 +117,8 @@ impl Best {
         let is_good = |point: &&Point| point.exact >= top.exact - GOOD;
         let lowest = own[middle..].iter().take_while(is_good).last()?.learning_rate;
         let highest = own[..=middle].iter().rev().take_while(is_good).last()?.learning_rate;
-        Some(Self { method, best, good: (lowest, highest) })
+        let is_bounded = own.first()?.learning_rate > highest && own.last()?.learning_rate < lowest;
+        Some(Self { method, best, good: (lowest, highest), is_bounded })
     }
 
     /// The middle of the good rates, on a logarithmic scale.
@@ -168,6 +172,25 @@ impl Findings {
     }
 }
 
+const TABLE: &str = "sweep.csv";
+const REPORT: &str = "sweep.md";
+
+/// What is trained: each method at each of its learning rates, once.
+fn plan(args: &SweepArgs) -> Vec<(Method, f64)> {
+    let full = args.full_learning_rates.iter().map(|rate| (Method::Full, *rate));
+    let lora = args
+        .ranks
+        .iter()
+        .flat_map(|rank| args.learning_rates.iter().map(|rate| (Method::Lora { rank: *rank }, *rate)));
+    let mut plan: Vec<(Method, f64)> = Vec::new();
+    for one in full.chain(lora) {
+        if !plan.contains(&one) {
+            plan.push(one);
+        }
+    }
+    plan
+}
+
 /// Trains with each learning rate and rank of `args`, and writes the output directory: the table after each training, so
 /// that what was computed is not lost, report and plots at the end.
 pub fn run(args: &SweepArgs) -> Result<()> {
@@ -177,16 +200,14 @@ pub fn run(args: &SweepArgs) -> Result<()> {
     let arms = [Arm::Full, Arm::Lora];
     checks::precision(args.base.dtype, &arms)?;
     output::make_directory(&args.out)?;
+    for file in [TABLE, REPORT, plots::FRONTIER, plots::RATES] {
+        output::remove(&args.out.join(file))?;
+    }
     let subject = Subject::load(&args.base, &device, &species, &arms)?;
     for rank in &args.ranks {
-        subject.check(&subject.lora_config(*rank, &args.lora))?;
+        subject.check(&subject.lora_config(*rank, &args.lora), "--ranks")?;
     }
-    let full = args.full_learning_rates.iter().map(|rate| (Method::Full, *rate));
-    let lora = args
-        .ranks
-        .iter()
-        .flat_map(|rank| args.learning_rates.iter().map(|rate| (Method::Lora { rank: *rank }, *rate)));
-    let plan: Vec<(Method, f64)> = full.chain(lora).collect();
+    let plan = plan(args);
     let total = plan.len() * args.seeds;
     println!("base model: {}, {} trainings", subject.name, total);
 
@@ -194,7 +215,7 @@ pub fn run(args: &SweepArgs) -> Result<()> {
         command: command::text("pokemon", std::env::args_os().skip(1)),
         base: subject.name.clone(),
         probes: subject.probes.iter().map(|probe| probe.name).collect(),
-        before: subject.probe(&subject.model)?,
+        before: subject.before.clone(),
         trials: Vec::new(),
         seconds: 0.0,
     };
@@ -204,23 +225,24 @@ pub fn run(args: &SweepArgs) -> Result<()> {
             let trial = trial(&setting, args, *method, *learning_rate)
                 .with_context(|| format!("{method}, learning rate {learning_rate:e}"))?;
             println!(
-                "{:>3}/{total}  {:<16}  lr {:<5}  seed {seed}  {:>5.1} % exact  {:>5.1} points forgotten  {}",
+                "{:>3}/{total}  {:<16}  lr {:<5}  seed {seed}  {:>5.1} % exact  {:>5.1} points forgotten  {}{}",
                 findings.trials.len() + 1,
                 method.to_string(),
                 format!("{learning_rate:e}"),
                 100.0 * trial.exact.share(),
                 100.0 * forgotten(&findings.before, &trial.abilities),
                 duration(trial.seconds),
+                if trial.held_out_loss.is_finite() { "" } else { "  diverged" },
             );
             findings.trials.push(trial);
-            output::write(&args.out.join("sweep.csv"), table(&findings)?)?;
+            output::write(&args.out.join(TABLE), table(&findings)?)?;
         }
     }
     findings.seconds = start.elapsed().as_secs_f64();
     plots::write(&findings, &args.out)?;
-    output::write(&args.out.join("sweep.md"), markdown(&findings))?;
+    output::write(&args.out.join(REPORT), markdown(&findings))?;
     println!("\n{}", summary(&findings));
-    println!("report: {}, with plots and the table beside it", args.out.join("sweep.md").display());
+    println!("report: {}, with plots and the table beside it", args.out.join(REPORT).display());
     Ok(())
 }
 
@@ -231,19 +253,25 @@ fn trial(setting: &Setting<'_>, args: &SweepArgs, method: Method, learning_rate:
     settings.eval_every = Some(usize::MAX);
     let title = method.to_string();
     let trained = match method {
-        Method::Full => setting.full(&settings, &title)?,
-        Method::Lora { rank } => setting.lora(&subject.lora_config(rank, &args.lora), &settings, &title)?,
+        Method::Full => setting.full(&settings, &title),
+        Method::Lora { rank } => setting.lora(&subject.lora_config(rank, &args.lora), &settings, &title),
     };
-    let outcomes = setting.evaluate(&trained.model, &subject.prompt, &title)?;
-    Ok(Trial {
-        method,
-        learning_rate,
-        seed: setting.seed,
-        exact: Score::of(&outcomes, |one| one.exact),
-        abilities: subject.probe(&trained.model)?,
-        held_out_loss: trained.training.held_out.last().map_or(f64::NAN, |point| point.loss),
-        seconds: start.elapsed().as_secs_f64(),
-    })
+    let (exact, abilities, held_out_loss) = match trained {
+        Ok(trained) => {
+            let outcomes = setting.evaluate(&trained.model, &subject.prompt, &title)?;
+            let loss = trained.training.held_out.last().map_or(f64::NAN, |point| point.loss);
+            (Score::of(&outcomes, |one| one.exact), subject.probe(&trained.model)?, loss)
+        }
+        // A rate that is too high is what a sweep is there to find.
+        Err(error) if matches!(error.downcast_ref(), Some(LlamaError::NotFinite { .. })) => {
+            let none = |total| Score { hits: 0, total };
+            let abilities = subject.before.iter().map(|score| none(score.total)).collect();
+            (none(subject.asked(&setting.split)), abilities, f64::NAN)
+        }
+        Err(error) => return Err(error),
+    };
+    let (seed, seconds) = (setting.seed, start.elapsed().as_secs_f64());
+    Ok(Trial { method, learning_rate, seed, exact, abilities, held_out_loss, seconds })
 }
 
 /// A row for each training.
@@ -272,7 +300,7 @@ fn table(findings: &Findings) -> Result<Vec<u8>> {
 fn summary(findings: &Findings) -> String {
     let bests = findings.bests();
     let mut text = String::new();
-    for Best { method, best, good } in &bests {
+    for Best { method, best, good, .. } in &bests {
         let _ = writeln!(
             text,
             "- {method}: best at {:e}, {:.1} % exact and {:.1} points forgotten; accuracy within {:.0} points of the highest from {:e} to {:e}",
@@ -286,6 +314,7 @@ fn summary(findings: &Findings) -> String {
     }
     if let [Best { method: Method::Full, .. }, lora @ ..] = &bests[..]
         && !lora.is_empty()
+        && bests.iter().all(|best| best.is_bounded)
     {
         let times: Vec<String> = lora
             .iter()
@@ -293,7 +322,7 @@ fn summary(findings: &Findings) -> String {
             .collect();
         let _ = writeln!(
             text,
-            "- The middle of LoRA's good learning rates is {} the middle of full fine-tuning's.",
+            "- By accuracy alone, the middle of these rates of LoRA is {} the middle of those of full fine-tuning.",
             times.join(", ")
         );
     }
@@ -413,6 +442,12 @@ mod tests {
         assert_eq!(bests[1].best.learning_rate, 1e-3);
         let text = summary(&findings());
         assert!(text.contains("LoRA r 4: best at 1e-3, 97.5 % exact and 0.0 points forgotten"), "{text}");
+        assert!(!text.contains("times"), "LoRA's good rates end where the sweep ends: {text}");
+        let mut wider = findings();
+        let worst =
+            Trial { learning_rate: 1e-1, exact: Score { hits: 0, total: 100 }, ..wider.trials[2].clone() };
+        wider.trials.push(worst);
+        let text = summary(&wider);
         assert!(text.contains("is 31.6 times (LoRA r 4)"), "{text}");
 
         // A rate that is good on the other side of a bad one is none of its neighbours.
@@ -448,12 +483,32 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_that_diverges_is_a_result_and_doubles_are_trained_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, out) = (dir.path().join("species.csv"), dir.path().join("out"));
+        let mut file = csv::Writer::from_path(&data).unwrap();
+        data::load(None).unwrap()[..24].iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+        let (data, out_text) = (data.to_str().unwrap(), out.to_str().unwrap());
+        let rates = ["--ranks", "2,2", "--learning-rates", "1e-3", "--full-learning-rates", "1e30,1e30"];
+        let more = ["--data", data, "--limit", "4", "--epochs", "4", "--warmup", "0", "--out", out_text];
+        let cli = Cli::try_parse_from([&["pokemon", "sweep"][..], &rates, &more].concat()).unwrap();
+        crate::run(&cli).unwrap();
+        let table = std::fs::read_to_string(out.join("sweep.csv")).unwrap();
+        let rows: Vec<Vec<&str>> = table.lines().skip(1).map(|line| line.split(',').collect()).collect();
+        assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), ["full", "lora"], "{table}");
+        assert_eq!((rows[0][4], rows[0][8], rows[0][9]), ("0", "1", "NaN"), "{table}");
+        let report = std::fs::read_to_string(out.join("sweep.md")).unwrap();
+        assert!(!report.contains("By accuracy alone"), "one rate says nothing of a range: {report}");
+    }
+
+    #[test]
     fn a_rank_above_the_width_is_refused_before_anything_is_trained() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().to_str().unwrap();
         let cli = Cli::try_parse_from(["pokemon", "sweep", "--ranks", "4,257", "--out", out]).unwrap();
         let text = crate::run(&cli).unwrap_err().to_string();
-        assert!(text.contains("`--rank 257`: expected at most 256"), "{text}");
+        assert!(text.contains("`--ranks 257`: expected at most 256"), "{text}");
         assert_eq!(std::fs::read_dir(out).unwrap().count(), 0);
     }
 }

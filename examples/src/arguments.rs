@@ -16,6 +16,7 @@ pub enum Decay {
     /// Half a cosine wave to 0
     Cosine,
     /// No decay
+    #[value(alias = "constant_with_warmup")]
     Constant,
 }
 

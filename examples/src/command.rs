@@ -32,7 +32,7 @@ pub fn with_feature(more: &str, name: &str, arguments: impl Iterator<Item = OsSt
 }
 
 /// A word as a shell reads it: in quotes if any of its letters could mean something.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./,=:@%+".contains(letter);
     if !word.is_empty() && word.chars().all(plain) {
         return word.into();

@@ -70,6 +70,14 @@ pub fn adapter(adapter: impl AsRef<OsStr>, example: &str) -> Result<PathBuf> {
 pub fn directory_of_adapter(name: impl AsRef<OsStr>, example: &str) -> Result<PathBuf> {
     let path = adapter(name, example)?;
     if !path.join("adapter_config.json").is_file() {
+        let inside = path.join("adapter");
+        if inside.join("adapter_config.json").is_file() {
+            bail!(
+                "`{}` has no `adapter_config.json`\nhint: the adapter is in `{}`",
+                path.display(),
+                inside.display()
+            );
+        }
         bail!("`{}` has no `adapter_config.json`\nhint: {}", path.display(), Kind::Adapter.hint());
     }
     Ok(path)

@@ -10,6 +10,7 @@ mod common;
 mod directories;
 mod export;
 mod gguf;
+mod guide;
 mod key_mapping;
 mod lifecycle;
 mod llama_parity;

@@ -176,8 +176,9 @@ impl Tokenizer {
     ) -> Result<Example, LlamaError> {
         let eos = self.eos_token_id().ok_or(LlamaError::NoSpecialToken { field: "eos_token" })?;
         let mut ids = self.encode_with_special_tokens(prompt)?;
-        // Some tokenizers put the end token behind each text.
-        ids.pop_if(|last| *last == eos);
+        // Some tokenizers put the end token behind each text. One that the prompt spells stays.
+        let is_spelled = self.encode(prompt)?.last() == Some(&eos);
+        ids.pop_if(|last| *last == eos && !is_spelled);
         let start = if labels == Labels::Everything { 0 } else { ids.len() };
         let mut whole = self.encode_with_special_tokens(&format!("{prompt}{completion}"))?;
         whole.pop_if(|last| *last == eos);
@@ -472,6 +473,8 @@ mod tests {
             );
             let whole = tokenizer.encode_completion("Squirtle is", " water", Labels::Everything).unwrap();
             assert!(whole.input_ids == example.input_ids && whole.labels[0] != IGNORE_INDEX);
+            let spelled = tokenizer.encode_completion(&format!("Squirtle{end}"), "water", Labels::Answers);
+            assert_eq!(learnt(&tokenizer, &spelled.unwrap()), format!("water{end}"));
         }
     }
 

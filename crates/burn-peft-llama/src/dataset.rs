@@ -364,7 +364,11 @@ mod tests {
         assert!(refused.contains(&expected), "{refused}");
         // What has no labels any more is dropped as well.
         assert_eq!(encode(lengths[2], TooLong::Cut).unwrap().report.dropped, 2);
-        assert!(matches!(encode(1, TooLong::Cut), Err(LlamaError::EmptyBatch)));
+        let Err(LlamaError::Records { problems, .. }) = encode(1, TooLong::Cut) else {
+            panic!("expected every example to be told");
+        };
+        assert_eq!(problems.len(), 3);
+        assert!(problems[0].reason.ends_with("tokens, 1 are allowed"), "{}", problems[0].reason);
     }
 
     #[test]

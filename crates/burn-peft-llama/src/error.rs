@@ -284,6 +284,26 @@ pub enum LlamaError {
         dtype: FloatDType,
     },
 
+    /// A number is too large for f16, in which a GGUF file was to be written.
+    #[error(
+        "a value of `{parameter}` is too large for f16\nhint: write the file in f32, `GgufType::F32` or `--dtype f32`"
+    )]
+    TooLargeForF16 {
+        /// The tensor, as the file has it that it is from.
+        parameter: String,
+    },
+
+    /// A weight that was to be written is infinite or not a number.
+    #[error(
+        "a value of `{parameter}` is infinite or not a number\n\
+         hint: the file that it is from is damaged, or its training diverged: take another one, such as an earlier \
+         checkpoint"
+    )]
+    NonFiniteWeight {
+        /// The tensor, as the file has it that it is from.
+        parameter: String,
+    },
+
     /// A batch of nothing.
     #[error("expected at least one example, found none")]
     EmptyBatch,
@@ -535,6 +555,17 @@ mod tests {
     use serde::de::Error as _;
 
     use super::*;
+
+    #[test]
+    fn numbers_that_a_file_cannot_hold_have_hints_of_their_own() {
+        let parameter = "lm_head.weight".to_string();
+        let text = LlamaError::TooLargeForF16 { parameter: parameter.clone() }.to_string();
+        assert!(
+            text.contains("`lm_head.weight` is too large for f16\nhint: ") && text.contains("`--dtype f32`")
+        );
+        let text = LlamaError::NonFiniteWeight { parameter }.to_string();
+        assert!(text.contains("infinite or not a number\nhint: ") && !text.contains("f32"), "{text}");
+    }
 
     #[test]
     fn a_message_leaves_its_cause_to_the_chain() {

@@ -5,6 +5,7 @@
 //! of llama.cpp at commit 0c1e57098, which the Python package `gguf` 0.19 has as well.
 
 mod adapter;
+mod base;
 mod model;
 mod names;
 mod pre_tokenizer;

@@ -213,11 +213,12 @@ fn fetch(
         let metadata = client.metadata(&repo, file).map_err(|problem| failed(Some(file), problem))?;
         files.push((file, metadata));
     }
-    let total = files.iter().map(|(_, metadata)| metadata.size).sum();
-    let mut before = 0;
+    let total = files.iter().fold(0_u64, |total, (_, metadata)| total.saturating_add(metadata.size));
+    let mut before = 0_u64;
     for (file, metadata) in &files {
         let failed = |problem| failed(Some(file), problem);
-        let mut report = |done| progress(FetchProgress { file, done: before + done, total });
+        let mut report =
+            |done: u64| progress(FetchProgress { file, done: before.saturating_add(done), total });
         let (etag, partial) = (&metadata.etag, cached.partial(&metadata.etag));
         let length_of = |path: &Path| fs::metadata(path).map_or(0, |found| found.len());
         // Another program that fetches it writes there.
@@ -228,11 +229,20 @@ fn fetch(
             download::download(&client, settings, of, (&partial, &blob), &mut report).map_err(failed)?;
         }
         cached.link(etag, commit, file).map_err(failed)?;
-        before += metadata.size;
+        before = before.saturating_add(metadata.size);
     }
     if let Some(missing) = kind.missing_weights(&directory) {
-        let what = format!("its index of weights names `{missing}`, which it does not have");
-        let hint = "the repository is damaged: try another revision, `owner/name@revision`";
+        let (what, hint) = if found.contains(&missing) {
+            (
+                format!("its index of weights names `{missing}`, which is not called `model-*.safetensors`"),
+                "fetch all of its files with `hf download owner/name`, then type the same command again",
+            )
+        } else {
+            (
+                format!("its index of weights names `{missing}`, which it does not have"),
+                "the repository is damaged: try another revision, `owner/name@revision`",
+            )
+        };
         return Err(failed(None, HubProblem::Unusable { what, hint }));
     }
     cached.remember(commit).map_err(|problem| failed(None, problem))?;

@@ -10,10 +10,13 @@ use plotters::style::text_anchor::HPos;
 
 use super::{Findings, Method, Point, frontier};
 
-/// Writes frontier.png and rates.png into `dir`.
+pub(super) const FRONTIER: &str = "frontier.png";
+pub(super) const RATES: &str = "rates.png";
+
+/// Writes both plots into `dir`.
 pub(super) fn write(findings: &Findings, dir: &Path) -> Result<()> {
-    canvas::draw(&dir.join("frontier.png"), |area| frontiers(findings, area))?;
-    canvas::draw(&dir.join("rates.png"), |area| rates(findings, area))
+    canvas::draw(&dir.join(FRONTIER), |area| frontiers(findings, area))?;
+    canvas::draw(&dir.join(RATES), |area| rates(findings, area))
 }
 
 /// Full fine-tuning is orange; ranks are blue, the higher the darker.

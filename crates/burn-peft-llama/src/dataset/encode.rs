@@ -73,11 +73,12 @@ impl Dataset {
     ///
     /// # Errors
     /// [`LlamaError::Records`]: every example that cannot be encoded, see [`Tokenizer::encode_conversation`], is too long
-    /// and shall be refused, or has nothing to learn. [`LlamaError::EmptyBatch`] if none is left.
+    /// and shall be refused, or has nothing to learn; those that were too long, if none is left.
+    /// [`LlamaError::EmptyBatch`] if there was none.
     pub fn encode(&self, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Encoded, LlamaError> {
         let EncodeOptions { max_length, too_long, .. } = *options;
         let (mut examples, mut places, mut problems) = (vec![], vec![], vec![]);
-        let (mut cut, mut dropped) = (0, 0);
+        let (mut cut, mut dropped) = (0, vec![]);
         for record in &self.records {
             let place = record.place;
             let mut example = match encode(tokenizer, &record.content, options.labels) {
@@ -89,9 +90,9 @@ impl Dataset {
             };
             let length = example.input_ids.len();
             if let Some(most) = max_length.filter(|most| length > *most) {
+                let reason = format!("{length} tokens, {most} are allowed");
                 match too_long {
                     TooLong::Refuse => {
-                        let reason = format!("{length} tokens, {most} are allowed");
                         problems.push(RecordProblem { place, reason });
                         continue;
                     }
@@ -102,7 +103,7 @@ impl Dataset {
                     TooLong::Drop => {}
                 }
                 if too_long == TooLong::Drop || example.num_targets() == 0 {
-                    dropped += 1;
+                    dropped.push(RecordProblem { place, reason });
                     continue;
                 }
                 cut += 1;
@@ -114,13 +115,16 @@ impl Dataset {
             examples.push(example);
             places.push(place);
         }
+        if examples.is_empty() {
+            problems.append(&mut dropped);
+        }
         if !problems.is_empty() {
             return Err(LlamaError::Records { path: self.path.clone(), problems });
         }
         if examples.is_empty() {
             return Err(LlamaError::EmptyBatch);
         }
-        let report = EncodingReport::new(&examples, tokenizer, cut, dropped);
+        let report = EncodingReport::new(&examples, tokenizer, cut, dropped.len());
         Ok(Encoded { examples, places, report })
     }
 }

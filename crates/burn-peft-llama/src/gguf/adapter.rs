@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use burn_peft::{AdapterDirectory, StoredModule, TensorRole};
 
+use super::base::Base;
 use super::writer::{self, Metadata, Tensor, Value};
 use super::{GgufType, names, rotation};
 use crate::config::LlamaConfig;
@@ -12,6 +13,11 @@ use crate::error::LlamaError;
 
 /// What to do about an adapter that has no place in such a file.
 const HINT: &str = "merge it, and export the merged model: `GgufModel::merged`, or `adapter export --merged`";
+
+/// What to do about one with a tensor of another base, which cannot be merged here either.
+const OTHER_BASE_HINT: &str = "give the whole directory of the base that the adapter was trained on; if the adapter changed \
+    that tensor, merge in Python, `PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(dir)`, and \
+    export `dir`: `GgufModel::open`, or `adapter export --merged`";
 
 /// An adapter that llama.cpp can use beside its base, ready to be written as a GGUF file.
 ///
@@ -76,7 +82,7 @@ pub fn gguf_obstacles(adapter: &AdapterDirectory) -> Vec<String> {
                     .push(format!("`{module}` has {what}, and such a file has updates of low rank only"));
             }
             TensorRole::Unknown => obstacles.push(format!("`{key}` is no tensor of a LoRA adapter")),
-            // They say nothing new.
+            // Those of the base are compared with it, and what is written twice says nothing new.
             _ => {}
         }
     }
@@ -89,16 +95,23 @@ pub fn gguf_obstacles(adapter: &AdapterDirectory) -> Vec<String> {
 }
 
 impl GgufAdapter {
-    /// Checks whether llama.cpp can use an adapter on the base in the directory `model`, of which only `config.json` is
-    /// read.
+    /// Checks whether llama.cpp can use an adapter on the base in the directory `model`.
+    ///
+    /// Of the base, `config.json` is read. Weights are read where something depends on them: tensors of a base in the
+    /// adapter's file ([`TensorRole::BaseLayer`]) must be those of this one, and weights can have an output layer that
+    /// `config.json` denies. A file for llama.cpp would lose an embedding that was changed.
     ///
     /// # Errors
     /// - as [`LlamaConfig::load`],
+    /// - [`LlamaError::ReadFile`], [`LlamaError::WrongFile`] and [`LlamaError::WeightsFile`] if the base's weights are
+    ///   needed and cannot be read,
     /// - [`LlamaError::Adapters`] if the adapter cannot be used at all,
     /// - [`LlamaError::NotForLlamaCpp`] with all [`gguf_obstacles`], modules that the base does not have or that have
-    ///   other sizes there, and updates of a table that the output layer shares: llama.cpp stops the process at them.
+    ///   other sizes there, updates of a table that the output layer shares (llama.cpp stops the process at them), and
+    ///   tensors of a base that is another one or has no weights to compare them with.
     pub fn new(model: impl AsRef<Path>, adapter: AdapterDirectory) -> Result<Self, LlamaError> {
-        let config = LlamaConfig::load(model)?;
+        let base = Base::open(model.as_ref(), &adapter)?;
+        let config = &base.config;
         if let Some(problem) = adapter.problems().into_iter().next() {
             return Err(problem.into());
         }
@@ -106,7 +119,7 @@ impl GgufAdapter {
         for module in adapter.modules() {
             let StoredModule { name, d_input, d_output, .. } = module;
             let found = [*d_input, *d_output];
-            match names::dims(&config, name) {
+            match names::dims(config, name) {
                 None if names::module(name).is_some() => {
                     problems.push(format!("the model has no `{name}`"));
                 }
@@ -125,11 +138,14 @@ impl GgufAdapter {
         if adapter.modules().is_empty() && problems.is_empty() {
             problems.push("it has no update of low rank".to_string());
         }
+        let of_base = base.problems(&adapter)?;
+        let hint = if of_base.is_empty() { HINT } else { OTHER_BASE_HINT };
+        problems.extend(of_base);
         if !problems.is_empty() {
-            return Err(LlamaError::NotForLlamaCpp { path: adapter.path().into(), problems, hint: HINT });
+            return Err(LlamaError::NotForLlamaCpp { path: adapter.path().into(), problems, hint });
         }
         let alpha = common_alpha(adapter.modules());
-        Ok(Self { config, adapter: Rc::new(adapter), alpha })
+        Ok(Self { config: base.config, adapter: Rc::new(adapter), alpha })
     }
 
     /// `adapter.lora.alpha` of the file.
@@ -152,7 +168,8 @@ impl GgufAdapter {
     ///
     /// # Errors
     /// - [`LlamaError::WriteFile`] if there is something of that name, or the file cannot be written,
-    /// - [`LlamaError::TooLarge`] if a number is too large for the type, or none.
+    /// - [`LlamaError::TooLargeForF16`] if a number is too large for the type, [`LlamaError::NonFiniteWeight`] if it is
+    ///   infinite or none.
     pub fn write(
         &self,
         output: impl AsRef<Path>,
@@ -196,6 +213,7 @@ impl GgufAdapter {
         let a = read(&module.a);
         let a = Tensor {
             name: format!("{name}.lora_a"),
+            source: module.a.clone(),
             shape: if is_embedding { vec![d_input, r] } else { vec![r, d_input] },
             // llama.cpp looks up rows of an embedding's, so they come first.
             read: Box::new(move || Ok(if is_embedding { transposed(&a()?, r) } else { a()? })),
@@ -204,6 +222,7 @@ impl GgufAdapter {
         let heads = rotation::heads(&self.config, &module.name);
         let b = Tensor {
             name: format!("{name}.lora_b"),
+            source: module.b.clone(),
             shape: vec![d_output, r],
             read: Box::new(move || {
                 let mut values = b()?;
@@ -247,10 +266,14 @@ fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
 
     use burn::tensor::Device;
     use burn_peft::{Bias, InitLoraWeights, LoraConfig, PeftModel};
+    use burn_peft_files::{TensorFiles, WEIGHTS_FILE};
+    use safetensors::tensor::TensorView;
+    use safetensors::{Dtype, SafeTensors};
 
     use super::*;
 
@@ -357,6 +380,68 @@ mod tests {
         assert_eq!((a.shape, b.shape), (vec![11, 2], vec![32, 2]));
         let stored = adapter.adapter.values(&adapter.adapter.modules()[0].a).unwrap();
         assert_eq!((a.read)().unwrap()[2..4], [stored[1], stored[12]]);
+    }
+
+    const TABLE: &str = "base_model.model.model.embed_tokens.weight";
+
+    /// The adapter with the embedding of its base in its file, as `save_embedding_layers` writes it, changed.
+    fn with_table(base: &Path, adapter: &Path, change: impl Fn(&mut Vec<f32>)) -> AdapterDirectory {
+        let mut values =
+            TensorFiles::open(base).unwrap().read("model.embed_tokens.weight", 0..11 * 32).unwrap().unwrap();
+        change(&mut values);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let path = adapter.join("adapter_model.safetensors");
+        let stored = fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&stored).unwrap();
+        let mut tensors = file.tensors();
+        tensors.retain(|(key, _)| key != TABLE);
+        let rows = values.len() / 32;
+        tensors.push((TABLE.to_string(), TensorView::new(Dtype::F32, vec![rows, 32], &bytes).unwrap()));
+        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        AdapterDirectory::open(adapter).unwrap()
+    }
+
+    #[test]
+    fn an_embedding_that_was_changed_is_not_lost_in_silence() {
+        let config = LoraConfig::new(2).with_target_modules(["q_proj"]);
+        for tied in [false, true] {
+            let (_place, base, adapter) = directories(tied, &config);
+            let path = adapter.path().to_path_buf();
+            let new = |change: fn(&mut Vec<f32>)| GgufAdapter::new(&base, with_table(&base, &path, change));
+            assert_eq!(new(|_| {}).unwrap().num_tensors(), 4);
+            // To the nearest bfloat16.
+            new(|values| values[7] = f32::from_bits((values[7].to_bits() + 0x8000) & 0xffff_0000)).unwrap();
+            let changes: [fn(&mut Vec<f32>); 2] =
+                [|values| values[351] += 1.0, |values| values[0] = f32::NAN];
+            for change in changes {
+                let text = new(change).unwrap_err().to_string();
+                assert!(text.contains(&format!("`{TABLE}` is not the weight of this model")), "{text}");
+                assert!(
+                    text.contains("hint: give the whole directory") && text.contains("in Python"),
+                    "{text}"
+                );
+            }
+            let text = new(|values| values.extend([0.0; 32])).unwrap_err().to_string();
+            assert!(text.contains("expected the shape [11, 32] of the model, found [12, 32]"), "{text}");
+            let repeated = with_table(&base, &path, |_| {});
+            fs::remove_file(base.join(WEIGHTS_FILE)).unwrap();
+            let text = GgufAdapter::new(&base, repeated).unwrap_err().to_string();
+            assert!(text.contains(&format!("`{TABLE}` has to be compared")), "{text}");
+            GgufAdapter::new(&base, adapter).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_output_layer_that_the_configuration_denies_is_found() {
+        let config = LoraConfig::new(2).with_target_modules(["embed_tokens"]);
+        let (_place, base, adapter) = directories(false, &config);
+        let path = base.join("config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let (untied, tied) = ("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+        assert!(text.contains(untied), "{text}");
+        fs::write(path, text.replace(untied, tied)).unwrap();
+        let found = GgufAdapter::new(&base, adapter).unwrap();
+        assert!(!found.config.tie_word_embeddings);
     }
 
     #[test]

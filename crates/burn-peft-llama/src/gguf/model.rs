@@ -127,7 +127,8 @@ impl GgufModel {
         let heads = rotation::heads(&self.config, module);
         let rows = shape.first().copied().unwrap_or_default();
         Tensor {
-            name: names::parameter(&name).unwrap_or(name),
+            name: names::parameter(&name).unwrap_or_else(|| name.clone()),
+            source: name,
             shape,
             read: match heads {
                 Some(heads) => Box::new(move || Ok(rotation::interleaved(&read()?, rows, heads))),
@@ -140,6 +141,7 @@ impl GgufModel {
         let factors = self.config.rope.factors(self.config.head_dim);
         let factors = factors.map(|factors| Tensor {
             name: "rope_freqs.weight".to_string(),
+            source: "rope_freqs.weight".to_string(),
             shape: vec![factors.len()],
             read: Box::new(move || Ok(factors.clone())),
         });
@@ -149,6 +151,12 @@ impl GgufModel {
     /// What llama.cpp does otherwise than this library, if it matters little.
     pub fn notes(&self) -> &[String] {
         &self.vocabulary.notes
+    }
+
+    /// Whether the output layer is the embedding, as the weights decide it; see
+    /// [`LlamaForCausalLm::from_pretrained_as`].
+    pub fn is_tied(&self) -> bool {
+        self.config.tie_word_embeddings
     }
 
     /// The number of tensors in the file.
@@ -161,7 +169,8 @@ impl GgufModel {
     ///
     /// # Errors
     /// - [`LlamaError::WriteFile`] if there is something of that name, or the file cannot be written,
-    /// - [`LlamaError::TooLarge`] if a number is too large for the type, or none,
+    /// - [`LlamaError::TooLargeForF16`] if a number is too large for the type, [`LlamaError::NonFiniteWeight`] if it is
+    ///   infinite or none,
     /// - [`LlamaError::ReadFile`] if a file of weights cannot be read, [`LlamaError::DeviceRead`] if the device fails.
     pub fn write(
         &self,
@@ -234,6 +243,7 @@ mod tests {
             let model = GgufModel::open(place.path(), &Device::flex()).unwrap();
             let names: Vec<&str> = model.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
             assert_eq!(names.contains(&"output.weight"), !config.tie_word_embeddings, "{names:?}");
+            assert_eq!(model.is_tied(), config.tie_word_embeddings);
             assert_eq!(names.contains(&"rope_freqs.weight"), scaled);
             assert_eq!((model.num_tensors(), names.contains(&"blk.0.attn_k.bias")), (names.len(), true));
             if let Some(factors) = config.rope.factors(8) {

@@ -186,6 +186,11 @@ impl Vocabulary {
             types.push(token_type as i32);
         }
         if kind == Kind::Characters {
+            let normal = tokens.iter().zip(&types).filter(|(_, of)| **of == TokenType::Normal as i32);
+            let normal: Vec<&str> = normal.map(|(token, _)| token.as_str()).collect();
+            self.problems.extend(unmerged(&normal, &pairs));
+        }
+        if kind == Kind::Characters {
             let score = |token: &String| scores.get(token).copied().unwrap_or_default();
             self.push("scores", Value::F32s(tokens.iter().map(score).collect()));
         } else {
@@ -247,6 +252,29 @@ impl Vocabulary {
         self.push("add_eos_token", Value::Bool(add_eos));
         Ok(())
     }
+}
+
+/// A problem for each token that llama.cpp makes of two neighbours, and merges do not.
+///
+/// llama.cpp knows no merges here: it joins any two neighbours that are a token together. A neighbour is a character, or
+/// another token.
+fn unmerged(tokens: &[&str], merges: &[[&str; 2]]) -> Vec<String> {
+    let known: HashSet<&str> = tokens.iter().copied().collect();
+    let results: HashSet<String> = merges.iter().map(|pair| pair.concat()).collect();
+    let merges: HashSet<[&str; 2]> = merges.iter().copied().collect();
+    let is_piece = |part: &str| part.chars().nth(1).is_none() || known.contains(part);
+    // A token that is not the result of any merge has a problem already.
+    let merged = tokens.iter().filter(|token| results.contains(**token));
+    let missing = merged.filter_map(|token| {
+        let mut splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        let (first, second) = splits.find(|(first, second)| {
+            is_piece(first) && is_piece(second) && !merges.contains(&[*first, *second])
+        })?;
+        Some(format!(
+            "`{token}`: llama.cpp would merge it of `{first}` and `{second}`, and this tokenizer does not"
+        ))
+    });
+    missing.collect()
 }
 
 /// A merge, in the spelling of `tokenizers` or in the older one.
@@ -402,6 +430,20 @@ mod tests {
             merges.retain(|merge| merge != &json!(["b", "c"]) && merge[1] != "bc");
         });
         assert!(problem(&apart, &config(267)).contains("`bc`: llama.cpp would merge it"));
+        // Of `abc`, this tokenizer merges `b` and `c` first, and then nothing.
+        let stuck = sentence_piece(|json| {
+            let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+            for token in ["▁a", "▁abc"] {
+                vocab.remove(token);
+            }
+            vocab.insert("ab".into(), json!(264));
+            vocab.insert("abc".into(), json!(265));
+            json["model"]["merges"] = json!([["b", "c"], ["a", "b"], ["ab", "c"]]);
+        });
+        assert_eq!(
+            problem(&stuck, &config(266)),
+            "`abc`: llama.cpp would merge it of `a` and `bc`, and this tokenizer does not"
+        );
         let small = problem(&sentence_piece(|_| {}), &config(260));
         assert!(
             small.contains("expected at most `vocab_size` of config.json (260) tokens, found 267"),

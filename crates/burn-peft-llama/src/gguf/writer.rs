@@ -1,9 +1,9 @@
 //! The bytes of a GGUF file: version 3, little-endian.
 
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Error, ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf, is_separator};
 
-use burn::tensor::FloatDType;
 use burn_peft_files::{DirectoryWriter, StagedFile};
 use half::f16;
 
@@ -33,6 +33,8 @@ pub(super) type Metadata = Vec<(String, Value)>;
 /// A tensor on its way into a file.
 pub(super) struct Tensor {
     pub(super) name: String,
+    /// What the file calls it that it is from.
+    pub(super) source: String,
     /// In PyTorch's order, which is the reverse of the file's.
     pub(super) shape: Vec<usize>,
     /// Its numbers in row-major order.
@@ -56,16 +58,12 @@ impl Tensor {
     /// Its bytes in the file, one tensor at a time in memory.
     fn bytes(&self, matrices: GgufType) -> Result<Vec<u8>, LlamaError> {
         let values = (self.read)()?;
-        let (dtype, float) = match self.dtype(matrices) {
-            GgufType::F32 => (GgufType::F32, FloatDType::F32),
-            GgufType::F16 => (GgufType::F16, FloatDType::F16),
-        };
-        let too_large = |value: &f32| match dtype {
-            GgufType::F32 => !value.is_finite(),
-            GgufType::F16 => !f16::from_f32(*value).is_finite(),
-        };
-        if values.iter().any(too_large) {
-            return Err(LlamaError::TooLarge { parameter: self.name.clone(), dtype: float });
+        let dtype = self.dtype(matrices);
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(LlamaError::NonFiniteWeight { parameter: self.source.clone() });
+        }
+        if dtype == GgufType::F16 && values.iter().any(|value| !f16::from_f32(*value).is_finite()) {
+            return Err(LlamaError::TooLargeForF16 { parameter: self.source.clone() });
         }
         Ok(match dtype {
             GgufType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
@@ -84,8 +82,8 @@ pub(super) fn write(
     on_tensor: &mut dyn FnMut(usize, usize),
 ) -> Result<u64, LlamaError> {
     let failed = unwritten(output);
-    let (_lock, mut staged) = stage(output)?;
-    let mut writer = BufWriter::with_capacity(1 << 20, &mut staged);
+    let mut staged = stage(output)?;
+    let mut writer = BufWriter::with_capacity(1 << 20, &mut staged.file);
     let mut header = header(metadata, tensors, matrices);
     pad(&mut header);
     writer.write_all(&header).map_err(&failed)?;
@@ -99,30 +97,86 @@ pub(super) fn write(
     }
     writer.flush().map_err(&failed)?;
     drop(writer);
-    if output.exists() {
-        return Err(exists(output));
-    }
-    staged.put().map_err(&failed)?;
+    staged.put(output).map_err(&failed)?;
     Ok(size)
 }
 
-/// A file that becomes `output`, and the right to write beside it.
-pub(super) fn stage(output: &Path) -> Result<(DirectoryWriter, StagedFile), LlamaError> {
-    let failed = unwritten(output);
-    if output.exists() {
-        return Err(exists(output));
-    }
-    if output.file_name().is_none() {
-        return Err(failed(Error::new(ErrorKind::InvalidInput, "it is not the name of a file")));
-    }
-    let directory = DirectoryWriter::open(output.parent().unwrap_or(Path::new(""))).map_err(&failed)?;
-    let staged = directory.stage(&file::name(output)).map_err(&failed)?;
-    Ok((directory, staged))
+/// A file on its way to its place, and the right to write beside it. Unless it is [put](Self::put) there, it goes with
+/// this value, and so do the directories that were made for it.
+pub(super) struct Staged {
+    // They go in this order.
+    file: StagedFile,
+    _lock: DirectoryWriter,
+    made: MadeDirectories,
 }
 
-fn exists(output: &Path) -> LlamaError {
+/// Directories that were made for a file, the deepest first. They go with this value where they are empty.
+struct MadeDirectories(Vec<PathBuf>);
+
+impl Drop for MadeDirectories {
+    fn drop(&mut self) {
+        for directory in &self.0 {
+            let _ = fs::remove_dir(directory);
+        }
+    }
+}
+
+impl Staged {
+    /// # Errors
+    /// There is something of that name by now, or the file cannot be flushed or moved.
+    fn put(self, output: &Path) -> Result<(), Error> {
+        let Self { file, mut made, .. } = self;
+        put(file, output)?;
+        made.0.clear();
+        Ok(())
+    }
+}
+
+/// A link, unlike a move, never takes the place of a file that appeared meanwhile.
+fn put(file: StagedFile, output: &Path) -> Result<(), Error> {
+    OpenOptions::new().write(true).open(file.path())?.sync_all()?;
+    match fs::hard_link(file.path(), output) {
+        Ok(()) => {
+            drop(file);
+            // Not everywhere can a directory be opened, and without it a reader still sees all or nothing.
+            let directory = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let _ =
+                File::open(directory.unwrap_or(Path::new("."))).and_then(|directory| directory.sync_all());
+            Ok(())
+        }
+        Err(_) if is_taken(output) => Err(exists()),
+        // Not every file system has links.
+        Err(_) => file.put(),
+    }
+}
+
+/// A file that becomes `output`.
+pub(super) fn stage(output: &Path) -> Result<Staged, LlamaError> {
+    let failed = unwritten(output);
+    let end = output.as_os_str().as_encoded_bytes().last();
+    if output.file_name().is_none() || end.is_some_and(|end| is_separator(char::from(*end))) {
+        let reason = "it is not the name of a file: give one such as `adapter.gguf`";
+        return Err(failed(Error::new(ErrorKind::InvalidInput, reason)));
+    }
+    if is_taken(output) {
+        return Err(failed(exists()));
+    }
+    let parent = output.parent().unwrap_or(Path::new(""));
+    let absent = parent.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+    let made = MadeDirectories(absent.map(PathBuf::from).collect());
+    let directory = DirectoryWriter::open(parent).map_err(&failed)?;
+    let file = directory.stage(&file::name(output)).map_err(&failed)?;
+    Ok(Staged { file, _lock: directory, made })
+}
+
+/// Whether there is something of that name, be it a link to nothing.
+fn is_taken(output: &Path) -> bool {
+    output.symlink_metadata().is_ok()
+}
+
+fn exists() -> Error {
     let reason = "there is something of that name: choose another name, or remove it";
-    unwritten(output)(Error::new(ErrorKind::AlreadyExists, reason))
+    Error::new(ErrorKind::AlreadyExists, reason)
 }
 
 /// All that comes before the numbers.
@@ -218,13 +272,12 @@ fn pad(bytes: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn tensor(name: &str, shape: &[usize], values: &[f32]) -> Tensor {
         let values = values.to_vec();
-        Tensor { name: name.into(), shape: shape.into(), read: Box::new(move || Ok(values.clone())) }
+        let source = format!("model.{name}");
+        Tensor { name: name.into(), source, shape: shape.into(), read: Box::new(move || Ok(values.clone())) }
     }
 
     fn two() -> [Tensor; 2] {
@@ -268,8 +321,11 @@ mod tests {
         let large = tensor("large", &[1, 2], &[1.0, 1e6]);
         let mut failing = two().into_iter().chain([large]).collect::<Vec<_>>();
         let error = write(&path, &[], &failing, GgufType::F16, &mut |_, _| {}).unwrap_err();
-        assert!(matches!(&error, LlamaError::TooLarge { parameter, .. } if parameter == "large"), "{error}");
-        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        assert!(
+            matches!(&error, LlamaError::TooLargeForF16 { parameter } if parameter == "model.large"),
+            "{error}"
+        );
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "the directory was made for the file");
         write(&path, &[], &failing, GgufType::F32, &mut |_, _| {}).unwrap();
         let before = fs::read(&path).unwrap();
         failing.pop();
@@ -278,5 +334,44 @@ mod tests {
         assert!(source.to_string().contains("choose another name"), "{source}");
         assert_eq!(fs::read(&path).unwrap(), before);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_number_is_told_as_such_in_any_type() {
+        let directory = tempfile::tempdir().unwrap();
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for dtype in [GgufType::F32, GgufType::F16] {
+                let tensors = [tensor("it", &[1, 2], &[1.0, value])];
+                let path = directory.path().join("a.gguf");
+                let error = write(&path, &[], &tensors, dtype, &mut |_, _| {}).unwrap_err();
+                assert!(
+                    matches!(&error, LlamaError::NonFiniteWeight { parameter } if parameter == "model.it"),
+                    "{error}"
+                );
+            }
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_appears_meanwhile_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.gguf");
+        let mut appear = |_: usize, _: usize| fs::write(&path, "mine").unwrap();
+        let error = write(&path, &[], &two(), GgufType::F32, &mut appear).unwrap_err();
+        let LlamaError::WriteFile { source, .. } = error else { panic!("{error}") };
+        assert!(source.to_string().contains("choose another name"), "{source}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_name_of_a_directory_is_refused_and_a_check_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let slash = PathBuf::from(format!("{}/a.gguf/", directory.path().display()));
+        let Err(LlamaError::WriteFile { source, .. }) = stage(&slash) else { panic!("{}", slash.display()) };
+        assert!(source.to_string().contains("not the name of a file"), "{source}");
+        drop(stage(&directory.path().join("deep/er/a.gguf")).unwrap());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -85,6 +85,18 @@ impl CachedRepo {
 
     /// Makes the blob the file `name` of a commit.
     pub(super) fn link(&self, etag: &str, commit: &str, name: &str) -> Result<(), HubProblem> {
+        self.link_by(symlink, etag, commit, name)
+    }
+
+    /// The same, where `make_link` makes a symbolic link with this target in this place. If it cannot, the file is a
+    /// copy.
+    pub(super) fn link_by(
+        &self,
+        make_link: impl FnOnce(&Path, &Path) -> io::Result<()>,
+        etag: &str,
+        commit: &str,
+        name: &str,
+    ) -> Result<(), HubProblem> {
         let (blob, pointer) = (self.blob(etag), self.snapshot(commit).join(name));
         let link = || {
             if pointer.exists() {
@@ -97,7 +109,13 @@ impl CachedRepo {
             }
             // Relative, so that the cache can be moved.
             let target = Path::new("../../blobs").join(etag);
-            symlink(&target, &pointer).or_else(|_| fs::copy(&blob, &pointer).map(drop))
+            match make_link(&target, &pointer) {
+                // Another program was faster. A copy onto its link would empty the blob.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                // Not every file system has links.
+                Err(_) => copy(&blob, &pointer),
+                Ok(()) => Ok(()),
+            }
         };
         link().map_err(|source| HubProblem::Cache { path: pointer.clone(), source })
     }
@@ -127,6 +145,24 @@ impl CachedRepo {
             }
         }
     }
+}
+
+/// Copies a file under another name first, so that an interrupted copy is not taken for the file.
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let mut partial = to.as_os_str().to_os_string();
+    partial.push(".incomplete");
+    let partial = PathBuf::from(partial);
+    let write = || {
+        let mut file = File::create(&partial)?;
+        io::copy(&mut File::open(from)?, &mut file)?;
+        file.sync_all()
+    };
+    let copied = write().and_then(|()| fs::rename(&partial, to));
+    if copied.is_err() {
+        // The first error counts.
+        let _ = fs::remove_file(&partial);
+    }
+    copied
 }
 
 #[cfg(unix)]

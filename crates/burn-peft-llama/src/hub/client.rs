@@ -12,13 +12,15 @@ use ureq::{Agent, Body};
 
 use super::is_name;
 use super::problem::HubProblem;
-use super::settings::Settings;
+use super::settings::{Settings, without_user};
 
 /// How long a server may be silent.
 const PATIENCE: Duration = Duration::from_secs(30);
 const MOST_REDIRECTS: usize = 10;
 /// Most bytes of a list of files.
 const LARGEST_LIST: u64 = 64 << 20;
+/// Most bytes of a file: no file system has longer ones.
+const LARGEST_FILE: u64 = i64::MAX as u64;
 
 /// What is known of a file before it is fetched.
 #[derive(Clone, Debug)]
@@ -60,7 +62,7 @@ fn host(url: &str) -> String {
         Some(port) => format!("{}:{port}", authority.host()),
         None => authority.host().to_string(),
     });
-    told.unwrap_or_else(|| url.to_string())
+    told.unwrap_or_else(|| without_user(url))
 }
 
 impl<'a> Client<'a> {
@@ -102,10 +104,11 @@ impl<'a> Client<'a> {
         let etag = etag.map(|etag| etag.trim_start_matches("W/").trim_matches('"').to_string());
         let lacks =
             |what: &str| HubProblem::Answer { host: host(&url), what: format!("has no {what} of `{file}`") };
+        let size = size.and_then(|size| size.parse::<u64>().ok()).filter(|size| *size <= LARGEST_FILE);
         Ok(Metadata {
             // It becomes a file name of the cache.
             etag: etag.filter(|etag| is_name(etag)).ok_or_else(|| lacks("etag"))?,
-            size: size.and_then(|size| size.parse().ok()).ok_or_else(|| lacks("length"))?,
+            size: size.ok_or_else(|| lacks("possible length"))?,
         })
     }
 
@@ -161,13 +164,21 @@ fn text<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {
 }
 
 fn unreachable(url: &str, source: ureq::Error) -> HubProblem {
-    HubProblem::Unreachable { host: host(url), source: source.into() }
+    let source = match source {
+        // It tells the URL.
+        ureq::Error::BadUri(what) => format!("bad address: {}", without_user(&what)).into(),
+        other => other.into(),
+    };
+    HubProblem::Unreachable { host: host(url), source }
 }
 
-/// Scheme, host and port of a URL.
+/// Scheme, host and port of a URL, with the user and password if it has them.
 fn origin(url: &str) -> Option<(String, String)> {
     let uri: Uri = url.parse().ok()?;
-    Some((uri.scheme_str()?.to_lowercase(), uri.authority()?.as_str().to_lowercase()))
+    let authority = uri.authority()?.as_str();
+    // Capital letters differ in a password, and not in a host.
+    let (user, host) = authority.split_at(authority.rfind('@').map_or(0, |at| at + 1));
+    Some((uri.scheme_str()?.to_lowercase(), format!("{user}{}", host.to_lowercase())))
 }
 
 /// What the `location` of an answer from `url` means.
@@ -222,6 +233,10 @@ mod tests {
         assert_eq!(host("https://me:secret@huggingface.co/a?b"), "huggingface.co");
         assert_eq!(host("http://127.0.0.1:80/a"), "127.0.0.1:80");
         assert_eq!(host("no address"), "no address");
+        assert_eq!(host("https://me:sec ret@mirror/a"), "https://mirror/a");
+        let bad = ureq::Error::BadUri("me:secret@mirror is missing scheme".to_string());
+        let shown = format!("{:?}", unreachable("me:secret@mirror", bad));
+        assert!(shown.contains("mirror is missing scheme") && !shown.contains("secret"), "{shown}");
     }
 
     #[test]
@@ -232,5 +247,9 @@ mod tests {
             assert_ne!(hub, origin(other), "{other}");
         }
         assert_eq!(origin("huggingface.co"), None);
+        let told = origin("https://Me:SeCret@HuggingFace.co:80/a").unwrap();
+        assert_eq!(told, ("https".to_string(), "Me:SeCret@huggingface.co:80".to_string()));
+        let target = joined("https://Me:SeCret@HuggingFace.co/a", "/b");
+        assert_eq!(target.as_deref(), Some("https://Me:SeCret@huggingface.co/b"));
     }
 }

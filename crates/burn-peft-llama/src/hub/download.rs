@@ -86,7 +86,7 @@ fn transfer(
     }
     let size = metadata.size;
     if let Some(rest) = response.body().content_length() {
-        let found = part.length + rest;
+        let found = part.length.saturating_add(rest);
         if found != size {
             return Err(HubProblem::Length { expected: size, found });
         }

@@ -14,14 +14,15 @@ const TOKENIZER_FILE: &str = "tokenizer.json";
 const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
-/// Files of a model that are fetched where it has them, beside its weights.
+/// Files of a model that are fetched where it has them, beside its weights. Those that a complete copy must have come
+/// last: where they are, the others are as well.
 const FILES: [&str; 6] = [
-    CONFIG_FILE,
     "generation_config.json",
-    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    CONFIG_FILE,
+    TOKENIZER_FILE,
 ];
 
 /// What a repository is fetched as.
@@ -32,16 +33,23 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// The files that are of use. Only those of the top folder: others hold other formats.
+    /// The files that are of use, in the order in which they must be fetched: [`missing`](Self::missing) looks for the
+    /// last ones. Only those of the top folder: others hold other formats.
     pub(super) fn wanted(self, found: &[String]) -> Vec<&str> {
-        let sharded = found.iter().any(|file| file == INDEX_FILE);
-        let is_wanted = |file: &&str| match self {
-            Self::Adapter => [ADAPTER_CONFIG_FILE, ADAPTER_FILE].contains(file),
-            Self::Model if FILES.contains(file) => true,
-            Self::Model if sharded => *file == INDEX_FILE || is_shard(file),
-            Self::Model => *file == WEIGHTS_FILE,
+        let has = |name: &str| found.iter().any(|file| file == name);
+        // The loader takes the single file first, whatever an index names.
+        let (is_single, is_sharded) = (has(WEIGHTS_FILE), has(INDEX_FILE));
+        let is_weights = |file: &&str| match self {
+            Self::Adapter => *file == ADAPTER_FILE,
+            Self::Model if is_single => *file == WEIGHTS_FILE,
+            Self::Model => is_sharded && (*file == INDEX_FILE || is_shard(file)),
         };
-        found.iter().map(String::as_str).filter(is_wanted).collect()
+        let small: &[&str] = match self {
+            Self::Model => &FILES,
+            Self::Adapter => &[ADAPTER_CONFIG_FILE],
+        };
+        let small = small.iter().copied().filter(|name| has(name));
+        small.chain(found.iter().map(String::as_str).filter(is_weights)).collect()
     }
 
     /// What a repository with these files lacks.
@@ -95,9 +103,13 @@ impl Kind {
         if self == Self::Adapter {
             return lacks(ADAPTER_FILE).then(|| ADAPTER_FILE.to_string());
         }
+        // As the loader does, which does not look at the index then.
+        if !lacks(WEIGHTS_FILE) {
+            return None;
+        }
         match shards(&directory.join(INDEX_FILE)) {
             Some(shards) => shards.into_iter().find(|name| lacks(name)),
-            None => lacks(WEIGHTS_FILE).then(|| WEIGHTS_FILE.to_string()),
+            None => Some(WEIGHTS_FILE.to_string()),
         }
     }
 }
@@ -143,6 +155,23 @@ mod tests {
         assert!(wanted.iter().all(|file| !file.contains(['/', '?'])));
         let adapter = files(&[ADAPTER_CONFIG_FILE, ADAPTER_FILE, "adapter_model.bin", TOKENIZER_FILE]);
         assert_eq!(Kind::Adapter.wanted(&adapter), [ADAPTER_CONFIG_FILE, ADAPTER_FILE]);
+        let both = files(&[CONFIG_FILE, "model-00001-of-00001.safetensors", INDEX_FILE, WEIGHTS_FILE]);
+        assert_eq!(Kind::Model.wanted(&both), [CONFIG_FILE, WEIGHTS_FILE]);
+    }
+
+    #[test]
+    fn what_a_complete_copy_must_have_is_fetched_last() {
+        let found = files(&[
+            ADAPTER_FILE,
+            ADAPTER_CONFIG_FILE,
+            WEIGHTS_FILE,
+            TOKENIZER_FILE,
+            CONFIG_FILE,
+            "chat_template.jinja",
+        ]);
+        let order = ["chat_template.jinja", CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE];
+        assert_eq!(Kind::Model.wanted(&found), order);
+        assert_eq!(Kind::Adapter.wanted(&found), [ADAPTER_CONFIG_FILE, ADAPTER_FILE]);
     }
 
     #[test]
@@ -179,6 +208,11 @@ mod tests {
         write("model-1.safetensors", "");
         assert_eq!(missing(Kind::Model), "model-2.safetensors");
         write("model-2.safetensors", "");
+        assert_eq!(missing(Kind::Model), "");
+        fs::remove_file(dir.path().join("model-1.safetensors")).unwrap();
+        assert_eq!(missing(Kind::Model), "model-1.safetensors");
+        // The single file is taken without a look at the index.
+        write(WEIGHTS_FILE, "");
         assert_eq!(missing(Kind::Model), "");
         write(ADAPTER_CONFIG_FILE, "{}");
         assert_eq!(missing(Kind::Adapter), ADAPTER_FILE);

@@ -3,8 +3,8 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-use super::ModelId;
-use super::settings::Settings;
+use super::settings::{Settings, without_user};
+use super::{HUB, ModelId};
 
 /// Why something could not be fetched from the Hugging Face Hub.
 #[non_exhaustive]
@@ -143,7 +143,7 @@ impl HubProblem {
 
     /// What to type or do.
     pub(super) fn hint(&self, id: &ModelId, settings: Option<&Settings>) -> String {
-        let endpoint = settings.map_or("", |settings| &*settings.endpoint);
+        let endpoint = settings.map_or(String::new(), |settings| without_user(&settings.endpoint));
         let token = settings.and_then(|settings| settings.token.as_ref());
         let page = format!("{endpoint}/{}", id.name);
         let log_in = format!(
@@ -190,15 +190,16 @@ impl HubProblem {
             Self::NoFile { .. } => format!("the files are listed at {page}/tree/{}", id.revision_or_main()),
             Self::Unusable { hint, .. } => hint.to_string(),
             Self::Status { .. } => "type the same command again later; what was fetched is kept".to_string(),
+            Self::Answer { .. } if endpoint == HUB => "type the same command again later".to_string(),
             Self::Answer { .. } => {
-                format!("is {endpoint} the address of a Hub? `unset HF_ENDPOINT` takes {}", super::HUB)
+                format!("is {endpoint} the address of a Hub? `unset HF_ENDPOINT` takes {HUB}")
             }
             Self::BrokenOff { .. } => "type the same command again: it goes on from there".to_string(),
             Self::Length { .. } | Self::Checksum { .. } => {
                 "type the same command again: it fetches the file anew".to_string()
             }
             Self::Cache { .. } => {
-                "is the disk full, or the folder not yours? Choose another one: `export HF_HOME=/a/folder`"
+                "is the disk full, or the folder not yours? Choose another one: `export HF_HUB_CACHE=/a/folder`"
                     .to_string()
             }
         }

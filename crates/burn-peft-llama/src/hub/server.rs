@@ -46,6 +46,8 @@ pub(super) struct Behaviour {
     pub(super) is_corrupt: bool,
     /// Large files come shorter than the Hub says.
     pub(super) is_short: bool,
+    /// The length of large files that the Hub says, if it is a wrong one.
+    pub(super) told_length: Option<u64>,
     /// Parts of files are not sent, only whole ones.
     pub(super) ignores_range: bool,
     /// The status of every answer, if it is always the same.
@@ -211,7 +213,8 @@ impl Behaviour {
             let headers = [("x-repo-commit", COMMIT), ("etag", &*etag)];
             return Answer::content(&file.content, request, &headers);
         }
-        let (location, size) = (format!("{large}/{}", file.etag()), file.content.len().to_string());
+        let size = self.told_length.map_or(file.content.len().to_string(), |length| length.to_string());
+        let location = format!("{large}/{}", file.etag());
         let headers = [
             ("x-repo-commit", COMMIT),
             ("x-linked-etag", &*etag),

@@ -92,6 +92,14 @@ impl Token {
     }
 }
 
+/// A URL as it may be shown: without a user and a password. What stands before the last `@` counts as these, since
+/// people forget to encode a password.
+pub(super) fn without_user(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").map_or((None, url), |(scheme, rest)| (Some(scheme), rest));
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    scheme.map_or_else(|| rest.to_string(), |scheme| format!("{scheme}://{rest}"))
+}
+
 /// `path`, where a `~` at its beginning is the home directory: a shell does not replace it in every place.
 fn in_home(path: PathBuf, home: Option<&Path>) -> PathBuf {
     match (path.strip_prefix("~"), home) {
@@ -140,6 +148,19 @@ mod tests {
 
         let shown = format!("{:?}", settings(&[("HF_TOKEN", "hf_secret")]));
         assert!(shown.contains("`HF_TOKEN`") && !shown.contains("hf_secret"), "{shown}");
+    }
+
+    #[test]
+    fn a_url_is_shown_without_a_user_and_a_password() {
+        for (url, shown) in [
+            ("https://me:secret@mirror/a", "https://mirror/a"),
+            ("https://me:sec/r@et@mirror:80", "https://mirror:80"),
+            ("me:secret@mirror", "mirror"),
+            ("https://huggingface.co", "https://huggingface.co"),
+            ("no address", "no address"),
+        ] {
+            assert_eq!(without_user(url), shown);
+        }
     }
 
     #[test]

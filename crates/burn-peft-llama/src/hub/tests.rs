@@ -69,6 +69,13 @@ impl Scene {
         told(&self.fetch(name).unwrap_err())
     }
 
+    /// The error if no request may be made.
+    #[track_caller]
+    fn offline_error(&self, name: &str) -> String {
+        let settings = Settings { offline: Some("HF_HUB_OFFLINE"), ..self.settings.clone() };
+        told(&fetch(Kind::Model, &name.parse().unwrap(), &settings, &mut |_| ()).unwrap_err())
+    }
+
     fn root(&self) -> PathBuf {
         self.settings.cache.join("models--owner--name")
     }
@@ -383,6 +390,31 @@ fn all_shards_of_a_model_are_fetched_and_one_that_is_nowhere_is_missed() {
 }
 
 #[test]
+fn a_single_file_of_weights_needs_no_index() {
+    let mut behaviour = model();
+    // As mlx-lm writes it.
+    let index = r#"{"weight_map": {"a": "model.safetensors"}}"#;
+    behaviour.files.push(file("model.safetensors.index.json", index));
+    let mut scene = Scene::new(behaviour);
+    let directory = scene.fetch(NAME).unwrap();
+    assert_complete(&directory);
+    assert!(!directory.join("model.safetensors.index.json").exists());
+    scene.settings.offline = Some("HF_HUB_OFFLINE");
+    assert_eq!(scene.fetch(NAME).unwrap(), directory);
+}
+
+#[test]
+fn a_shard_of_an_unusual_name_is_told_as_such() {
+    let mut behaviour = model();
+    behaviour.files.retain(|file| file.name != WEIGHTS);
+    let index = r#"{"weight_map": {"a": "weights-1.safetensors"}}"#;
+    behaviour.files.push(file("model.safetensors.index.json", index));
+    behaviour.files.push(file("weights-1.safetensors", weights()));
+    let text = Scene::new(behaviour).error(NAME);
+    assert_contains(&text, &["`weights-1.safetensors`, which is not called", "`hf download owner/name`"]);
+}
+
+#[test]
 fn an_answer_that_is_not_of_a_hub_is_told() {
     let mut scene = Scene::new(model());
     scene.server.change(|behaviour| behaviour.status = Some(200));
@@ -391,13 +423,126 @@ fn an_answer_that_is_not_of_a_hub_is_told() {
     assert_contains(&scene.error(NAME), &["redirects to no address"]);
     scene.settings.endpoint = "no address".to_string();
     assert_contains(&scene.error(NAME), &["cannot be reached", "HF_ENDPOINT"]);
+
+    // Nobody chose that address.
+    scene.settings.endpoint = HUB.to_string();
+    let problem = HubProblem::Answer { host: "huggingface.co".to_string(), what: "is empty".to_string() };
+    let text = told(&hub_error(&NAME.parse().unwrap(), Some(&scene.settings), None, problem));
+    assert_contains(&text, &["type the same command again later"]);
+    assert!(!text.contains("HF_ENDPOINT"), "{text}");
+}
+
+#[test]
+fn an_impossible_length_is_refused() {
+    let scene = Scene::new(Behaviour { told_length: Some(1 << 63), ..model() });
+    let text = scene.error(NAME);
+    assert_contains(&text, &["has no possible length of `model.safetensors`", "`unset HF_ENDPOINT`"]);
+    assert_eq!(scene.server.large_requests().len(), 0);
+
+    // Nothing overflows by the longest one.
+    let mut behaviour = Behaviour { told_length: Some(i64::MAX as u64), ..model() };
+    behaviour.files.retain(|file| file.name != WEIGHTS);
+    behaviour.files.push(file("model.safetensors.index.json", "{\"weight_map\": {}}"));
+    for name in ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"] {
+        behaviour.files.push(file(name, name));
+    }
+    let scene = Scene::new(behaviour);
+    assert_contains(&scene.error(NAME), &["expected 9223372036854775807 bytes, found 19"]);
+}
+
+#[test]
+fn a_password_in_the_endpoint_is_sent_and_not_shown() {
+    let mut scene = Scene::new(model());
+    scene.settings.endpoint = scene.server.endpoint.replace("http://", "http://me:SeCret@");
+    // The former name is redirected.
+    assert_complete(&scene.fetch(FORMER).unwrap());
+    let asked = scene.server.requests();
+    let basic = Some("Basic bWU6U2VDcmV0".to_string());
+    assert!(asked.iter().all(|request| request.authorization == basic), "{asked:?}");
+    assert!(scene.server.large_requests().iter().all(|request| request.authorization.is_none()));
+
+    let not_shown = |text: String, expected: &str| {
+        assert_contains(&text, &[expected]);
+        assert!(!text.to_lowercase().contains("cret"), "{text}");
+    };
+    let page = format!("spelled as at {}/owner/other", scene.server.endpoint);
+    not_shown(scene.error("owner/other"), &page);
+    scene.server.change(|behaviour| behaviour.status = Some(200));
+    not_shown(scene.error(NAME), &format!("is {} the address of a Hub?", scene.server.endpoint));
+    for endpoint in ["http://me:SeCret@127.0.0.1:1", "http://me:Se Cret@mirror", "me:SeCret@mirror"] {
+        scene.settings.endpoint = endpoint.to_string();
+        not_shown(scene.error(NAME), "cannot be reached");
+    }
 }
 
 #[test]
 fn a_cache_that_cannot_be_written_is_named() {
     let scene = Scene::new(model());
     fs::write(scene.cache.path().join("hub"), "a file").unwrap();
-    assert_contains(&scene.error(NAME), &["cannot write", "in the cache", "`export HF_HOME=/a/folder`"]);
+    assert_contains(&scene.error(NAME), &["cannot write", "in the cache", "`export HF_HUB_CACHE=/a/folder`"]);
+}
+
+/// For a file system without links.
+fn no_link(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+#[test]
+fn without_links_a_file_is_copied_as_a_whole() {
+    let scene = Scene::new(model());
+    let directory = scene.fetch(NAME).unwrap();
+    let cached = CachedRepo::new(&scene.settings.cache, &NAME.parse().unwrap());
+    let etag = file(WEIGHTS, weights()).etag();
+    let pointer = directory.join(WEIGHTS);
+    let interrupted = directory.join("model.safetensors.incomplete");
+
+    fs::remove_file(&pointer).unwrap();
+    fs::write(&interrupted, "half of it").unwrap();
+    assert_contains(&scene.offline_error(NAME), &["has no `model.safetensors`"]);
+    cached.link_by(no_link, &etag, COMMIT, WEIGHTS).unwrap();
+    assert_complete(&directory);
+    assert!(!fs::symlink_metadata(&pointer).unwrap().is_symlink() && !interrupted.exists());
+
+    // Nothing stays of a copy that fails.
+    fs::remove_file(&pointer).unwrap();
+    fs::remove_file(cached.blob(&etag)).unwrap();
+    let problem = cached.link_by(no_link, &etag, COMMIT, WEIGHTS).unwrap_err();
+    assert!(matches!(&problem, HubProblem::Cache { path, .. } if *path == pointer), "{problem}");
+    assert!(!pointer.exists() && !interrupted.exists());
+}
+
+#[test]
+fn a_link_that_another_program_makes_first_is_kept_and_so_is_its_blob() {
+    let scene = Scene::new(model());
+    let directory = scene.fetch(NAME).unwrap();
+    let cached = CachedRepo::new(&scene.settings.cache, &NAME.parse().unwrap());
+    let etag = file(WEIGHTS, weights()).etag();
+    fs::remove_file(directory.join(WEIGHTS)).unwrap();
+    let other = |_: &Path, _: &Path| -> std::io::Result<()> {
+        cached.link(&etag, COMMIT, WEIGHTS).unwrap();
+        Err(std::io::ErrorKind::AlreadyExists.into())
+    };
+    cached.link_by(other, &etag, COMMIT, WEIGHTS).unwrap();
+    assert_complete(&directory);
+}
+
+#[test]
+fn a_copy_without_its_small_files_is_not_taken_as_complete() {
+    let mut behaviour = Behaviour { cuts: (1, 3), ..model() };
+    // Transfers of large files are cut: of this one alone, which the list has last.
+    behaviour.files.push(file("tokenizer_config.json", "{\"c\": 3}"));
+    for file in &mut behaviour.files {
+        file.is_large = file.name == "tokenizer_config.json";
+    }
+    let scene = Scene::new(behaviour);
+    let commit = format!("{NAME}@{COMMIT}");
+    assert_contains(&scene.error(&commit), &["`tokenizer_config.json` of", "broke off after 3 of 8 bytes"]);
+    assert_contains(&scene.offline_error(&commit), &["has no `config.json`"]);
+
+    // Neither does the copy of a commit do without a request.
+    let directory = scene.fetch(&commit).unwrap();
+    assert_complete(&directory);
+    assert_eq!(fs::read(directory.join("tokenizer_config.json")).unwrap(), b"{\"c\": 3}");
 }
 
 #[test]
