@@ -36,7 +36,7 @@ pub(super) struct Vocabulary {
 enum Kind {
     /// On bytes with an alphabet of their own, in words that a regular expression finds: GPT-2 and its successors.
     Bytes,
-    /// On characters, of which a space is `▁` and unknown ones are bytes: SentencePiece.
+    /// On characters, as SentencePiece does it: `▁` stands for a space, and unknown characters become bytes.
     Characters,
 }
 
