@@ -1,6 +1,6 @@
 //! Model directories in the Hugging Face layout, both directions.
 
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod loader;
 mod transpose;
 pub(crate) mod writer;

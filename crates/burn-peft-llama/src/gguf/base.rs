@@ -1,26 +1,21 @@
 //! What an adapter is compared with: the base that it is for.
 
 use std::io::ErrorKind;
-use std::ops::Range;
 use std::path::Path;
 
 use burn_peft::{AdapterDirectory, StoredTensor, TensorRole};
-use burn_peft_files::{TensorFiles, is_float};
 
 use crate::config::LlamaConfig;
 use crate::error::LlamaError;
 use crate::file;
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-const CHANGED: &str = "the file changed while it was read";
+use crate::weights::checkpoint::Checkpoint;
 
 /// The directory of a base.
 pub(super) struct Base {
     /// Its configuration. Where weights were opened, it is tied if they are.
     pub(super) config: LlamaConfig,
     /// Its weights, if there are any and something depends on them.
-    weights: Option<TensorFiles>,
+    weights: Option<Checkpoint>,
 }
 
 impl Base {
@@ -34,7 +29,7 @@ impl Base {
             adapter.modules().iter().any(|module| ["model.embed_tokens", "lm_head"].contains(&&*module.name));
         let mut weights = None;
         if repeats || (config.tie_word_embeddings && changes_table) {
-            weights = match file::open_weights(dir) {
+            weights = match Checkpoint::open(dir) {
                 Ok(weights) => Some(weights),
                 Err(LlamaError::ReadFile { source, .. }) if source.kind() == ErrorKind::NotFound => None,
                 Err(error) => return Err(error),
@@ -42,10 +37,10 @@ impl Base {
         }
         // Files that are open stay what they are.
         drop(lock);
-        if let Some(weights) = &weights
+        if let Some(weights) = &mut weights
             && config.tie_word_embeddings
         {
-            config.tie_word_embeddings = is_tied(weights)?;
+            config.tie_word_embeddings = weights.resolve_tied_head()?;
         }
         Ok(Self { config, weights })
     }
@@ -64,8 +59,8 @@ impl Base {
                 ));
                 continue;
             };
-            let name = self.name_of(tensor, weights);
-            match shape(weights, &name) {
+            let name = self.name_of(tensor);
+            match weights.shape(&name) {
                 None => problems.push(format!("`{key}`: the model has no `{name}`")),
                 Some(shape) if *shape != tensor.shape[..] => {
                     let found = &tensor.shape;
@@ -73,7 +68,7 @@ impl Base {
                         .push(format!("`{key}`: expected the shape {shape:?} of the model, found {found:?}"));
                 }
                 Some(_) => {
-                    if !is_equal(&adapter.values(key)?, weights, &name)? {
+                    if !adapter.repeats(key, &weights.read(&name)?)? {
                         problems.push(format!("`{key}` is not the weight of this model"));
                     }
                 }
@@ -82,67 +77,13 @@ impl Base {
         Ok(problems)
     }
 
-    /// The name of an adapter's tensor among the weights. Of two tables that are one, the files may have either.
-    fn name_of(&self, tensor: &StoredTensor, weights: &TensorFiles) -> String {
+    /// The name of an adapter's tensor among the weights. The output layer of a tied model has none of its own.
+    fn name_of(&self, tensor: &StoredTensor) -> String {
+        let module = match tensor.module.as_str() {
+            "lm_head" if self.config.tie_word_embeddings => "model.embed_tokens",
+            module => module,
+        };
         let parameter = tensor.key.rsplit('.').next().unwrap_or_default();
-        let name = format!("{}.{parameter}", tensor.module);
-        let is_absent = weights.get(&name).is_none();
-        match &*name {
-            EMBEDDING if is_absent && self.config.tie_word_embeddings => HEAD.to_string(),
-            HEAD if is_absent && self.config.tie_word_embeddings => EMBEDDING.to_string(),
-            _ => name,
-        }
+        format!("{module}.{parameter}")
     }
-}
-
-/// Whether a model whose configuration says tied is tied, as
-/// [`from_pretrained_as`](crate::LlamaForCausalLm::from_pretrained_as) decides it.
-fn is_tied(weights: &TensorFiles) -> Result<bool, LlamaError> {
-    if weights.get(HEAD).is_none() || weights.get(EMBEDDING).is_none() {
-        return Ok(true);
-    }
-    let (head, embedding) = (shape(weights, HEAD), shape(weights, EMBEDDING));
-    if head.is_none() || head != embedding {
-        return Ok(false);
-    }
-    for range in pieces(head.unwrap_or_default().iter().product()) {
-        if read(weights, HEAD, range.clone())? != read(weights, EMBEDDING, range)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Whether numbers are those of a tensor, but for one of the two having been rounded to a 16-bit type.
-fn is_equal(values: &[f32], weights: &TensorFiles, name: &str) -> Result<bool, LlamaError> {
-    // Half of the last of bfloat16's 8 significant bits is 2^-8 of the number at worst, and f16's smallest step is 2^-24.
-    const RELATIVE: f64 = 1.0 / 256.0;
-    const ABSOLUTE: f64 = 1.0 / (1 << 24) as f64;
-    let is_near = |(one, other): (&f32, &f32)| {
-        let (one, other) = (f64::from(*one), f64::from(*other));
-        (one - other).abs() <= other.abs() * RELATIVE + ABSOLUTE
-    };
-    for range in pieces(values.len()) {
-        let of_base = read(weights, name, range.clone())?;
-        if !values[range].iter().zip(&of_base).all(is_near) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// The shape of a tensor of floats.
-fn shape<'a>(weights: &'a TensorFiles, name: &str) -> Option<&'a [usize]> {
-    weights.get(name).filter(|info| is_float(info.dtype)).map(|info| &info.shape[..])
-}
-
-/// Tables can be gigabytes.
-fn pieces(count: usize) -> impl Iterator<Item = Range<usize>> {
-    const PIECE: usize = 1 << 18;
-    (0..count).step_by(PIECE).map(move |start| start..(start + PIECE).min(count))
-}
-
-fn read(weights: &TensorFiles, name: &str, range: Range<usize>) -> Result<Vec<f32>, LlamaError> {
-    let numbers = weights.read(name, range).map_err(file::unread_weights(CHANGED))?;
-    Ok(numbers.unwrap_or_default())
 }

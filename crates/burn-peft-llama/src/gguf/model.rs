@@ -26,13 +26,15 @@ use crate::weights::writer::Entry;
 /// Everything has been checked that can be checked before the weights are read. Weights are then read and written one at
 /// a time.
 ///
-/// ```no_run
+/// ```
 /// use burn::tensor::Device;
 /// use burn_peft_llama::{GgufModel, GgufType};
 ///
 /// # fn main() -> Result<(), burn_peft_llama::LlamaError> {
-/// let model = GgufModel::open("SmolLM2-135M-Instruct", &Device::flex())?;
-/// model.write("model.gguf", GgufType::F16, |done, of| println!("{done} of {of} tensors"))?;
+/// # let place = tempfile::tempdir().unwrap();
+/// # let (model_dir, output) = ("../../examples/pokemon/base", place.path().join("model.gguf"));
+/// let model = GgufModel::open(model_dir, &Device::flex())?;
+/// model.write(output, GgufType::F16, |done, of| println!("{done} of {of} tensors"))?;
 /// # Ok(())
 /// # }
 /// ```

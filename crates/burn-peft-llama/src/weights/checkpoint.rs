@@ -20,13 +20,13 @@ pub(crate) struct Checkpoint {
 
 impl Checkpoint {
     /// Opens the files of a model directory and reads their headers.
-    pub(super) fn open(dir: &Path) -> Result<Self, LlamaError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, LlamaError> {
         Ok(Self { files: open_weights(dir)? })
     }
 
     /// Whether a model whose configuration ties its output layer to the embedding is to be tied, by the tensors that
     /// are there; see [`from_pretrained_as`](crate::LlamaForCausalLm::from_pretrained_as).
-    pub(super) fn resolve_tied_head(&mut self) -> Result<bool, LlamaError> {
+    pub(crate) fn resolve_tied_head(&mut self) -> Result<bool, LlamaError> {
         if self.files.get(HEAD).is_none() {
             return Ok(true);
         }
@@ -44,8 +44,7 @@ impl Checkpoint {
     fn are_equal(&self, a: &str, b: &str) -> Result<bool, LlamaError> {
         // They can be gigabytes.
         const PIECE: usize = 1 << 18;
-        let shape = |name| self.files.get(name).filter(|info| is_float(info.dtype)).map(|info| &info.shape);
-        let (Some(shape), true) = (shape(a), shape(a) == shape(b)) else { return Ok(false) };
+        let (Some(shape), true) = (self.shape(a), self.shape(a) == self.shape(b)) else { return Ok(false) };
         let count: usize = shape.iter().product();
         for start in (0..count).step_by(PIECE) {
             let range = start..(start + PIECE).min(count);
@@ -84,6 +83,11 @@ impl Checkpoint {
         }
         problems.append(&mut missing);
         if problems.is_empty() { Ok(()) } else { Err(self.misfit(problems)) }
+    }
+
+    /// The shape of a tensor of floating-point numbers.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.files.get(name).filter(|info| is_float(info.dtype)).map(|info| &info.shape[..])
     }
 
     /// The numbers of a tensor that [`check`](Self::check) has seen.

@@ -225,6 +225,15 @@ impl AdapterDirectory {
         values.map_err(|problem| self.inconsistent(vec![problem]))
     }
 
+    /// Whether the tensor `key` has the numbers of `base`, but for one of the two having been rounded to a 16-bit type. So
+    /// [`load_adapter`](crate::PeftModel::load_adapter) compares tensors of a base in the file with those of the model.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn repeats(&self, key: &str, base: &[f32]) -> Result<bool, PeftError> {
+        Ok(tensors::values_equal_up_to_rounding(&self.values(key)?, base))
+    }
+
     /// Everything for which [`load_adapter`](crate::PeftModel::load_adapter) refuses this adapter on any model; empty if
     /// it loads wherever its modules are.
     ///

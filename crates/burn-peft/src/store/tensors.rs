@@ -144,14 +144,25 @@ pub(super) fn decode(dtype: Dtype, bytes: &[u8], device: &Device) -> Option<Tens
     Some(Tensor::from_data(TensorData::new(values, [elements]), (device, DType::F32)))
 }
 
+/// Half of the last of bfloat16's 8 significant bits is 2^-8 of the number at worst.
+const RELATIVE: f64 = 1.0 / 256.0;
+/// The smallest step of f16.
+const ABSOLUTE: f64 = 1.0 / (1 << 24) as f64;
+
 /// Whether two tensors differ by no more than one of them having been rounded to a 16-bit type.
 pub(super) fn equal_up_to_rounding(one: &Tensor<1>, other: &Tensor<1>) -> bool {
-    // Half of the last of bfloat16's 8 significant bits is 2^-8 of the number at worst, and f16's smallest step is 2^-24.
-    const RELATIVE: f64 = 1.0 / 256.0;
-    const ABSOLUTE: f64 = 1.0 / (1 << 24) as f64;
     let (one, other) = (plain_f32(one), plain_f32(other));
     let allowed = other.clone().abs().mul_scalar(RELATIVE).add_scalar(ABSOLUTE);
     (one - other).abs().lower_equal(allowed).all().into_scalar::<bool>()
+}
+
+/// The same of numbers on the host.
+pub(super) fn values_equal_up_to_rounding(one: &[f32], other: &[f32]) -> bool {
+    let is_near = |(one, other): (&f32, &f32)| {
+        let (one, other) = (f64::from(*one), f64::from(*other));
+        (one - other).abs() <= other.abs() * RELATIVE + ABSOLUTE
+    };
+    one.len() == other.len() && one.iter().zip(other).all(is_near)
 }
 
 /// The tensor in f32, without its graph.
