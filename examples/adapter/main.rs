@@ -27,14 +27,8 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match run(&cli::Cli::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprint!("{}", failure::text(&error));
-            ExitCode::FAILURE
-        }
-    }
+    let code = |is_good| if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    failure::exit_code(run(&cli::Cli::parse()).map(code))
 }
 
 /// Whether what was asked about is good.

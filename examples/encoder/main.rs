@@ -31,13 +31,7 @@ use crate::training::Separation;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprint!("{}", failure::text(&error));
-            ExitCode::FAILURE
-        }
-    }
+    failure::exit_code(run(&Args::parse()).map(|_| ExitCode::SUCCESS))
 }
 
 /// The adapter of this example: the linear layers of all blocks, by the names that `BertModel` has.

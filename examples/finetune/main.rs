@@ -28,13 +28,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let args = cli::Args::parse();
     let run = Interrupt::listen().and_then(|interrupt| run::run(&args, &interrupt));
-    match run {
-        Ok(End::Done) => ExitCode::SUCCESS,
+    failure::exit_code(run.map(|end| match end {
+        End::Done => ExitCode::SUCCESS,
         // As a shell has it for programs that Ctrl-C ended.
-        Ok(End::Interrupted) => ExitCode::from(130),
-        Err(error) => {
-            eprint!("{}", failure::text(&error));
-            ExitCode::FAILURE
-        }
-    }
+        End::Interrupted => ExitCode::from(130),
+    }))
 }

@@ -56,7 +56,10 @@ impl Place {
     }
 
     fn arguments(&self, out: &str, more: &str) -> Vec<String> {
-        let (data, out) = (self.0.path().join("train.jsonl"), self.out(out));
+        // The directory has the output as well, so it is named only if it has more than one file of examples.
+        let whole = self.out("test.jsonl").exists();
+        let data = if whole { self.0.path().to_path_buf() } else { self.out("train.jsonl") };
+        let out = self.out(out);
         let own =
             ["finetune", "--model", BASE, "--data", data.to_str().unwrap(), "--out", out.to_str().unwrap()];
         own.into_iter().chain(more.split_whitespace()).map(String::from).collect()
@@ -157,16 +160,8 @@ fn short_answers_to_test_questions_are_counted() {
     };
     let place = Place::new(&line("Pikachu", "1").repeat(4));
     fs::write(place.out("test.jsonl"), line("Bulbasaur", "1") + &line("Squirtle", "7")).unwrap();
-    let data = place.0.path().to_str().unwrap();
-    let out = place.out("out");
-    let words = ["finetune", "--model", BASE, "--data", data, "--out", out.to_str().unwrap()];
-    let arguments = serde_json::to_string(&[&words[..], &["--max-steps", "1"]].concat()).unwrap();
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "tests::child", "--ignored", "--nocapture"])
-        .env(ARGUMENTS, arguments)
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
+    let (code, text, failed) = place.run("out", "--max-steps 1");
+    assert_eq!(code, 0, "{failed}");
     assert!(text.contains("test answers exactly as expected: 1 of 2 before, 1 of 2 after"), "{text}");
     assert!(text.contains("test loss: "), "{text}");
 }

@@ -27,13 +27,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
-    match run(&Args::parse(), &mut input, &mut output) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprint!("{}", failure::text(&error));
-            ExitCode::FAILURE
-        }
-    }
+    failure::exit_code(run(&Args::parse(), &mut input, &mut output).map(|_| ExitCode::SUCCESS))
 }
 
 /// Answers the prompt, or each line of `input` as the next turn of a conversation.

@@ -35,13 +35,7 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match run(&cli::Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprint!("{}", failure::text(&error));
-            ExitCode::FAILURE
-        }
-    }
+    failure::exit_code(run(&cli::Cli::parse()).map(|_| ExitCode::SUCCESS))
 }
 
 fn run(cli: &cli::Cli) -> anyhow::Result<()> {

@@ -361,6 +361,8 @@ fn markdown(findings: &Findings) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
     use clap::Parser;
 
     use super::*;
@@ -457,13 +459,19 @@ mod tests {
         assert_eq!(Best::of(Method::Full, &points), None);
     }
 
+    /// A file of a few whole families.
+    fn few_species(dir: &Path) -> PathBuf {
+        let path = dir.join("species.csv");
+        let mut file = csv::Writer::from_path(&path).unwrap();
+        data::load(None).unwrap()[..24].iter().for_each(|one| file.serialize(one).unwrap());
+        file.flush().unwrap();
+        path
+    }
+
     #[test]
     fn a_sweep_leaves_a_table_plots_and_a_report() {
         let dir = tempfile::tempdir().unwrap();
-        let (data, out) = (dir.path().join("species.csv"), dir.path().join("out"));
-        let mut file = csv::Writer::from_path(&data).unwrap();
-        data::load(None).unwrap()[..24].iter().for_each(|one| file.serialize(one).unwrap());
-        file.flush().unwrap();
+        let (data, out) = (few_species(dir.path()), dir.path().join("out"));
         let arguments = ["--ranks", "2", "--learning-rates", "1e-3,1e-2", "--full-learning-rates", "1e-3"];
         let (data, out_text) = (data.to_str().unwrap(), out.to_str().unwrap());
         let where_ = ["--data", data, "--limit", "4", "--epochs", "1", "--out", out_text];
@@ -485,10 +493,7 @@ mod tests {
     #[test]
     fn a_rate_that_diverges_is_a_result_and_doubles_are_trained_once() {
         let dir = tempfile::tempdir().unwrap();
-        let (data, out) = (dir.path().join("species.csv"), dir.path().join("out"));
-        let mut file = csv::Writer::from_path(&data).unwrap();
-        data::load(None).unwrap()[..24].iter().for_each(|one| file.serialize(one).unwrap());
-        file.flush().unwrap();
+        let (data, out) = (few_species(dir.path()), dir.path().join("out"));
         let (data, out_text) = (data.to_str().unwrap(), out.to_str().unwrap());
         let rates = ["--ranks", "2,2", "--learning-rates", "1e-3", "--full-learning-rates", "1e30,1e30"];
         let more = ["--data", data, "--limit", "4", "--epochs", "4", "--warmup", "0", "--out", out_text];

@@ -1,6 +1,17 @@
 //! How an error is told: what failed, why, and last what to do about it.
 
+#![allow(clippy::print_stderr, reason = "programs talk to their users")]
+
 use std::fmt::Write as _;
+use std::process::ExitCode;
+
+/// How a program ends: as it says, or with its error told on standard error.
+pub fn exit_code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprint!("{}", text(&error));
+        ExitCode::FAILURE
+    })
+}
 
 /// The messages of an error and its causes, with all hints at the end.
 pub fn text(error: &anyhow::Error) -> String {
