@@ -29,19 +29,18 @@ pub enum Command {
 #[derive(Args, Debug, Clone)]
 pub struct InspectArgs {
     /// Directory of an adapter (adapter_config.json, adapter_model.safetensors), or of several in sub-directories;
-    /// owner/name on the Hub if built with the feature `hub`
+    /// owner/name on the Hub
     #[arg(value_name = "DIR|ID")]
     pub directory: PathBuf,
 }
 
 #[derive(Args, Debug, Clone)]
 pub struct MergeArgs {
-    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on the
-    /// Hub if built with the feature `hub`
+    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on
+    /// the Hub
     #[arg(long, value_name = "DIR|ID")]
     pub model: PathBuf,
-    /// Adapters, separated by commas: directories, or owner/name on the Hub if built with the feature `hub`; the updates
-    /// of several are summed
+    /// Adapters, separated by commas: directories, or owner/name on the Hub; the updates of several are summed
     #[arg(long, value_name = "DIR|ID", value_delimiter = ',', required = true)]
     pub adapter: Vec<PathBuf>,
     /// Weights of the adapters, separated by commas, as many as there are adapters [default: 1 each]
@@ -57,8 +56,8 @@ pub struct MergeArgs {
 
 #[derive(Args, Debug, Clone)]
 pub struct ExportArgs {
-    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on the
-    /// Hub if built with the feature `hub`
+    /// Base model with the architecture of LLaMA or Qwen2: a directory in the Hugging Face layout, or owner/name on
+    /// the Hub
     #[arg(long, value_name = "DIR|ID")]
     pub model: PathBuf,
     /// The adapter; with --merged, any number of them, separated by commas, or none for the base alone

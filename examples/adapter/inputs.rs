@@ -27,7 +27,7 @@ impl Inputs {
     /// # Errors
     /// The base or an adapter cannot be found or used, they do not fit together, or there are not as many weights as adapters.
     pub fn open(base: &Path, adapters: &[PathBuf], weights: &[f64]) -> Result<Self> {
-        let model = model::directory(base, "adapter", "")?;
+        let model = model::directory(base, "")?;
         let base = BaseFiles::open(&model)?;
         let weights = match weights.len() {
             0 => vec![1.0; adapters.len()],
@@ -41,7 +41,7 @@ impl Inputs {
         };
         let mut opened = vec![];
         for (path, weight) in adapters.iter().zip(weights) {
-            let path = model::adapter(path, "adapter")?;
+            let path = model::adapter(path)?;
             let adapter = AdapterDirectory::open(&path)?;
             let refusals = refusals(&adapter.problems());
             if !refusals.is_empty() {

@@ -18,7 +18,7 @@ const SHOWN: usize = 8;
 
 /// Prints what is in the directory; whether every adapter in it can be used.
 pub fn run(args: &InspectArgs) -> Result<bool> {
-    let report = report(&model::adapter(&args.directory, "adapter")?)?;
+    let report = report(&model::adapter(&args.directory)?)?;
     print!("{}", report.text);
     Ok(report.usable)
 }

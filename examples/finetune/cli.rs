@@ -22,7 +22,7 @@ use clap::{Parser, ValueEnum};
 #[derive(Parser, Debug, Clone)]
 #[command(name = "finetune", version, max_term_width = 110)]
 pub struct Args {
-    /// Base model: a directory in the Hugging Face layout, or owner/name on the Hub if built with the feature `hub`
+    /// Base model: a directory in the Hugging Face layout, or owner/name on the Hub
     #[arg(long, value_name = "DIR|ID")]
     pub model: String,
     /// Examples: a file, or a directory with train.jsonl and perhaps valid.jsonl and test.jsonl
@@ -78,8 +78,7 @@ pub struct Args {
     /// Train a magnitude for each column of the weights too (DoRA)
     #[arg(long, help_heading = "LoRA")]
     pub use_dora: bool,
-    /// Train this adapter further instead of a new one: a directory in PEFT's format, or owner/name on the Hub if built
-    /// with the feature `hub`
+    /// Train this adapter further instead of a new one: a directory in PEFT's format, or owner/name on the Hub
     #[arg(long, value_name = "DIR|ID", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "use_rslora", "use_dora"], help_heading = "LoRA")]
     pub adapter: Option<PathBuf>,
 

@@ -43,9 +43,8 @@ struct Begun {
 }
 
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
-    let directory = model::directory(&args.model, "finetune", "")?;
-    let adapter =
-        args.adapter.as_ref().map(|name| model::directory_of_adapter(name, "finetune")).transpose()?;
+    let directory = model::directory(&args.model, "")?;
+    let adapter = args.adapter.as_ref().map(model::directory_of_adapter).transpose()?;
     data::check(&args.data)?;
     let device = args.device.open("finetune")?.autodiff();
     let checkpoint = checkpoint(args)?;

@@ -1,6 +1,8 @@
 //! Whole runs on the base of the experiment, in processes of their own: one process has one generator of random numbers.
 
 use std::fs;
+#[cfg(unix)]
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -66,7 +68,19 @@ impl Place {
     }
 
     fn start(&self, out: &str, more: &str) -> Child {
-        Command::new(std::env::current_exe().unwrap())
+        self.start_as(Command::new(std::env::current_exe().unwrap()), out, more)
+    }
+
+    /// Started by this script for `sh`, in which `"$0" "$@"` is the run.
+    #[cfg(unix)]
+    fn start_through(&self, script: &str, out: &str, more: &str) -> Child {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(std::env::current_exe().unwrap());
+        self.start_as(shell, out, more)
+    }
+
+    fn start_as(&self, mut command: Command, out: &str, more: &str) -> Child {
+        command
             .args(["--exact", "tests::child", "--ignored", "--nocapture"])
             .env(ARGUMENTS, serde_json::to_string(&self.arguments(out, more)).unwrap())
             .stdout(Stdio::piped())
@@ -164,6 +178,22 @@ fn short_answers_to_test_questions_are_counted() {
     assert_eq!(code, 0, "{failed}");
     assert!(text.contains("test answers exactly as expected: 1 of 2 before, 1 of 2 after"), "{text}");
     assert!(text.contains("test loss: "), "{text}");
+    // Of the four examples, three are asked and shown.
+    assert_eq!(
+        (text.matches("    before: ").count(), text.matches("    after:  ").count()),
+        (3, 3),
+        "{text}"
+    );
+}
+
+#[test]
+fn one_example_is_enough() {
+    let place = Place::new(r#"{"prompt": "What is the type of Squirtle?", "completion": "Water."}"#);
+    let (code, told, failed) = place.run("out", "--max-steps 2 --batch-size 8");
+    assert_eq!(code, 0, "{failed}");
+    assert!(told.contains("training:   1 example, ") && !told.contains("held out:"), "{told}");
+    let (code, _, failed) = place.run("none", "--valid-split 0.5");
+    assert!(code == 1 && failed.contains("would be held out\nhint: "), "{failed}");
 }
 
 #[test]
@@ -265,7 +295,7 @@ fn ctrl_c_saves_and_names_the_command_that_goes_on() {
     let metrics = place.out("stopped").join(metrics::FILE);
     let begun = || metrics::read(&metrics).is_ok_and(|lines| lines.iter().any(|line| line.step >= 4));
     wait(begun);
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     let told = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(130), "{told}");
@@ -276,6 +306,60 @@ fn ctrl_c_saves_and_names_the_command_that_goes_on() {
     let (whole, stopped) = (result(&place.out("whole")), result(&place.out("stopped")));
     assert!(whole.0 == stopped.0, "the adapters differ");
     assert_eq!(losses(&whole.1), losses(&stopped.1));
+}
+
+#[cfg(unix)]
+fn interrupt(child: &Child) {
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_second_ctrl_c_ends_at_once() {
+    // One step over so many examples that it takes minutes.
+    let place = Place::new(&texts().repeat(1000));
+    let mut child = place.start("out", "--batch-size 1 --grad-accumulation 11000 --valid-split 0 --show 0");
+    wait(|| place.out("out").join(metrics::FILE).exists());
+    interrupt(&child);
+    let mut told = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(told.any(|line| line.unwrap().contains("once more to end at once")));
+    let start = Instant::now();
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(!String::from_utf8(output.stdout).unwrap().contains("stopped after"));
+    assert!(Checkpoint::latest(place.out("out")).unwrap().is_none());
+}
+
+#[test]
+#[cfg(unix)]
+fn a_disk_without_room_leaves_the_last_checkpoint() {
+    let place = Place::new(&texts());
+    let (code, _, failed) = place.run("whole", SHORT);
+    assert_eq!(code, 0, "{failed}");
+    let child = place.start("full", SHORT);
+    wait(|| !Checkpoint::list(place.out("full")).unwrap().is_empty());
+    interrupt(&child);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    let before = Checkpoint::latest(place.out("full")).unwrap().unwrap();
+
+    // No file may have more than some kilobytes: writing fails in the middle of a checkpoint.
+    let resuming = format!("{SHORT} --resume");
+    let limited = place.start_through("trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\"", "full", &resuming);
+    let output = limited.wait_with_output().unwrap();
+    let failed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{failed}");
+    assert!(failed.contains("File too large"), "{failed}");
+    let hint = format!("hint: the checkpoint of step {} is there; this goes on from it: ", before.step);
+    assert!(failed.contains(&hint), "{failed}");
+    assert_eq!(Checkpoint::latest(place.out("full")).unwrap().unwrap().path, before.path);
+
+    let (code, _, failed) = place.run("full", &resuming);
+    assert_eq!(code, 0, "{failed}");
+    let (whole, full) = (result(&place.out("whole")), result(&place.out("full")));
+    assert!(whole.0 == full.0, "the adapters differ");
+    assert_eq!(losses(&whole.1), losses(&full.1));
 }
 
 fn wait(is_done: impl Fn() -> bool) {

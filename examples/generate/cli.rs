@@ -15,11 +15,10 @@ use clap::Parser;
 #[derive(Parser, Debug, Clone)]
 #[command(name = "generate", version, max_term_width = 110)]
 pub struct Args {
-    /// Base model: a directory in the Hugging Face layout, or owner/name on the Hub if built with the feature `hub`
+    /// Base model: a directory in the Hugging Face layout, or owner/name on the Hub
     #[arg(long, value_name = "DIR|ID")]
     pub model: String,
-    /// Adapters in PEFT's format, separated by commas: directories, or owner/name on the Hub if built with the feature
-    /// `hub`; what several add is summed
+    /// Adapters in PEFT's format, separated by commas: directories, or owner/name on the Hub; what several add is summed
     #[arg(long, visible_alias = "adapter-path", value_name = "DIR|ID", value_delimiter = ',')]
     pub adapter: Vec<String>,
     /// Weights of the adapters, separated by commas, as many as there are adapters [default: 1 each]

@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 
 /// Answers the prompt, or each line of `input` as the next turn of a conversation.
 fn run(args: &Args, input: &mut impl BufRead, output: &mut impl Write) -> Result<()> {
-    let directory = model::directory(&args.model, "generate", "")?;
+    let directory = model::directory(&args.model, "")?;
     let device = args.device.open("generate")?;
     let mut tokenizer = Tokenizer::load(&directory)?;
     if let Some(date) = &args.date {
@@ -93,7 +93,7 @@ fn load_adapters(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
     let weights = args.weights()?;
     let names: Vec<String> = (1..=args.adapter.len()).map(|number| format!("adapter-{number}")).collect();
     for ((adapter, name), weight) in args.adapter.iter().zip(&names).zip(weights) {
-        let path = model::directory_of_adapter(adapter, "generate")?;
+        let path = model::directory_of_adapter(adapter)?;
         model.load_adapter_with(name, &path, &LoadOptions::new())?;
         model.set_scale(name, weight)?;
     }

@@ -50,7 +50,7 @@ impl Base {
     /// The model that the user named, or the embedded base.
     pub fn new(model: Option<&str>) -> Result<Self> {
         let Some(model) = model else { return Self::unpack() };
-        let path = directory(model, "pokemon", "; leave it out for the embedded base")?;
+        let path = directory(model, "; leave it out for the embedded base")?;
         Ok(Self { path, unpacked: None })
     }
 

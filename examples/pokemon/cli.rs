@@ -103,7 +103,7 @@ const WITHOUT_ADAPTER: [&str; 16] = [
 #[derive(Args, Debug, Clone)]
 pub struct BaseArgs {
     /// Base model: a directory in the Hugging Face layout (config.json, model.safetensors, tokenizer.json, chat
-    /// template) with the LLaMA architecture, or owner/name on the Hub if built with the feature `hub`; the embedded
+    /// template) with the LLaMA architecture, or owner/name on the Hub; the embedded
     /// base model if not given. One that `pretrain` made, recognised by its chat template, works like the embedded one;
     /// the defaults below for `--model` are those of any other
     #[arg(long, value_name = "DIR", help_heading = "Experiment")]
@@ -174,8 +174,8 @@ pub struct LoopArgs {
 pub struct ExperimentArgs {
     #[command(flatten)]
     pub base: BaseArgs,
-    /// Evaluate only this adapter, a directory in PEFT's format, or owner/name on the Hub if built with the feature
-    /// `hub`; nothing is trained, so no option about training goes with it
+    /// Evaluate only this adapter, a directory in PEFT's format, or owner/name on the Hub; nothing
+    /// is trained, so no option about training goes with it
     #[arg(long, value_name = "DIR|ID", help_heading = "Experiment", conflicts_with_all = WITHOUT_ADAPTER)]
     pub adapter: Option<PathBuf>,
     /// Arms to run, separated by commas; one that is given twice runs once

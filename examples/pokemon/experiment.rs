@@ -32,7 +32,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
     let arms = args.arms();
     let mut args = args.clone();
     if let Some(adapter) = &mut args.adapter {
-        *adapter = directory_of_adapter(&adapter, "pokemon")?;
+        *adapter = directory_of_adapter(&adapter)?;
     }
     let args = &args;
     if let Some(dir) = &args.adapter {

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 /// What a name is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,12 +28,12 @@ impl Kind {
     }
 }
 
-/// The directory of the model that the option `--model` of `example` names: a directory in the Hugging Face layout, or
+/// The directory of the model that the option `--model` names: a directory in the Hugging Face layout, or
 /// `owner/name` on the Hub, which is fetched first. `otherwise` ends the hints.
 ///
 /// # Errors
 /// There is no such directory, or it holds no model; the Hub does not give it out.
-pub fn directory(model: impl AsRef<OsStr>, example: &str, otherwise: &str) -> Result<PathBuf> {
+pub fn directory(model: impl AsRef<OsStr>, otherwise: &str) -> Result<PathBuf> {
     let model = model.as_ref();
     if model.is_empty() {
         bail!("`--model` is empty\nhint: give the directory of a model{otherwise}");
@@ -44,7 +44,7 @@ pub fn directory(model: impl AsRef<OsStr>, example: &str, otherwise: &str) -> Re
             model.display()
         );
     }
-    let path = find(Kind::Model, model, example)?;
+    let path = find(Kind::Model, model)?;
     if !path.join("config.json").is_file() {
         bail!(
             "`{}` has no `config.json`\nhint: `--model` takes the directory of a LLaMA model in the Hugging Face layout: config.json, model.safetensors, tokenizer.json{otherwise}",
@@ -54,21 +54,21 @@ pub fn directory(model: impl AsRef<OsStr>, example: &str, otherwise: &str) -> Re
     Ok(path)
 }
 
-/// The directory that `example` was given for an adapter: one on disk, whatever it holds, or `owner/name` on the Hub,
+/// The directory that was given for an adapter: one on disk, whatever it holds, or `owner/name` on the Hub,
 /// which is fetched first.
 ///
 /// # Errors
 /// There is no such directory; the Hub does not give it out.
-pub fn adapter(adapter: impl AsRef<OsStr>, example: &str) -> Result<PathBuf> {
-    find(Kind::Adapter, adapter.as_ref(), example)
+pub fn adapter(adapter: impl AsRef<OsStr>) -> Result<PathBuf> {
+    find(Kind::Adapter, adapter.as_ref())
 }
 
-/// The directory of the adapter that an option `--adapter` of `example` names, as [`adapter`] finds it.
+/// The directory of the adapter that an option `--adapter` names, as [`adapter`] finds it.
 ///
 /// # Errors
 /// There is no adapter there.
-pub fn directory_of_adapter(name: impl AsRef<OsStr>, example: &str) -> Result<PathBuf> {
-    let path = adapter(name, example)?;
+pub fn directory_of_adapter(name: impl AsRef<OsStr>) -> Result<PathBuf> {
+    let path = adapter(name)?;
     if !path.join("adapter_config.json").is_file() {
         let inside = path.join("adapter");
         if inside.join("adapter_config.json").is_file() {
@@ -89,7 +89,7 @@ pub fn name_or_path(model: &str) -> &str {
 }
 
 /// An existing directory, or one that is fetched.
-fn find(kind: Kind, name: &OsStr, example: &str) -> Result<PathBuf> {
+fn find(kind: Kind, name: &OsStr) -> Result<PathBuf> {
     let path = PathBuf::from(name);
     if path.is_dir() {
         return Ok(path);
@@ -98,7 +98,7 @@ fn find(kind: Kind, name: &OsStr, example: &str) -> Result<PathBuf> {
     if !may_be_on_the_hub(&name) {
         bail!("there is no directory `{name}`\nhint: {}", kind.hint());
     }
-    fetch(kind, &name, example)
+    fetch(kind, &name)
 }
 
 /// Whether it has the form of `owner/name`, which a path may have as well.
@@ -108,10 +108,8 @@ fn may_be_on_the_hub(name: &str) -> bool {
     name.split_once('/').is_some_and(|(owner, rest)| is_part(owner) && is_part(rest) && !rest.contains('/'))
 }
 
-#[cfg(feature = "hub")]
-fn fetch(kind: Kind, name: &str, _: &str) -> Result<PathBuf> {
-    use anyhow::Context;
-
+/// Fetches it, with a progress bar.
+fn fetch(kind: Kind, name: &str) -> Result<PathBuf> {
     let progress = crate::progress::Transfer::new(name);
     let report = |at: burn_peft_llama::FetchProgress| progress.report(at.file, at.done, at.total);
     let found = match kind {
@@ -120,14 +118,6 @@ fn fetch(kind: Kind, name: &str, _: &str) -> Result<PathBuf> {
     };
     progress.finish();
     found.with_context(|| format!("there is no directory `{name}`, so the Hugging Face Hub was asked"))
-}
-
-#[cfg(not(feature = "hub"))]
-fn fetch(_: Kind, name: &str, example: &str) -> Result<PathBuf> {
-    bail!(
-        "there is no directory `{name}`, and this program was built without the Hugging Face Hub\nhint: if that is a name on the Hub: {}",
-        crate::command::with_feature("hub", example, std::env::args_os().skip(1))
-    )
 }
 
 #[cfg(test)]
@@ -147,20 +137,10 @@ mod tests {
     #[test]
     fn an_existing_directory_wins_and_a_missing_one_is_told() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(adapter(dir.path(), "generate").unwrap(), dir.path());
-        let text = directory_of_adapter(dir.path(), "generate").unwrap_err().to_string();
+        assert_eq!(adapter(dir.path()).unwrap(), dir.path());
+        let text = directory_of_adapter(dir.path()).unwrap_err().to_string();
         assert!(text.contains("has no `adapter_config.json`") && text.contains("hint: "), "{text}");
-        let text = adapter(dir.path().join("none"), "generate").unwrap_err().to_string();
+        let text = adapter(dir.path().join("none")).unwrap_err().to_string();
         assert!(text.contains("there is no directory") && text.contains("`--adapter`"), "{text}");
-    }
-
-    #[test]
-    #[cfg(not(feature = "hub"))]
-    fn without_the_client_the_error_is_the_whole_command_with_it() {
-        for error in [adapter("owner/name", "generate"), directory("owner/name@v1", "generate", "")] {
-            let text = error.unwrap_err().to_string();
-            assert!(text.contains("cargo run --release --features "), "{text}");
-            assert!(text.contains("hub --example generate"), "{text}");
-        }
     }
 }
