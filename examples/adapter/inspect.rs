@@ -95,7 +95,7 @@ fn describe(adapter: &AdapterDirectory) -> Result<Report> {
         text.push_str("\nwould be refused:\n");
         text.push_str(&refusals);
     }
-    text.push_str(&programs::lines(adapter, refusals.is_empty()));
+    text.push_str(&programs::lines(adapter, refusals.is_empty(), &contents.broken));
     Ok(Report { text, usable: refusals.is_empty() })
 }
 
@@ -183,6 +183,8 @@ fn file_line(adapter: &AdapterDirectory) -> String {
 struct Contents {
     updates: BTreeMap<Kind, Vec<Update>>,
     others: BTreeMap<(TensorRole, String, Vec<usize>), Vec<f64>>,
+    /// The keys of tensors with infinities or NaNs.
+    broken: Vec<String>,
     notes: String,
 }
 
@@ -207,13 +209,13 @@ struct Update {
 impl Contents {
     fn read(adapter: &AdapterDirectory) -> Result<Self> {
         let device = Device::flex();
-        let mut contents = Self { updates: BTreeMap::new(), others: BTreeMap::new(), notes: String::new() };
-        let mut broken = vec![];
+        let (updates, others) = (BTreeMap::new(), BTreeMap::new());
+        let mut contents = Self { updates, others, broken: vec![], notes: String::new() };
         for tensor in adapter.tensors() {
             // What has another type is among the problems.
             let Ok(value) = adapter.read(&tensor.key, &device) else { continue };
             if !value.clone().is_finite().all().into_scalar::<bool>() {
-                broken.push(tensor.key.clone());
+                contents.broken.push(tensor.key.clone());
             }
             let is_factor =
                 adapter.modules().iter().any(|module| [&module.a, &module.b].contains(&&tensor.key));
@@ -239,6 +241,7 @@ impl Contents {
                 contents.updates.entry(kind).or_default().push(update);
             }
         }
+        let broken = &contents.broken;
         if !broken.is_empty() {
             let list = shown(broken.len(), broken.iter().map(|key| format!("  {key}\n")));
             let what = count(broken.len(), "tensor");

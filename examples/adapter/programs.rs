@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use burn_peft::{AdapterDirectory, Bias, TensorRole};
+use burn_peft::{AdapterDirectory, Bias, StoredTensor, TensorRole};
 use burn_peft_llama::gguf_obstacles;
 
 use crate::numbers::count;
@@ -16,11 +16,12 @@ const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
 const VLLM_RANKS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 320, 512];
 const VLLM_DEFAULT_RANK: usize = 16;
 
-/// A line for each program. Of an adapter that this library refuses, nothing is known.
-pub fn lines(adapter: &AdapterDirectory, is_usable: bool) -> String {
+/// A line for each program. Of an adapter that this library refuses, nothing is known. `broken` are the keys of tensors
+/// with infinities or NaNs.
+pub fn lines(adapter: &AdapterDirectory, is_usable: bool, broken: &[String]) -> String {
     let unknown = || "not known: see above for what this library does not read".to_string();
     let [peft, vllm, llama_cpp] = if is_usable {
-        [peft(), vllm(adapter), llama_cpp(adapter)]
+        [peft(), vllm(adapter, broken), llama_cpp(adapter, broken)]
     } else {
         [unknown(), unknown(), unknown()]
     };
@@ -31,7 +32,7 @@ fn peft() -> String {
     "yes".into()
 }
 
-fn vllm(adapter: &AdapterDirectory) -> String {
+fn vllm(adapter: &AdapterDirectory, broken: &[String]) -> String {
     let mut reasons: Vec<String> = vec![];
     let Some(config) = adapter.config().as_lora() else {
         return "no: vLLM loads LoRA only".into();
@@ -75,7 +76,8 @@ fn vllm(adapter: &AdapterDirectory) -> String {
         ));
     }
     if !reasons.is_empty() {
-        let out = if config.lora_bias {
+        // Nothing that cannot be merged is to be merged.
+        let out = if config.lora_bias || !broken.is_empty() {
             ""
         } else {
             "; merge it with `adapter merge`, and vLLM loads the merged model"
@@ -98,14 +100,30 @@ fn vllm(adapter: &AdapterDirectory) -> String {
     said("yes", &conditions)
 }
 
-fn llama_cpp(adapter: &AdapterDirectory) -> String {
+fn llama_cpp(adapter: &AdapterDirectory, broken: &[String]) -> String {
+    let more = |number: usize, noun: &str| match number {
+        1 => String::new(),
+        n => format!(" ({} more like it)", count(n - 1, noun)),
+    };
+    // `export` writes the factors, and compares weights of the base. The others it refuses whatever is in them.
+    let is_factor =
+        |key: &String| adapter.modules().iter().any(|module| [&module.a, &module.b].contains(&key));
+    let is_used = |tensor: &&StoredTensor| tensor.role == TensorRole::BaseLayer || is_factor(&tensor.key);
+    let used = adapter.tensors().iter().filter(is_used);
+    let refused: Vec<&String> = used.map(|tensor| &tensor.key).filter(|key| broken.contains(key)).collect();
+    if let Some(first) = refused.first() {
+        let more = more(refused.len(), "tensor");
+        return format!(
+            "no, because a value of `{first}` is infinite or not a number{more}, which `adapter export` refuses; take \
+             another adapter, such as an earlier checkpoint"
+        );
+    }
     let obstacles = gguf_obstacles(adapter);
     if let Some(first) = obstacles.first() {
-        let more = match obstacles.len() {
-            1 => String::new(),
-            n => format!(" ({} more like it)", count(n - 1, "reason")),
-        };
-        let out = if adapter.modules().iter().all(|module| is_of_llama(&module.name)) {
+        let more = more(obstacles.len(), "reason");
+        let out = if !broken.is_empty() {
+            "it cannot be merged either, as it has infinities or NaNs"
+        } else if adapter.modules().iter().all(|module| is_of_llama(&module.name)) {
             "merge it: `adapter export --merged` makes a GGUF file of the merged model"
         } else {
             "`adapter export` writes adapters and models of LLaMA and Qwen2 only"

@@ -313,6 +313,54 @@ mod programs {
     }
 
     #[test]
+    fn numbers_that_export_refuses_are_a_no_for_llama_cpp() {
+        let place = tempfile::tempdir().unwrap();
+        let key = |name: &str| format!("base_model.model.model.layers.{name}.weight");
+        let first = key("0.self_attn.q_proj.lora_A");
+        let reason = format!("a value of `{first}` is infinite or not a number");
+        for value in [f32::NAN, f32::NEG_INFINITY] {
+            let copy = copied("gqa-tied-qv");
+            poke(copy.path(), &first, value);
+            let told = verdicts(copy.path());
+            assert_eq!((&*told["peft"], &*told["vLLM"]), ("yes", "yes"));
+            let llama_cpp = &told["llama.cpp"];
+            assert!(llama_cpp.starts_with(&format!("no, because {reason}, which `")), "{llama_cpp}");
+            assert!(!llama_cpp.contains("merge"), "{llama_cpp}");
+            let plan = export::Plan::new(&ExportArgs {
+                model: fixture("gqa-tied"),
+                adapter: vec![copy.path().into()],
+                merged: false,
+                weights: vec![],
+                dtype: None,
+                out: place.path().join("out.gguf"),
+            });
+            let text = error(plan.unwrap().carry_out());
+            assert!(text.contains(&reason), "{text}");
+
+            poke(copy.path(), &key("1.self_attn.v_proj.lora_B"), value);
+            let llama_cpp = &verdicts(copy.path())["llama.cpp"];
+            assert!(llama_cpp.contains("number (1 tensor more like it), which `"), "{llama_cpp}");
+        }
+        // Weights of the base with such numbers are those of no base.
+        let copy = copied("cases/b06-embedding-layers");
+        poke(copy.path(), "base_model.model.lm_head.weight", f32::INFINITY);
+        let llama_cpp = &verdicts(copy.path())["llama.cpp"];
+        assert!(
+            llama_cpp.starts_with("no, because a value of `base_model.model.lm_head.weight` is"),
+            "{llama_cpp}"
+        );
+        // Merging is no way out here.
+        let copy = copied("gqa-tied-dora");
+        let magnitude = "base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector";
+        poke(copy.path(), magnitude, f32::NAN);
+        let told = verdicts(copy.path());
+        let (vllm, llama_cpp) = (&told["vLLM"], &told["llama.cpp"]);
+        assert!(vllm.starts_with("no, because it has no DoRA") && !vllm.contains("merge"), "{vllm}");
+        assert!(llama_cpp.starts_with("no, because `model.layers.0.mlp.down_proj` has a"), "{llama_cpp}");
+        assert!(llama_cpp.contains("; it cannot be merged either"), "{llama_cpp}");
+    }
+
+    #[test]
     fn weights_of_the_base_in_an_adapter_are_told() {
         let told = verdicts(&fixture("cases/b06-embedding-layers"));
         let (vllm, llama_cpp) = (&told["vLLM"], &told["llama.cpp"]);

@@ -1,13 +1,13 @@
 //! The examples, and what is shown of them before they are learnt.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Error, Result, bail};
 use burn_peft_llama::{
-    Content, Dataset, EncodeOptions, Encoded, Example, IGNORE_INDEX, Message, Place, Splits, Tokenizer,
-    TooLong,
+    Content, Dataset, EncodeOptions, Encoded, Example, IGNORE_INDEX, LlamaError, Message, Place,
+    RecordProblem, Splits, Tokenizer,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -36,15 +36,13 @@ pub struct Part {
 }
 
 impl Part {
-    fn new(name: &str, mut dataset: Dataset, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Self> {
-        let encoded = dataset.encode(tokenizer, options).with_context(|| {
-            let file = dataset.path.display();
-            match options.too_long {
-                TooLong::Refuse => format!("`{file}` cannot be learnt\nhint: if examples are too long, `--too-long cut` or `drop` go on without"),
-                _ => format!("`{file}` cannot be learnt"),
-            }
-        });
-        let encoded = encoded?;
+    fn new(
+        name: &str,
+        mut dataset: Dataset,
+        tokenizer: &Tokenizer,
+        options: &EncodeOptions,
+    ) -> Result<Self, LlamaError> {
+        let encoded = dataset.encode(tokenizer, options)?;
         // Nobody is asked about examples that were left out.
         let mut places = encoded.places.iter();
         let mut next = places.next();
@@ -89,21 +87,32 @@ fn question(content: &Content) -> Option<(Vec<Message>, &str)> {
 }
 
 impl Data {
-    /// Reads and encodes the files.
+    /// Reads and encodes the files. All wrong examples of all files are one error.
     pub fn load(args: &Args, tokenizer: &Tokenizer, max_length: usize) -> Result<Self> {
         let mut splits = Splits::load(&args.data)?;
-        if splits.valid.is_none() {
+        // A file with wrong lines is refused below; how many would be held out of the others does not matter.
+        if splits.valid.is_none() && splits.train.problems.is_empty() {
             splits.valid = hold_out(&mut splits.train, args)?;
         }
         let options = EncodeOptions::new()
             .with_labels(args.loss.into())
             .with_max_length(max_length, args.too_long.into());
-        let part = |name, dataset| Part::new(name, dataset, tokenizer, &options);
-        Ok(Self {
-            train: part("training", splits.train)?,
-            valid: splits.valid.map(|valid| part("held out", valid)).transpose()?,
-            test: splits.test.map(|test| part("test", test)).transpose()?,
-        })
+        let mut wrong: WrongExamples = BTreeMap::new();
+        let mut part = |name, dataset| match Part::new(name, dataset, tokenizer, &options) {
+            Ok(part) => Ok(Some(part)),
+            Err(LlamaError::Records { path, mut problems }) => {
+                wrong.entry(path).or_default().append(&mut problems);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        };
+        let train = part("training", splits.train)?;
+        let valid = splits.valid.map_or(Ok(None), |valid| part("held out", valid))?;
+        let test = splits.test.map_or(Ok(None), |test| part("test", test))?;
+        match train {
+            Some(train) if wrong.is_empty() => Ok(Self { train, valid, test }),
+            _ => Err(refusal(wrong)),
+        }
     }
 
     /// Prints counts, lengths, and the first examples as tokens.
@@ -118,6 +127,34 @@ impl Data {
         }
         Ok(())
     }
+}
+
+/// The wrong examples of each file.
+type WrongExamples = BTreeMap<PathBuf, Vec<RecordProblem>>;
+
+/// What hints of the library name, and what it is called here.
+const WORDS: [(&str, &str); 2] =
+    [("`max_length`", "`--max-length`"), ("`TooLong::Cut` or `TooLong::Drop`", "`--too-long cut` or `drop`")];
+
+/// The error about wrong examples. Each hint is in it once: several files may have the same fault.
+fn refusal(wrong: WrongExamples) -> Error {
+    let (mut told, mut hints) = (Vec::new(), Vec::new());
+    for (path, mut problems) in wrong {
+        // Examples to learn from and held-out ones may be of the same file.
+        problems.sort_by_key(|problem| problem.place);
+        let text = LlamaError::Records { path, problems }.to_string();
+        for line in text.lines().map(String::from) {
+            if !line.starts_with("hint:") {
+                told.push(line);
+            } else if !hints.contains(&line) {
+                hints.push(line);
+            }
+        }
+    }
+    let in_words_of_here =
+        |hint: String| WORDS.iter().fold(hint, |hint, (library, here)| hint.replace(library, here));
+    told.extend(hints.into_iter().map(in_words_of_here));
+    Error::msg(told.join("\n"))
 }
 
 /// Takes some examples out of `train`.
@@ -187,4 +224,77 @@ pub fn check(path: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use burn_peft_examples::failure;
+    use clap::Parser;
+
+    use super::*;
+
+    const BASE: &str = "pokemon/base";
+    const UNANSWERED: &str = r#"{"messages": [{"role": "user", "content": "x"}]}"#;
+
+    /// What is told about a directory with these files.
+    fn refused(files: &[(&str, &str)], max_length: usize, more: &[&str]) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let data = dir.path().to_str().unwrap();
+        let own = ["finetune", "--model", BASE, "--data", data];
+        let args = Args::try_parse_from(own.iter().chain(more)).unwrap();
+        let tokenizer = Tokenizer::load(BASE).unwrap();
+        failure::text(&Data::load(&args, &tokenizer, max_length).err().unwrap())
+    }
+
+    #[test]
+    fn wrong_lines_of_all_files_are_one_error() {
+        let train = format!("{{\"prompt\": 1}}\n{UNANSWERED}\n{{\"text\": \"fine\"}}\n");
+        let valid = format!("question,answer\n{UNANSWERED}\n");
+        let test = r#"{"conversations": [{"from": "weird", "value": "x"}]}"#.to_string() + "\n{\n";
+        let files = [("train.jsonl", &train[..]), ("valid.jsonl", &valid[..]), ("test.jsonl", &test[..])];
+        // Nothing is told of what would be held out of the good lines.
+        let told = refused(&files, 100, &["--valid-split", "0.9"]);
+        for (file, reasons) in [
+            ("train", ["line 1: expected the keys ", "line 2: expected a conversation "]),
+            ("valid", ["line 1: no JSON: ", "line 2: expected a conversation "]),
+            ("test", ["line 1: `conversations`, message 1: `from`: ", "line 2: no JSON: "]),
+        ] {
+            let (_, rest) = told.split_once(&format!("{file}.jsonl`: 2 examples cannot be used:\n")).unwrap();
+            let lines: Vec<&str> = rest.lines().take(2).map(str::trim).collect();
+            assert!(lines[0].starts_with(reasons[0]) && lines[1].starts_with(reasons[1]), "{file}\n{told}");
+        }
+        assert_eq!(told.matches("hint: ").count(), 1, "{told}");
+        let alone = refused(&files[..1], 100, &["--valid-split", "0.9"]);
+        assert!(alone.contains("line 2: ") && !alone.contains("held out"), "{alone}");
+    }
+
+    #[test]
+    fn wrong_lines_that_are_held_out_are_told_with_the_others_of_their_file() {
+        let train = format!("{UNANSWERED}\n").repeat(6);
+        let told = refused(&[("train.jsonl", &train[..])], 100, &["--valid-split", "0.5"]);
+        assert!(told.contains("6 examples cannot be used:"), "{told}");
+        let at: Vec<_> = (1..=6).map(|line| told.find(&format!("line {line}: ")).unwrap()).collect();
+        assert!(at.is_sorted(), "{told}");
+    }
+
+    #[test]
+    fn too_short_a_limit_is_told_with_the_argument() {
+        let line = r#"{"prompt": "What is the type of Squirtle?", "completion": "Water."}"#;
+        let files = [("train.jsonl", line)];
+        let cut = refused(&files, 4, &["--too-long", "cut"]);
+        assert!(cut.contains("tokens, 4 are allowed, and nothing in these is learnt\n"), "{cut}");
+        assert!(cut.ends_with("choose a larger `--max-length`\n"), "{cut}");
+        let dropped = refused(&files, 4, &["--too-long", "drop"]);
+        assert!(dropped.ends_with("choose a larger `--max-length`\n"), "{dropped}");
+        let refused = refused(&files, 4, &["--too-long", "refuse"]);
+        assert!(
+            refused.contains("`--max-length`") && refused.contains("`--too-long cut` or `drop`"),
+            "{refused}"
+        );
+    }
 }

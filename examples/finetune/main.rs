@@ -16,21 +16,23 @@ mod tests;
 use std::process::ExitCode;
 
 use burn_peft_examples::failure;
+use cap::Cap;
 use clap::Parser;
+use mimalloc::MiMalloc;
 
 use crate::interrupt::Interrupt;
 use crate::run::End;
 
 /// Composed tensor operations allocate and free large buffers all the time; the system allocator maps and unmaps them.
+/// What is allocated is counted, to compare it with the estimate.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Cap<MiMalloc> = Cap::new(MiMalloc, usize::MAX);
 
 fn main() -> ExitCode {
     let args = cli::Args::parse();
     let run = Interrupt::listen().and_then(|interrupt| run::run(&args, &interrupt));
     failure::exit_code(run.map(|end| match end {
         End::Done => ExitCode::SUCCESS,
-        // As a shell has it for programs that Ctrl-C ended.
-        End::Interrupted => ExitCode::from(130),
+        End::Interrupted => ExitCode::from(interrupt::EXIT_CODE),
     }))
 }

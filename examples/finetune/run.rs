@@ -77,7 +77,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
         "the tokenizer has no token to pad with\nhint: name a `pad_token` or `eos_token` in tokenizer_config.json",
     )?;
     let collator = Collator::new(pad);
-    let program = memory::now().unwrap_or(0);
+    let data_size = memory::allocated();
     let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
     device.seed(args.seed);
     adapt(args, adapter.as_deref(), &mut model)?;
@@ -88,13 +88,14 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     );
     let examples = data.train.examples();
     let estimate = MemoryEstimate::new(&model, args.dtype.into(), examples, &collator, args.batch_size);
-    let estimated = memory::mb(estimate.total() + program);
-    println!("memory at the peak, estimated: {estimated:.0} MB");
-    println!("  the program and its data {:.0} MB; {estimate}", memory::mb(program));
+    let estimated = memory::mb(estimate.total() + data_size);
+    println!("memory that is allocated at the peak, estimated: {estimated:.0} MB");
+    println!("  tokenizer and examples {:.0} MB; {estimate}", memory::mb(data_size));
     if args.dry_run {
         return Ok(End::Done);
     }
 
+    interrupt.await_it();
     output::make_directory(&args.out)?;
     let examples = std::mem::take(&mut data.train.encoded.examples);
     let exam = Exam::new(&data, &tokenizer, &collator, args.batch_size)?;
@@ -103,7 +104,8 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let trainer = match &checkpoint {
         Some(checkpoint) => {
             println!("going on from `{}`", checkpoint.path.display());
-            Trainer::resume(&checkpoint.path, &mut model, &training, examples, &collator)?
+            let resumed = Trainer::resume(&checkpoint.path, &mut model, &training, examples, &collator);
+            resumed.map_err(|error| of_another(error, &checkpoint.path))?
         }
         None => Trainer::new(&training, examples, &collator)?,
     };
@@ -154,11 +156,18 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
             });
         }
     }
-    if let Some(peak) = memory::peak() {
-        println!("memory at the peak: {:.0} MB, estimated {estimated:.0} MB", memory::mb(peak));
-        if std::env::var("MIMALLOC_PURGE_DELAY").is_ok_and(|delay| delay == "-1") {
-            println!("  with MIMALLOC_PURGE_DELAY=10 it is nearer to the estimate, and steps take longer");
-        }
+    let most = memory::mb(memory::most_allocated());
+    println!("memory that was allocated at the peak: {most:.0} MB, estimated {estimated:.0} MB");
+    if let Some(peak) = memory::peak_of_process() {
+        let kept = if std::env::var("MIMALLOC_PURGE_DELAY").is_ok_and(|delay| delay == "-1") {
+            "; less with MIMALLOC_PURGE_DELAY=10, and steps take longer"
+        } else {
+            ""
+        };
+        println!(
+            "  the process with its program and what the allocator keeps: {:.0} MB{kept}",
+            memory::mb(peak)
+        );
     }
     let adapter = args.out.join("adapter");
     run.model.save_adapter(DEFAULT_ADAPTER, &adapter)?;
@@ -243,6 +252,19 @@ fn adapt(args: &Args, saved: Option<&Path>, model: &mut LlamaForCausalLm) -> Res
     };
     model.load_adapter(DEFAULT_ADAPTER, adapter)?;
     Ok(())
+}
+
+/// An error of `--resume`, with the option that trains the adapter further if the checkpoint is of another training.
+fn of_another(error: LlamaError, checkpoint: &Path) -> Error {
+    let is_other = matches!(error, LlamaError::CheckpointDiffers { .. });
+    let error = Error::from(error);
+    if !is_other {
+        return error;
+    }
+    error.context(format!(
+        "`--resume` goes on with the same model, data and options only\nhint: `--adapter {}` with another `--out` trains its adapter further",
+        checkpoint.display()
+    ))
 }
 
 /// The command of this run, with `--resume`.
@@ -385,6 +407,14 @@ impl Run<'_> {
                 _ => None,
             })
             .collect();
+        let trained = self.metrics.lines.iter().filter_map(|line| match line.event {
+            Event::Trained { loss, .. } => Some((line.step, loss)),
+            _ => None,
+        });
+        let trained: Vec<(usize, f64)> = trained.collect();
+        if let [(from, first), .., (to, last)] = trained[..] {
+            println!("training loss: {first:.4} at step {from}, {last:.4} at step {to}");
+        }
         if let (Some((_, first)), Some((_, last))) = (evaluations.first(), evaluations.last()) {
             println!("held-out loss: {first:.4} before, {last:.4} after");
         }

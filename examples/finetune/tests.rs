@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::cli::Args;
-use crate::interrupt::Interrupt;
+use crate::interrupt::{EXIT_CODE, Interrupt};
 use crate::metrics::{self, Event, Metric};
 use crate::run::{self, End};
 
@@ -34,7 +34,7 @@ fn child() {
     let args = Args::try_parse_from(arguments).unwrap();
     let code = match Interrupt::listen().and_then(|interrupt| run::run(&args, &interrupt)) {
         Ok(End::Done) => 0,
-        Ok(End::Interrupted) => 130,
+        Ok(End::Interrupted) => EXIT_CODE.into(),
         Err(error) => {
             eprint!("{}", failure::text(&error));
             1
@@ -213,7 +213,9 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
         "--example generate -- --model pokemon/base --adapter ",
         "    before: ",
         "    after:  ",
+        "training loss: ",
         "held-out loss: ",
+        "memory that was allocated at the peak: ",
         "--example adapter -- merge --model pokemon/base --adapter ",
     ] {
         assert!(told.contains(expected), "{expected}\n{told}");
@@ -239,6 +241,7 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
     assert!(code == 0 && told.contains("going on from `"), "{told}{failed}");
     let (code, _, failed) = place.run("out", &format!("{more} --resume --rank 8"));
     assert!(code == 1 && failed.contains("is a checkpoint of another training"), "{failed}");
+    assert!(failed.contains("checkpoint-6` with another `--out` trains its adapter further"), "{failed}");
     // The adapter is one to go on from with other options.
     let adapter = out.join("adapter");
     let (code, _, failed) = place.run("more", &format!("--max-steps 1 --adapter {}", adapter.display()));

@@ -82,6 +82,13 @@ impl Args {
         GenerateOptions::new().with_max_new_tokens(self.max_new_tokens).with_sampling(sampling)
     }
 
+    /// What is to be told if answers may be longer than the `length` that a model was made for.
+    pub fn note(&self, length: usize) -> Option<String> {
+        let most = self.max_new_tokens;
+        (most > length)
+            .then(|| format!("note: `--max-new-tokens {most}`: the model was made for up to {length} tokens"))
+    }
+
     /// The weight of each adapter.
     pub fn weights(&self) -> Result<Vec<f64>> {
         let (weights, adapters) = (self.weights.len(), self.adapter.len());

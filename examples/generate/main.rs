@@ -47,6 +47,9 @@ fn run(args: &Args, input: &mut impl BufRead, output: &mut impl Write) -> Result
             "this model has no chat template, so `--system` has no place\nhint: put the text before the prompt"
         );
     }
+    if let Some(note) = args.note(model.config().max_position_embeddings) {
+        eprintln!("{note}");
+    }
     let mut speaker = Speaker::new(&model, &tokenizer, args.options(), output);
     let mut turns: Vec<Message> = args.system.iter().map(Message::system).collect();
     if let Some(prompt) = &args.prompt {

@@ -83,6 +83,60 @@ fn adapters_are_summed_with_their_weights_and_logits_are_written() {
     assert!(furthest(&base, &logits("none", &one, "0")) < 1e-4);
 }
 
+/// The base of the experiment, and answers of up to `max_new_tokens` tokens.
+fn with_speaker(max_new_tokens: &str, test: impl FnOnce(&Tokenizer, Speaker<'_, Vec<u8>>)) {
+    let model = LlamaForCausalLm::from_pretrained(BASE, &Device::flex()).unwrap();
+    let tokenizer = Tokenizer::load(BASE).unwrap();
+    let args = ["generate", "--model", BASE, "--max-new-tokens", max_new_tokens];
+    let options = Args::try_parse_from(args).unwrap().options();
+    test(&tokenizer, Speaker::new(&model, &tokenizer, options, vec![]));
+}
+
+#[test]
+fn more_tokens_than_the_model_was_made_for_are_told_once() {
+    with_speaker("1", |_, mut speaker| {
+        assert_eq!(speaker.note("this prompt has", 512), None);
+        let note = speaker.note("this prompt has", 513).unwrap();
+        assert_eq!(note, "note: the model was made for up to 512 tokens, and this prompt has 513");
+        assert_eq!(speaker.note("this prompt and its answer have", 600), None);
+    });
+    // An answer within the length leaves the note for later, and a prompt over it takes it.
+    with_speaker("1", |tokenizer, mut speaker| {
+        let ids = tokenizer.encode_prompt(&[Message::user("Squirtle")]).unwrap();
+        speaker.answer(ids.clone()).unwrap();
+        assert!(speaker.note("this prompt has", 513).is_some());
+    });
+    with_speaker("1", |tokenizer, mut speaker| {
+        let ids = tokenizer.encode_prompt(&[Message::user("Squirtle")]).unwrap();
+        speaker.answer(ids.iter().copied().cycle().take(513).collect()).unwrap();
+        assert_eq!(speaker.note("this prompt has", 514), None);
+    });
+    let args =
+        |most: &str| Args::try_parse_from(["generate", "--model", BASE, "--max-tokens", most]).unwrap();
+    assert_eq!(args("512").note(512), None);
+    let note = args("600").note(512).unwrap();
+    assert_eq!(note, "note: `--max-new-tokens 600`: the model was made for up to 512 tokens");
+}
+
+#[test]
+fn a_rate_is_told_where_there_is_one() {
+    let prompt = [Message::user("Which generation is Squirtle from?")];
+    with_speaker("1", |tokenizer, mut speaker| {
+        assert_eq!(speaker.speed(), "prompt: 0 tokens; answer: 0 tokens");
+        let ids = tokenizer.encode_prompt(&prompt).unwrap();
+        for answer in ["answer: 1 token", "answer: 2 tokens"] {
+            speaker.answer(ids.clone()).unwrap();
+            let speed = speaker.speed();
+            assert!(speed.contains(" tokens/s; ") && speed.ends_with(answer), "{speed}");
+        }
+    });
+    with_speaker("4", |tokenizer, mut speaker| {
+        speaker.answer(tokenizer.encode_with_special_tokens("Squirtle is").unwrap()).unwrap();
+        let speed = speaker.speed();
+        assert!(speed.contains("; answer: 4 tokens, ") && speed.ends_with(" tokens/s"), "{speed}");
+    });
+}
+
 #[test]
 fn bad_inputs_are_told_with_the_way_out() {
     let error = |more: &[&str]| failure::text(&answer(more, "").unwrap_err());

@@ -106,7 +106,7 @@ pub struct BaseArgs {
     /// template) with the LLaMA architecture, or owner/name on the Hub; the embedded
     /// base model if not given. One that `pretrain` made, recognised by its chat template, works like the embedded one;
     /// the defaults below for `--model` are those of any other
-    #[arg(long, value_name = "DIR", help_heading = "Experiment")]
+    #[arg(long, value_name = "DIR|ID", help_heading = "Experiment")]
     pub model: Option<String>,
     /// Species of at least 5 evolution families: a CSV file with the columns
     /// number,name,primary,secondary,generation,family; the file that is part of the program (all 1025 species) if

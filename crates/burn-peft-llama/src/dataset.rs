@@ -17,6 +17,10 @@ pub use encode::{EncodeOptions, Encoded, TooLong};
 pub use record::Content;
 pub use report::EncodingReport;
 
+/// What a file of examples looks like, for hints.
+pub(crate) const SHAPES: &str = "expected one JSON object in each line, such as `{\"prompt\": \"..\", \"completion\": \
+     \"..\"}`, or a file that is one JSON list of such objects";
+
 /// The examples of a file.
 ///
 /// The file has one JSON object in each line, or is a JSON list of objects. An object has one of these shapes; the first
@@ -25,7 +29,7 @@ pub use report::EncodingReport;
 /// | keys | |
 /// |---|---|
 /// | `messages` | a list of `{"role", "content"}`; a content may be a list of `{"type": "text", "text"}` |
-/// | `conversations` | the same, or a list of `{"from", "value"}` with `human`, `gpt` and `system` |
+/// | `conversations` | the same, or a list of `{"from", "value"}` with `human`, `gpt`, `system` or a like name |
 /// | `prompt`, `completion` | texts, or lists of messages |
 /// | `instruction`, `output` | texts; `input`, if there is one, stands behind the instruction |
 /// | `text` | a document |
@@ -55,6 +59,9 @@ pub struct Dataset {
     pub path: PathBuf,
     /// Its examples, in order.
     pub records: Vec<Record>,
+    /// Its lines or elements that are no examples, with the reasons. [`encode`](Self::encode) refuses the file if there are
+    /// any, and tells them together with the examples that cannot be encoded.
+    pub problems: Vec<RecordProblem>,
 }
 
 /// An example of a file.
@@ -120,12 +127,14 @@ impl Splits {
 impl Dataset {
     /// Reads a file.
     ///
-    /// A byte-order mark, empty lines, line ends of Windows and a missing last one do no harm.
+    /// A byte-order mark, empty lines, line ends of Windows and a missing last one do no harm. Lines that are no examples
+    /// are no error yet: they are in [`problems`](Self::problems), so that [`encode`](Self::encode) tells all that is wrong
+    /// at once.
     ///
     /// # Errors
     /// - [`LlamaError::ReadFile`] if the file cannot be read, [`LlamaError::WrongFile`] if it is something else, such as
-    ///   the pointer that Git LFS leaves, or empty,
-    /// - [`LlamaError::Records`] if lines of it are no examples: all of them, with the reasons.
+    ///   the pointer that Git LFS leaves,
+    /// - [`LlamaError::NoExamples`] if there is nothing in it.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, LlamaError> {
         let path = path.as_ref();
         let hint = "expected a file of examples: JSON lines, or a directory with a `train.jsonl`";
@@ -133,7 +142,8 @@ impl Dataset {
             fs::read(path).map_err(|source| LlamaError::ReadFile { path: path.into(), source, hint })?;
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
         // An odd file is told from odd lines by its beginning.
-        if let Some(found) = WrongFile::detect(bytes) {
+        let found = WrongFile::detect(bytes).filter(|found| *found != WrongFile::Empty);
+        if let Some(found) = found {
             return Err(LlamaError::WrongFile { path: path.into(), found });
         }
         let mut records = vec![];
@@ -144,13 +154,10 @@ impl Dataset {
                 Err(reason) => problems.push(RecordProblem { place, reason }),
             }
         }
-        if !problems.is_empty() {
-            return Err(LlamaError::Records { path: path.into(), problems });
+        if records.is_empty() && problems.is_empty() {
+            return Err(LlamaError::NoExamples { path: path.into() });
         }
-        if records.is_empty() {
-            return Err(LlamaError::WrongFile { path: path.into(), found: WrongFile::Empty });
-        }
-        Ok(Self { path: path.into(), records })
+        Ok(Self { path: path.into(), records, problems })
     }
 }
 
@@ -166,9 +173,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("train.jsonl");
         fs::write(&path, bytes).unwrap();
-        Dataset::load(&path)
-            .map(|dataset| dataset.records)
-            .map_err(|error| error.to_string().replace(&path.display().to_string(), "FILE"))
+        let loaded = Dataset::load(&path).and_then(|dataset| match dataset.problems {
+            problems if problems.is_empty() => Ok(dataset.records),
+            problems => Err(LlamaError::Records { path: dataset.path, problems }),
+        });
+        loaded.map_err(|error| error.to_string().replace(&path.display().to_string(), "FILE"))
     }
 
     fn contents(bytes: impl AsRef<[u8]>) -> Vec<Content> {
@@ -247,6 +256,11 @@ mod tests {
                 b"{\"messages\": [{\"role\": \"a\", \"content\": [{\"type\": \"image\"}]}]}",
                 "message 1: a part of type \"image\" is not supported",
             ),
+            (
+                b"{\"conversations\": [{\"from\": \"weird\", \"value\": \"a\"}]}",
+                "message 1: `from`: expected `human`, `user`, `gpt`, `assistant`, `chatgpt`, `bing`, `model`, `system`, \
+                 `tool`, `function` or `observation`, found `weird`",
+            ),
             (b"{\"messages\": [{\"x\": {\"y\": 1, \"y\": 2}}]}", "the key `y` is there twice"),
             (b"{\"text\": \"a\", \"tools\": [1]}", "`tools` are not supported"),
             (b"{\"prompt\": \"a\", \"completion\": [\"b\"]}", "`prompt`: expected a list of messages, found a text"),
@@ -265,7 +279,8 @@ mod tests {
             .collect();
         let found = load(all).unwrap_err();
         assert!(found.contains("45 examples cannot be used") && found.contains("line 40:"), "{found}");
-        assert!(!found.contains("line 42:") && found.ends_with("  and 25 more"), "{found}");
+        assert!(!found.contains("line 42:") && found.contains("\n  and 25 more\nhint: "), "{found}");
+        assert_eq!(found.matches("hint: ").count(), 1, "{found}");
 
         let list =
             load("[{\"text\": \"a\"}, {\"text\": 1},\n {\"text\": \"a\", \"text\": \"a\"}]").unwrap_err();
@@ -273,7 +288,8 @@ mod tests {
         let broken = load("[{\"text\": \"a\"},\n {\"text\": }]").unwrap_err();
         assert!(broken.contains("line 2: no JSON: expected value at column 11"), "{broken}");
         for nothing in ["", "\n \r\n", "[]"] {
-            assert!(load(nothing).unwrap_err().contains("`FILE` is empty\nhint: "));
+            let error = load(nothing).unwrap_err();
+            assert!(error.starts_with("`FILE` has no examples\nhint: expected one JSON object"), "{error}");
         }
         let wide: Vec<u8> = "{\"text\": \"a\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
         assert!(load([&b"\xff\xfe"[..], &wide].concat()).unwrap_err().contains("byte-order mark"));
@@ -292,11 +308,39 @@ mod tests {
         let file = Splits::load(dir.path().join("valid.jsonl")).unwrap();
         assert!(file.train.records.len() == 1 && file.valid.is_none());
         fs::write(dir.path().join("test.jsonl"), "").unwrap();
-        assert!(Splits::load(dir.path()).unwrap_err().to_string().contains("test.jsonl` is empty"));
+        assert!(Splits::load(dir.path()).unwrap_err().to_string().contains("test.jsonl` has no examples"));
+        // Wrong lines of one file do not hide those of another.
+        for file in ["valid.jsonl", "test.jsonl"] {
+            fs::write(dir.path().join(file), "{\"text\": 1}").unwrap();
+        }
+        let splits = Splits::load(dir.path()).unwrap();
+        let wrong = |dataset: Option<Dataset>| dataset.unwrap().problems.len();
+        assert_eq!((splits.train.problems.len(), wrong(splits.valid), wrong(splits.test)), (0, 1, 1));
+    }
+
+    #[test]
+    fn speakers_are_roles() {
+        let names = ["system", "user", "chatgpt", "observation", "model", "human", "bing"];
+        let turns = names.map(|name| format!("{{\"from\": \"{name}\", \"value\": \"\"}}"));
+        let found = contents(format!("{{\"conversations\": [{}]}}", turns.join(", ")));
+        let roles = ["system", "user", "assistant", "observation", "assistant", "user", "assistant"];
+        assert_eq!(found, [Content::Messages(roles.map(|role| Message::new(role, "")).to_vec())]);
+    }
+
+    #[test]
+    fn what_is_no_json_has_one_hint_about_the_shapes() {
+        let hint = format!("\nhint: {SHAPES}");
+        for (file, lines) in [("{\n  \"text\": \"a\"\n}\n", 3), ("question,answer\nSquirtle,water\n", 2)] {
+            let error = load(file).unwrap_err();
+            assert_eq!(error.matches(": no JSON: ").count(), lines, "{error}");
+            assert!(error.matches("hint:").count() == 1 && error.ends_with(&hint), "{error}");
+        }
+        let wrong = load("{\"text\": 1}").unwrap_err();
+        assert!(!wrong.contains("hint:"), "{wrong}");
     }
 
     fn dataset(lines: &str) -> Dataset {
-        Dataset { path: "FILE".into(), records: load(lines).unwrap() }
+        Dataset { path: "FILE".into(), records: load(lines).unwrap(), problems: vec![] }
     }
 
     fn learnt(tokenizer: &Tokenizer, example: &Example) -> String {
@@ -361,14 +405,70 @@ mod tests {
         assert_eq!(dropped.places, [Place::Line(1), Place::Line(3)]);
         let refused = encode(most, TooLong::Refuse).unwrap_err().to_string();
         let expected = format!("line 2: {} tokens, {most} are allowed", lengths[1]);
-        assert!(refused.contains(&expected), "{refused}");
+        assert!(
+            refused.contains(&expected) && refused.contains("\nhint: choose a larger `max_length`, or "),
+            "{refused}"
+        );
         // What has no labels any more is dropped as well.
         assert_eq!(encode(lengths[2], TooLong::Cut).unwrap().report.dropped, 2);
-        let Err(LlamaError::Records { problems, .. }) = encode(1, TooLong::Cut) else {
-            panic!("expected every example to be told");
+        // If none is left, each is told, and why cutting did not help.
+        for (too_long, reason) in [
+            (TooLong::Cut, "tokens, 1 are allowed, and nothing in these is learnt\n"),
+            (TooLong::Drop, "tokens, 1 are allowed\n"),
+        ] {
+            let error = encode(1, too_long).unwrap_err().to_string();
+            assert!(error.contains("3 examples") && error.matches(reason).count() == 3, "{error}");
+            let hint = "\nhint: no example would be left to learn from: choose a larger `max_length`";
+            assert!(error.matches("hint:").count() == 1 && error.ends_with(hint), "{error}");
+        }
+    }
+
+    #[test]
+    fn empty_answers_are_counted() {
+        let lines = r#"{"prompt": "Squirtle", "completion": ""}
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""},
+  {"role": "user", "content": "b"}, {"role": "assistant", "content": "fire"}]}
+{"text": "  "}
+{"prompt": "Squirtle", "completion": "water"}
+{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""},
+  {"role": "user", "content": "b"}], "completion": [{"role": "assistant", "content": "fire"}]}"#;
+        let dataset = dataset(&lines.replace("\n  ", " "));
+        let report = |labels| {
+            let options = EncodeOptions::new().with_labels(labels);
+            dataset.encode(&chatml(), &options).unwrap().report
         };
-        assert_eq!(problems.len(), 3);
-        assert!(problems[0].reason.ends_with("tokens, 1 are allowed"), "{}", problems[0].reason);
+        let answers = report(Labels::Answers);
+        assert_eq!((answers.examples, answers.empty_answers), (5, 3));
+        let text = answers.to_string();
+        assert!(text.contains("\nnote: 3 with an empty answer or text: "), "{text}");
+        // The answers before the last one are not learnt then.
+        assert_eq!(report(Labels::LastAnswer).empty_answers, 2);
+    }
+
+    #[test]
+    fn lines_that_are_no_examples_are_told_with_those_that_cannot_be_encoded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.jsonl");
+        let unanswered = r#"{"messages": [{"role": "user", "content": "x"}]}"#;
+        fs::write(&path, format!("{unanswered}\n{{\"prompt\": 1}}\n{{\"text\": \"fine\"}}\n{unanswered}\n"))
+            .unwrap();
+        let loaded = Dataset::load(&path).unwrap();
+        assert_eq!((loaded.records.len(), loaded.problems.len()), (3, 1));
+        let error = loaded.encode(&chatml(), &EncodeOptions::new()).unwrap_err().to_string();
+        let lines: Vec<&str> = error.lines().filter_map(|line| line.trim().split(':').next()).collect();
+        assert!(error.contains("3 examples cannot be used:"), "{error}");
+        assert_eq!(lines[1..], ["line 1", "line 2", "line 4"], "{error}");
+    }
+
+    #[test]
+    fn a_hint_is_given_once_for_all_lines() {
+        let plain = Tokenizer::train_bpe(["a b"], 270, SpecialTokens::new("<s>", "</s>"), None).unwrap();
+        let line =
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+        let lines = format!("{line}\n{line}");
+        let error = dataset(&lines).encode(&plain, &EncodeOptions::new()).unwrap_err().to_string();
+        assert!(error.contains("found neither\n  line 2: no chat template: "), "{error}");
+        assert!(error.matches("hint: ").count() == 1 && error.contains("\nhint: base models"), "{error}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use burn::tensor::FloatDType;
 use burn_peft::PeftError;
 use burn_peft_files::{TensorFileError, WrongFile};
 
+use crate::dataset::SHAPES;
 use crate::problem::{ConfigProblem, RecordProblem, WeightProblem};
 use crate::train::CheckpointDifference;
 
@@ -335,8 +336,15 @@ pub enum LlamaError {
         index: usize,
     },
 
-    /// Examples of a file cannot be used.
-    #[error("`{}`: {} cannot be used:{}", .path.display(), examples(.problems.len()), lines(.problems))]
+    /// A file of examples has none.
+    #[error("`{}` has no examples\nhint: {}", .path.display(), SHAPES)]
+    NoExamples {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// Examples of a file cannot be used. A reason may have a hint behind it; the message has each hint once, at its end.
+    #[error("`{}`: {} cannot be used:{}", .path.display(), examples(.problems.len()), records(.problems))]
     Records {
         /// The file.
         path: PathBuf,
@@ -377,7 +385,7 @@ pub enum LlamaError {
     /// A loss, a gradient or a trained parameter is infinite or not a number.
     #[error(
         "{what} is {value} at step {step}{}\n\
-         hint: load the adapter of the last checkpoint and train it anew, with a lower learning rate, in f32 instead of a \
+         hint: begin anew, or from the adapter of a checkpoint before, with a lower learning rate, in f32 instead of a \
          half-precision type, or without those examples",
         of_examples(.examples)
     )]
@@ -415,7 +423,7 @@ pub enum LlamaError {
     /// A checkpoint is of another training.
     #[error(
         "`{}` is a checkpoint of another training:{}\n\
-         hint: go on as it was begun, or begin anew; the adapter in it can be loaded with `load_adapter`",
+         hint: go on as it was begun, or begin anew; the adapter in it is one that can be loaded and trained further",
         .path.display(), lines(.differences)
     )]
     CheckpointDiffers {
@@ -512,16 +520,30 @@ fn examples(count: usize) -> String {
     if count == 1 { "1 example".to_string() } else { format!("{count} examples") }
 }
 
-/// An error and its causes in one line, without hints: the place where it came up is told beside it.
+/// A message and the hint behind it, if it has one.
+fn split_hint(text: &str) -> (&str, Option<&str>) {
+    match text.split_once("\nhint: ") {
+        Some((message, hint)) => (message, Some(hint)),
+        None => (text, None),
+    }
+}
+
+/// An error and its causes in one line, and behind it the line of its hint: the place where it came up is told beside it.
 pub(crate) fn chain(error: &LlamaError) -> String {
-    let mut text = error.to_string();
+    let told = error.to_string();
+    let (message, hint) = split_hint(&told);
+    let mut text = message.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {
         text += &format!(": {source}");
         cause = source.source();
     }
     let lines = text.lines().map(str::trim);
-    lines.collect::<Vec<_>>().join(" ")
+    let line = lines.collect::<Vec<_>>().join(" ");
+    match hint {
+        Some(hint) => format!("{line}\nhint: {hint}"),
+        None => line,
+    }
 }
 
 /// The examples of a step, as many as a reader will read.
@@ -546,6 +568,23 @@ fn lines<T: fmt::Display>(problems: &[T]) -> String {
         text += &format!("\n  and {} more", problems.len() - MOST);
     }
     text
+}
+
+/// One line for each problem, and behind them each hint once: many examples are wrong for the same cause.
+fn records(problems: &[RecordProblem]) -> String {
+    let mut told: Vec<String> = vec![];
+    let mut hints: Vec<&str> = vec![];
+    for RecordProblem { place, reason } in problems {
+        let (reason, hint) = split_hint(reason);
+        told.push(format!("{place}: {reason}"));
+        if let Some(hint) = hint
+            && !hints.contains(&hint)
+        {
+            hints.push(hint);
+        }
+    }
+    let hints: String = hints.iter().map(|hint| format!("\nhint: {hint}")).collect();
+    lines(&told) + &hints
 }
 
 #[cfg(test)]

@@ -52,7 +52,8 @@ impl LlamaForCausalLm {
     ///
     /// The prompts are run together, padded on the left, and every token is computed once. The adapters that are
     /// active take part, dropout does not, and no graph is built on an autodiff device. With many or long prompts,
-    /// call it for some at a time: memory grows with their number times the longest.
+    /// call it for some at a time: memory grows with their number times the longest. It grows with the answers as they
+    /// are written, so a large `options.max_new_tokens` costs nothing by itself.
     ///
     /// # Errors
     /// - [`LlamaError::EmptyPrompt`] for a prompt without tokens,
@@ -184,7 +185,7 @@ fn padding_bias(rows: &[Row], t: usize, device: &Device) -> Option<Tensor<5>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::model;
+    use crate::testing::{model, values};
 
     fn greedy(max_new_tokens: usize) -> GenerateOptions {
         GenerateOptions::new().with_max_new_tokens(max_new_tokens)
@@ -284,6 +285,54 @@ mod tests {
         assert_ne!(adapted, bare);
         model.merge_and_unload().unwrap();
         assert_eq!(adapted, model.generate(&prompts(), &greedy(6)).unwrap());
+    }
+
+    #[test]
+    fn an_early_end_needs_little_whatever_the_maximum() {
+        let model = endless(&Device::flex());
+        let free = model.generate(&prompts(), &greedy(8)).unwrap();
+        let stop = free[0][4];
+        let options = greedy(usize::MAX).with_stop_token_ids(vec![stop]);
+        let found = model.generate(&prompts()[..1], &options).unwrap();
+        let expected: Vec<u32> = free[0].iter().copied().take_while(|id| *id != stop).collect();
+        assert_eq!(found, [expected]);
+
+        let mut count = 0;
+        let found = model.generate_with(&prompts(), &greedy(usize::MAX), |_, _| {
+            count += 1;
+            if count == 12 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(found.unwrap(), [&free[0][..4], &free[1][..4], &free[2][..4]]);
+    }
+
+    /// The most probable tokens behind a prompt of 3, and all the logits.
+    fn continued(model: &LlamaForCausalLm, mut cache: KvCache, count: usize) -> (Vec<i64>, Vec<f32>) {
+        let device = Device::flex();
+        let mut ids = ints(vec![3, 1, 4], &device).reshape([1, 3]);
+        let mut bias = causal_bias(None, 3, &device);
+        let (mut tokens, mut all) = (vec![], vec![]);
+        for _ in 0..count {
+            let hidden = model.model.forward(ids, bias.take(), Some(&mut cache));
+            let [b, s, d] = hidden.dims();
+            let logits = model.logits(hidden.narrow(1, s - 1, 1).reshape([b, d]));
+            let token = logits.clone().argmax(1).into_scalar::<i64>();
+            ids = ints(vec![token], &device).reshape([1, 1]);
+            tokens.push(token);
+            all.extend(values(logits));
+        }
+        (tokens, all)
+    }
+
+    #[test]
+    fn a_cache_that_grows_changes_no_bit() {
+        let model = endless(&Device::flex());
+        let layers = model.model.layers.len();
+        // One has room for 4 positions, then 8, 16, 32 and 64; the other for 64 from the start.
+        let grown = continued(&model, KvCache::with_headroom(layers, 1, usize::MAX), 50);
+        let large = continued(&model, KvCache::with_headroom(layers, 61, 64), 50);
+        assert_eq!(grown, large);
+        let tokens: Vec<u32> = grown.0.iter().map(|&id| id as u32).collect();
+        assert_eq!(tokens, model.generate(&[vec![3, 1, 4]], &greedy(50)).unwrap()[0]);
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl fmt::Display for WeightProblem {
 pub struct RecordProblem {
     /// Where it is.
     pub place: Place,
-    /// What is wrong with it.
+    /// What is wrong with it; a line `hint: ..` may stand behind it.
     pub reason: String,
 }
 

@@ -8,6 +8,11 @@ use crate::message::Message;
 use crate::problem::RecordProblem;
 use crate::tokenizer::Tokenizer;
 
+/// The hint if too long examples are refused.
+const REFUSED: &str = "choose a larger `max_length`, or `TooLong::Cut` or `TooLong::Drop`";
+/// The hint if too long examples were to be cut or left out.
+const NONE_LEFT: &str = "no example would be left to learn from: choose a larger `max_length`";
+
 /// What becomes of examples that are too long.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,46 +77,52 @@ impl Dataset {
     /// completion follows the prompt as it stands, and the end token follows the completion.
     ///
     /// # Errors
-    /// [`LlamaError::Records`]: every example that cannot be encoded, see [`Tokenizer::encode_conversation`], is too long
-    /// and shall be refused, or has nothing to learn; those that were too long, if none is left.
-    /// [`LlamaError::EmptyBatch`] if there was none.
+    /// [`LlamaError::Records`]: all [`problems`](Self::problems) of the file, and every example that cannot be encoded, see
+    /// [`Tokenizer::encode_conversation`], is too long and shall be refused, or has nothing to learn; those that were too
+    /// long, if none is left. [`LlamaError::EmptyBatch`] if there was none.
     pub fn encode(&self, tokenizer: &Tokenizer, options: &EncodeOptions) -> Result<Encoded, LlamaError> {
         let EncodeOptions { max_length, too_long, .. } = *options;
-        let (mut examples, mut places, mut problems) = (vec![], vec![], vec![]);
-        let (mut cut, mut dropped) = (0, vec![]);
+        let (mut examples, mut places, mut problems) = (vec![], vec![], self.problems.clone());
+        let (mut cut, mut dropped, mut empty_answers) = (0, vec![], 0);
         for record in &self.records {
             let place = record.place;
+            let problem = |reason: String| RecordProblem { place, reason };
             let mut example = match encode(tokenizer, &record.content, options.labels) {
                 Ok(example) => example,
                 Err(error) => {
-                    problems.push(RecordProblem { place, reason: chain(&error) });
+                    problems.push(problem(chain(&error)));
                     continue;
                 }
             };
             let length = example.input_ids.len();
             if let Some(most) = max_length.filter(|most| length > *most) {
-                let reason = format!("{length} tokens, {most} are allowed");
+                let told = format!("{length} tokens, {most} are allowed");
                 match too_long {
                     TooLong::Refuse => {
-                        problems.push(RecordProblem { place, reason });
+                        problems.push(problem(format!("{told}\nhint: {REFUSED}")));
+                        continue;
+                    }
+                    TooLong::Drop => {
+                        dropped.push(problem(format!("{told}\nhint: {NONE_LEFT}")));
                         continue;
                     }
                     TooLong::Cut => {
                         example.input_ids.truncate(most);
                         example.labels.truncate(most);
                     }
-                    TooLong::Drop => {}
                 }
-                if too_long == TooLong::Drop || example.num_targets() == 0 {
-                    dropped.push(RecordProblem { place, reason });
+                if example.num_targets() == 0 {
+                    let reason = format!("{told}, and nothing in these is learnt\nhint: {NONE_LEFT}");
+                    dropped.push(problem(reason));
                     continue;
                 }
                 cut += 1;
             }
             if example.num_targets() == 0 {
-                problems.push(RecordProblem { place, reason: "nothing in it is learnt".to_string() });
+                problems.push(problem("nothing in it is learnt".to_string()));
                 continue;
             }
+            empty_answers += usize::from(has_empty_answer(&record.content, options.labels));
             examples.push(example);
             places.push(place);
         }
@@ -119,12 +130,13 @@ impl Dataset {
             problems.append(&mut dropped);
         }
         if !problems.is_empty() {
+            problems.sort_by_key(|problem| problem.place);
             return Err(LlamaError::Records { path: self.path.clone(), problems });
         }
         if examples.is_empty() {
             return Err(LlamaError::EmptyBatch);
         }
-        let report = EncodingReport::new(&examples, tokenizer, cut, dropped.len());
+        let report = EncodingReport::new(&examples, tokenizer, cut, dropped.len(), empty_answers);
         Ok(Encoded { examples, places, report })
     }
 }
@@ -141,5 +153,21 @@ fn encode(tokenizer: &Tokenizer, content: &Content, labels: Labels) -> Result<Ex
         }
         Content::Completion { prompt, completion } => tokenizer.encode_completion(prompt, completion, labels),
         Content::Text(text) => tokenizer.encode_document(text),
+    }
+}
+
+/// Whether an answer that is learnt, or the text, has nothing in it.
+fn has_empty_answer(content: &Content, labels: Labels) -> bool {
+    let is_empty = |text: &str| text.trim().is_empty();
+    match content {
+        Content::Messages(messages) | Content::Continuation { completion: messages, .. } => {
+            let mut answers = messages.iter().rev().filter(|message| message.role == "assistant");
+            match labels {
+                Labels::LastAnswer => answers.next().is_some_and(|answer| is_empty(&answer.content)),
+                _ => answers.any(|answer| is_empty(&answer.content)),
+            }
+        }
+        Content::Completion { completion, .. } => is_empty(completion),
+        Content::Text(text) => is_empty(text),
     }
 }

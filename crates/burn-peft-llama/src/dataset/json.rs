@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::Place;
+use super::{Place, SHAPES};
 
 /// The values of a file, or what is wrong with each of them.
 pub(super) fn values(bytes: &[u8]) -> Vec<(Place, Result<Value, String>)> {
@@ -41,7 +41,7 @@ fn reason(error: &serde_json::Error) -> String {
     let end = text.rfind(" at line ").unwrap_or(text.len());
     match error.column() {
         0 => text[..end].to_string(),
-        column => format!("no JSON: {} at column {column}", &text[..end]),
+        column => format!("no JSON: {} at column {column}\nhint: {SHAPES}", &text[..end]),
     }
 }
 

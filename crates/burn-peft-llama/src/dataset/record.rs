@@ -3,6 +3,22 @@
 use serde_json::{Map, Value};
 
 use crate::message::Message;
+use crate::problem::alternatives;
+
+/// The names in `from`, and the roles that they mean.
+const SPEAKERS: [(&str, &str); 11] = [
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("assistant", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bing", "assistant"),
+    ("model", "assistant"),
+    ("system", "system"),
+    ("tool", "tool"),
+    ("function", "function"),
+    ("observation", "observation"),
+];
 
 /// What an example says.
 #[non_exhaustive]
@@ -97,13 +113,20 @@ fn message(value: &Value) -> Result<Message, String> {
     if let Some((key, _)) = object.iter().find(is_other) {
         return Err(format!("`{key}` is not supported; leave it out if it means nothing here"));
     }
-    let role = text(object, role_key)?;
-    let role = match role.as_str() {
-        "human" if role_key == "from" => "user",
-        "gpt" if role_key == "from" => "assistant",
-        other => other,
-    };
+    let name = text(object, role_key)?;
+    let role = if role_key == "from" { speaker(&name)?.to_string() } else { name };
     Ok(Message::new(role, parts(object, content_key)?))
+}
+
+/// The role of a speaker. A chat template may render any role, so an unknown name would be learnt as it stands.
+fn speaker(name: &str) -> Result<&'static str, String> {
+    match SPEAKERS.iter().find(|(known, _)| *known == name) {
+        Some((_, role)) => Ok(*role),
+        None => {
+            let known = alternatives(SPEAKERS.iter().map(|(known, _)| *known));
+            Err(format!("`from`: expected {known}, found `{name}`"))
+        }
+    }
 }
 
 /// A text, or the texts of a list of parts.

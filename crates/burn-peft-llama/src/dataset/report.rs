@@ -24,10 +24,19 @@ pub struct EncodingReport {
     /// Examples in which a passage that is learnt does not end with a special token: the model does not learn to stop
     /// there. Those that were cut are among them.
     pub without_end: usize,
+    /// Examples in which an answer that is learnt, or the text, is empty or white space: the model learns to end there
+    /// and say nothing.
+    pub empty_answers: usize,
 }
 
 impl EncodingReport {
-    pub(super) fn new(examples: &[Example], tokenizer: &Tokenizer, cut: usize, dropped: usize) -> Self {
+    pub(super) fn new(
+        examples: &[Example],
+        tokenizer: &Tokenizer,
+        cut: usize,
+        dropped: usize,
+        empty_answers: usize,
+    ) -> Self {
         let mut lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
         lengths.sort_unstable();
         // The smallest length that so many percent do not exceed.
@@ -40,6 +49,7 @@ impl EncodingReport {
             cut,
             dropped,
             without_end: examples.iter().filter(|example| !ends(example, tokenizer)).count(),
+            empty_answers,
         }
     }
 }
@@ -77,6 +87,13 @@ impl fmt::Display for EncodingReport {
         }
         if self.dropped > 0 {
             write!(f, "\n{} too long and left out", self.dropped)?;
+        }
+        if self.empty_answers > 0 {
+            write!(
+                f,
+                "\nnote: {} with an empty answer or text: the model learns to say nothing there",
+                self.empty_answers
+            )?;
         }
         match self.without_end {
             0 => write!(f, "\neach passage that is learnt ends with an end token"),

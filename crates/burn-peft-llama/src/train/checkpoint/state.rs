@@ -110,8 +110,14 @@ pub(super) struct AdapterState {
 }
 
 impl AdapterState {
+    /// What of the adapter's configuration is not as it was, but for the name of the base: the base itself is compared,
+    /// and it may have moved.
     pub(super) fn differences(&self, now: &PeftConfig) -> Vec<CheckpointDifference> {
-        let (checkpoint, now) = (object(&self.config), object(now));
+        let (mut checkpoint, mut now) = (object(&self.config), object(now));
+        for names in [&mut checkpoint, &mut now] {
+            names.remove("base_model_name_or_path");
+            names.remove("revision");
+        }
         CheckpointDifference::between(&format!("adapter `{}`, ", self.name), &checkpoint, &now)
     }
 }

@@ -158,6 +158,10 @@ fn another_base_other_examples_options_adapters_or_versions_are_all_named() {
     present.add_adapter("default", lora()).unwrap();
     assert_eq!(resume(&mut present, training(), examples(), 7), "");
     assert!(bits(&present) == bits(&net));
+    // A base that has moved is the same base.
+    let mut moved = base();
+    moved.add_adapter("default", lora().with_base_model_name_or_path("elsewhere")).unwrap();
+    assert_eq!(resume(&mut moved, training(), examples(), 7), "");
 
     let found = resume(&mut base(), training().with_learning_rate(0.02).with_seed(3), examples(), 6);
     for line in [
