@@ -40,10 +40,10 @@
 //! is the name of the family.
 //!
 //! # Features
-//! Both are off by default.
-//! - `hub`: `resolve` and `resolve_adapter` fetch a model or an adapter from the Hugging Face Hub into the cache that
+//! - `flex`, on by default: the kernels of `burn-peft` for Flex, Burn's CPU backend, which comes with them.
+//! - `hub`, off by default: `resolve` and `resolve_adapter` fetch a model or an adapter from the Hugging Face Hub into the cache that
 //!   other tools use, and return its directory.
-//! - `train`: `LlamaForCausalLm` implements the traits of burn-train, for Burn's own learner. It brings the CPU backend and
+//! - `train`, off by default: `LlamaForCausalLm` implements the traits of burn-train, for Burn's own learner. It brings the CPU backend and
 //!   burn-dataset with it.
 //!
 //! # What it is not

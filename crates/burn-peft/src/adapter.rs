@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::module::{Module, Param, Reparameterization};
-use burn::tensor::module::{embedding, linear};
+use burn::tensor::module::embedding;
 use burn::tensor::{DType, Int, Tensor};
 
 use crate::config::PeftConfig;
 use crate::layer::Site;
 use crate::method::{Pass, Update};
-use crate::ops::Input;
+use crate::ops::{Input, linear};
 use crate::tensor::{cast, like};
 
 /// What an adapter is besides its updates.
@@ -244,7 +244,7 @@ impl Adapters {
     /// reads the table below the adapters, but for changes that PEFT ties as well.
     pub(crate) fn tied(&self, weight: &Param<Tensor<2>>, x: Tensor<2>) -> Tensor<2> {
         let table = weight.base();
-        let output = x.clone().matmul(table.clone().transpose());
+        let output = linear(x.clone(), table.clone().transpose(), None);
         let added =
             self.sum(&output, |update, acting| update.method.forward_tied(&acting.seen(update), &x, &table));
         plus(output, added)

@@ -9,7 +9,12 @@
 //!   adapters. In the model's struct one type changes, and nothing else.
 //!
 //! Plain layers inside a model that you cannot change work as well, through their dense weight. Parameters, gradients,
-//! optimizers, records and devices are Burn's own. The program that uses this crate chooses a backend, by Burn's features.
+//! optimizers, records and devices are Burn's own. The program that uses this crate chooses a backend, by Burn's
+//! features.
+//!
+//! # Features
+//! - `flex`, on by default: kernels of this crate for Flex, Burn's CPU backend, which comes with it. Without, everything is
+//!   composed of Burn's operations, as it is on other backends in any case.
 //!
 //! # Example
 //! ```
@@ -90,6 +95,7 @@ pub use layers::{LoraEmbedding, LoraLinear};
 pub use lora_plus::{LoraPlus, LoraPlusGroups};
 pub use merge::MergeReport;
 pub use model::{AdapterTensor, DEFAULT_ADAPTER, PeftModel};
+pub use ops::linear;
 pub use plan::{AdaptedModule, InjectionReport, TargetCoverage};
 pub use status::AdapterStatus;
 pub use store::{AdapterDirectory, LoadOptions, LoadReport, StoredModule, StoredTensor, TensorRole};

@@ -2,8 +2,12 @@
 
 pub(crate) mod column_norm;
 mod dropout;
+#[cfg(feature = "flex")]
+mod flex;
 mod input;
+mod linear;
 pub(crate) mod low_rank;
 pub(crate) mod singular;
 
 pub(crate) use input::Input;
+pub use linear::linear;

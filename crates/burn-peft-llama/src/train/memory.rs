@@ -141,7 +141,8 @@ impl Adapted {
         let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let (q, kv) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
         let count = |names: &[&str]| names.iter().filter(|name| self.modules.contains(**name)).count();
-        // The inputs of what is trained: one tensor for all that read it, or with dropout one for each, and its mask.
+        // The inputs of what is trained: one tensor for all that read it, or with dropout one for each. (Where
+        // dropout is composed of Burn's operations, it also keeps a mask: one more byte for each element, or up to four.)
         let inputs = [
             (d, count(&["q_proj", "k_proj", "v_proj"])),
             (q, count(&["o_proj"])),
@@ -149,7 +150,7 @@ impl Adapted {
             (f, count(&["down_proj"])),
         ];
         let kept = |(width, modules): &(usize, usize)| match self.has_dropout {
-            true => width * modules * (element * 4 + 4) / 4,
+            true => width * modules * element,
             false => width * element * (*modules).min(1),
         };
         let inputs: usize = inputs.iter().map(kept).sum();

@@ -6,6 +6,7 @@ use burn::tensor::{Int, Tensor};
 
 use crate::adapter::Adapters;
 use crate::layers::transparent::transparent_layer;
+use crate::ops::linear;
 use crate::seam::Mark;
 
 /// `nn::Linear` whose adapters work on activations:
@@ -58,7 +59,7 @@ impl LoraLinear {
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         match Adapters::of(&self.layer.weight) {
             Some(adapters) => self.forward_with(adapters, input),
-            None => self.layer.forward(input),
+            None => linear(input, self.layer.weight.val(), self.layer.bias.as_ref().map(|bias| bias.val())),
         }
     }
 

@@ -1,0 +1,141 @@
+//! Linear layers whose weight is, as a rule, not trained.
+
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::tensor::Tensor;
+
+/// `y = x W + b`, as [`burn::tensor::module::linear`] computes it, made for a `W` that is not trained.
+///
+/// Nothing is kept for backward but `W` itself, whose gradient is never computed: `dx = dy Wᵀ`. On Burn's CPU backend
+/// (Flex) both products read `W` as it lies in memory, also if it is a transposed view. Elsewhere, and for a weight that
+/// is trained or quantized, it is Burn's `linear`.
+///
+/// # Shapes
+/// - x: `[.., d_in]`
+/// - weight: `[d_in, d_out]`
+/// - bias: `[d_out]`
+/// - output: `[.., d_out]`
+///
+/// # Panics
+/// If the shapes do not fit, or if the types of `x` and `weight` differ.
+///
+/// # Example
+/// ```
+/// use burn::tensor::{Device, Tensor};
+///
+/// let device = Device::flex().autodiff();
+/// let x = Tensor::<2>::from_data([[1.0, 2.0]], &device).require_grad();
+/// let table = Tensor::<2>::from_data([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], &device);
+/// let y = burn_peft::linear(x.clone(), table.transpose(), None);
+/// assert_eq!(y.to_data().try_to_vec::<f32>().unwrap(), [11.0, 17.0, 23.0]);
+/// let dx = x.grad(&y.sum().backward()).unwrap();
+/// assert_eq!(dx.to_data().try_to_vec::<f32>().unwrap(), [15.0, 18.0]);
+/// ```
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if flex::is_frozen(&x, &weight) {
+        let mut shape = x.dims();
+        let [d_in, d_out] = weight.dims();
+        let n: usize = shape[..D - 1].iter().product();
+        let y = flex::product(x.reshape([n, d_in]), weight);
+        let y = match bias {
+            Some(bias) => y + bias.unsqueeze(),
+            None => y,
+        };
+        shape[D - 1] = d_out;
+        return y.reshape(shape);
+    }
+    burn::tensor::module::linear(x, weight, bias)
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::{DType, Device, Distribution, Tolerance};
+
+    use super::*;
+
+    /// Output and gradient of the input.
+    fn both(
+        f: impl Fn(Tensor<3>, Tensor<2>) -> Tensor<3>,
+        x: &Tensor<3>,
+        w: &Tensor<2>,
+        dy: &Tensor<3>,
+    ) -> Option<(Tensor<3>, Tensor<3>)> {
+        let x = Tensor::<3>::from_inner(x.clone()).require_grad();
+        let y = f(x.clone(), Tensor::from_inner(w.clone()));
+        let mut gradients = (y.clone() * Tensor::from_inner(dy.clone())).sum().backward();
+        Some((y.inner(), x.grad_remove(&mut gradients)?))
+    }
+
+    /// Random shapes and layouts, against f64; a vocabulary and a single row as well.
+    #[test]
+    fn outputs_and_gradients_are_exact() {
+        let burns = |x, w| burn::tensor::module::linear(x, w, None);
+        let device = Device::flex();
+        for (batch, n, d_in, d_out) in
+            [(1, 1, 1, 1), (1, 1, 70, 33), (2, 3, 64, 48), (3, 37, 96, 200), (1, 5, 64, 49_152)]
+        {
+            let random =
+                |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.5), &device);
+            let x = random([batch * n, d_in]).reshape([batch, n, d_in]);
+            let dy = random([batch * n, d_out]).reshape([batch, n, d_out]);
+            let dense = random([d_in, d_out]);
+            let part = random([d_in + 3, d_out + 2]).narrow(0, 2, d_in).narrow(1, 1, d_out);
+            for w in [dense, random([d_out, d_in]).transpose(), part] {
+                let [x64, dy64] = [&x, &dy].map(|tensor| tensor.clone().cast(DType::F64));
+                let expected = both(burns, &x64, &w.clone().cast(DType::F64), &dy64).unwrap();
+                let found = both(|x, w| linear(x, w, None), &x, &w, &dy).unwrap();
+                let own = both(burns, &x, &w, &dy).unwrap();
+                for (found, own, expected) in [(found.0, own.0, expected.0), (found.1, own.1, expected.1)] {
+                    let off = |tensor: Tensor<3>| -> f64 {
+                        let off = (tensor.cast(DType::F64) - expected.clone()).abs().max();
+                        off.into_scalar::<f64>() / expected.clone().abs().max().into_scalar::<f64>()
+                    };
+                    let (found, own) = (off(found), off(own));
+                    assert!(found < 2e-6, "{found}, Burn's {own}, {batch} x {n} x {d_in} x {d_out}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_expanded_or_turned_is_one_too() {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<2>::random([6, 40], Distribution::Default, &device).require_grad();
+        let w = Tensor::<2>::random([40, 30], Distribution::Default, &device);
+        for reduce in
+            [|y: Tensor<2>| y.sum(), |y: Tensor<2>| y.transpose().slice([3..20, 0..6]).powi_scalar(2).sum()]
+        {
+            let gradient = |y: Tensor<2>| x.grad(&reduce(y).backward()).unwrap().to_data();
+            let found = gradient(linear(x.clone(), w.clone(), None));
+            let expected = gradient(x.clone().matmul(w.clone()));
+            found.assert_approx_eq(&expected, Tolerance::<f32>::rel_abs(1e-5, 1e-5));
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_trained_gets_its_gradient() {
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
+            let x = Tensor::<2>::ones([2, 3], &device).require_grad();
+            let w = Tensor::<2>::ones([3, 4], &device).require_grad();
+            let bias = Tensor::<1>::ones([4], &device);
+            let y = linear(x.clone(), w.clone() * 2.0, Some(bias));
+            assert_eq!(y.to_data().try_to_vec::<f32>().unwrap(), [7.0; 8]);
+            let gradients = y.sum().backward();
+            assert_eq!(w.grad(&gradients).unwrap().to_data().try_to_vec::<f32>().unwrap(), [4.0; 12]);
+            assert_eq!(x.grad(&gradients).unwrap().to_data().try_to_vec::<f32>().unwrap(), [8.0; 6]);
+        }
+    }
+
+    #[test]
+    fn frozen_on_devices_with_gradient_checkpointing() {
+        let device = Device::flex().autodiff().gradient_checkpointing();
+        let x = Tensor::<2>::ones([2, 3], &device).require_grad();
+        let w = Tensor::<2>::ones([3, 4], &device);
+        assert!(flex::is_frozen(&x, &w) && !flex::is_frozen(&x, &w.clone().require_grad()));
+        let y = linear(x.clone().exp(), w, None);
+        let dx = x.grad(&y.sum().backward()).unwrap().to_data().try_to_vec::<f32>().unwrap();
+        assert!(dx.iter().all(|dx| (dx - 4.0 * 1f32.exp()).abs() < 1e-5), "{dx:?}");
+    }
+}
