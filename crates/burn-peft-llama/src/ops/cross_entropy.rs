@@ -2,6 +2,7 @@
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
+use burn_peft::linear;
 
 use super::cast;
 use super::sum::sum_all;
@@ -48,7 +49,7 @@ pub(crate) fn cross_entropy_of_frozen(
     let (loss, total) = (softmax.loss.clone(), softmax.total.clone());
     // Divided where there is less to divide.
     let to_logits = cast(softmax.gradient(targets), weight.dtype());
-    let gradient = cast(to_logits.matmul(weight.transpose()), DType::F32) / total;
+    let gradient = cast(linear(to_logits, weight.transpose(), None), DType::F32) / total;
     with_gradient(loss, hidden, gradient)
 }
 

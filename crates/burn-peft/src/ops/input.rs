@@ -1,9 +1,10 @@
 //! The input of any layer.
 
-use burn::tensor::module::{embedding, linear};
+use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
 use super::dropout::zero_some;
+use super::linear::linear;
 use crate::tensor::cast;
 
 /// What a layer that works on activations has been given.

@@ -13,6 +13,10 @@ use gemmkit::{MatMut, MatRef, Parallelism, gemm};
 
 use crate::ops::flex::is_on_flex;
 
+/// The longest sums that gemmkit makes: the gradient of a loss over 49,152 tokens was 4.9e-6 off with its products (0.1.2),
+/// and is within 2e-6 with those of `gemm`.
+const LONGEST_SUM: usize = 8192;
+
 /// Whether [`product`] is for these two.
 pub(super) fn is_frozen<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>) -> bool {
     weight.dtype().is_float()
@@ -36,7 +40,7 @@ trait FrozenProduct: Backend {
 
 impl FrozenProduct for Flex {
     fn frozen_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        if x.dtype() == DType::F32 && is_turned(&weight) {
+        if x.dtype() == DType::F32 && is_turned(&weight) && weight.layout().shape()[0] <= LONGEST_SUM {
             return turned_product(x, weight);
         }
         Self::float_matmul(x, weight)
