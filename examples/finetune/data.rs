@@ -257,7 +257,7 @@ mod tests {
         let valid = format!("question,answer\n{UNANSWERED}\n");
         let test = r#"{"conversations": [{"from": "weird", "value": "x"}]}"#.to_string() + "\n{\n";
         let files = [("train.jsonl", &train[..]), ("valid.jsonl", &valid[..]), ("test.jsonl", &test[..])];
-        // Nothing is told of what would be held out of the good lines.
+        // The good lines are not split, so the error is about the wrong ones alone.
         let told = refused(&files, 100, &["--valid-split", "0.9"]);
         for (file, reasons) in [
             ("train", ["line 1: expected the keys ", "line 2: expected a conversation "]),

@@ -33,7 +33,8 @@ pub(super) fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
 
 /// The same for a seed.
 fn with_seed<const D: usize>(x: Tensor<D>, prob: f64, seed: u64) -> Tensor<D> {
-    let threshold = (prob * 65_536.0).round() as u32;
+    // A probability below 1 keeps something.
+    let threshold = (prob * 65_536.0).round().min(65_535.0) as u32;
     Tensor::from_dispatch(Dispatch::zero_some(x.into_dispatch(), threshold, seed))
 }
 
@@ -128,7 +129,7 @@ mod tests {
             let found = deviations(dropped(prob, 7).into_iter(), rounded);
             assert!(found.abs() < 4.0, "{prob}: {found} standard deviations");
         }
-        assert!(!dropped(0.0, 1).contains(&true));
+        assert!(!dropped(0.0, 1).contains(&true) && dropped(1.0 - 1e-9, 1).contains(&false));
     }
 
     /// Neighbours at every distance at which numbers or chunks could repeat, and calls with seeds that lie close together.
