@@ -3,10 +3,10 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_peft::LoraLinear;
+use burn_peft_ops::{CausalMask, attention};
 
 use crate::cache::LayerCache;
 use crate::config::LlamaConfig;
-use crate::ops::attention::attention;
 use crate::rope::RotaryTables;
 use crate::source::Source;
 
@@ -30,9 +30,7 @@ pub struct LlamaAttention {
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
     pub(crate) tables: RotaryTables,
-    /// 0 where a query sees a key, negative infinity elsewhere; `None` if everything is seen.
-    /// `[b or 1, 1, 1, s, t]`
-    pub(crate) bias: Option<Tensor<5>>,
+    pub(crate) mask: CausalMask,
 }
 
 impl LlamaAttention {
@@ -65,7 +63,7 @@ impl LlamaAttention {
         let v = self.v_proj.forward(x).reshape([b, s, n, d]).swap_dims(1, 2);
         let k = k.reshape([b, n, s, d]);
         let (k, v) = if let Some(cache) = cache { cache.append(k, v) } else { (k, v) };
-        let y = attention(q, k, v, context.bias.as_ref());
+        let y = attention(q, k, v, &context.mask);
         self.o_proj.forward(y.permute([0, 3, 1, 2, 4]).reshape([b, s, n * g * d]))
     }
 }
@@ -76,7 +74,6 @@ mod tests {
     use burn::tensor::{Bool, DType, Device, Distribution};
 
     use super::*;
-    use crate::mask::causal_bias;
     use crate::rope::{Rope, RopeConfig};
     use crate::testing::values;
 
@@ -91,7 +88,7 @@ mod tests {
         // Frequencies of nearly zero: no rotation, so heads can be compared without it.
         let rope = RopeConfig { rope_theta: 1e30, ..RopeConfig::default() };
         let tables = Rope::new(&rope, d).tables(0..1, &device, DType::F32);
-        let context = Context { tables, bias: causal_bias(None, s, &device) };
+        let context = Context { tables, mask: CausalMask::new(s, s) };
 
         let x = Tensor::<3>::random([b, s, hidden], Distribution::Normal(0.0, 2.0), &device);
         let y = attention.forward(x.clone(), &context, None);

@@ -14,6 +14,8 @@ pub struct Batch {
     pub input_ids: Tensor<2, Int>,
     /// `true` where `input_ids` holds a token of the example and `false` where it holds padding, `[b, s]`.
     pub attention_mask: Tensor<2, Bool>,
+    /// The side that padding is on. On the right, attention needs no mask for it: no token sees what comes after it.
+    pub padding_side: PaddingSide,
     /// Index into the flattened `[b * s]` positions of each position that *predicts* a labelled token,
     /// ascending, `[n]`. Position `i` of a sequence predicts token `i + 1`.
     pub positions: Tensor<1, Int>,
@@ -162,6 +164,7 @@ impl Collator {
         Ok(Batch {
             input_ids: Tensor::from_data(TensorData::new(input_ids, [b, s]), device),
             attention_mask: Tensor::from_data(TensorData::new(mask, [b, s]), device),
+            padding_side: self.side,
             positions: Tensor::from_data(TensorData::new(positions, [n]), device),
             targets: Tensor::from_data(TensorData::new(targets, [n]), device),
             num_tokens,

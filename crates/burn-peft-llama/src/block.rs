@@ -54,9 +54,9 @@ mod tests {
     use burn_peft::LoraLinear;
 
     use super::*;
-    use crate::mask::causal_bias;
     use crate::rope::Rope;
     use crate::testing::{assert_close, model, values};
+    use burn_peft_ops::CausalMask;
 
     const SHAPE: [usize; 3] = [2, 3, 16];
 
@@ -66,7 +66,7 @@ mod tests {
         let model = model(&device, false);
         let tables =
             Rope::new(&model.config().rope, model.config().head_dim).tables(0..SHAPE[1], &device, DType::F32);
-        let context = Context { tables, bias: causal_bias(None, SHAPE[1], &device) };
+        let context = Context { tables, mask: CausalMask::new(SHAPE[1], SHAPE[1]) };
         (model.model.layers[0].clone(), context)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Reading and writing `config.json` and building a model follow the constant; nothing else names a family. A
 //! difference that no family here has yet becomes a field of [`Family`] and one branch in the layer that it concerns:
-//! norms on queries and keys in `attention.rs`, another activation in `mlp.rs` and `ops`, `1 + weight` in `norm.rs`, a
+//! norms on queries and keys in `attention.rs`, another activation in `mlp.rs`, `1 + weight` in `norm.rs`, a
 //! window of attention in `mask.rs`, a scaled embedding in `model.rs`.
 
 use std::fmt;

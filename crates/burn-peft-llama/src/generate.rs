@@ -6,10 +6,10 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use burn_peft::PeftModel;
+use burn_peft_ops::CausalMask;
 
 use crate::cache::KvCache;
 use crate::error::LlamaError;
-use crate::mask::{bias_of, causal_bias};
 use crate::model::LlamaForCausalLm;
 use crate::sampler::{Sampler, Sampling};
 
@@ -102,9 +102,9 @@ impl LlamaForCausalLm {
         let mut rows: Vec<Row> =
             prompts.iter().enumerate().map(|(prompt, ids)| Row { prompt, padding: s - ids.len() }).collect();
 
-        let (mut ids, mut bias) = left_padded(prompts, s, &device);
+        let (mut ids, mut mask) = left_padded(prompts, s, &device);
         for step in 0..options.max_new_tokens {
-            let hidden = model.model.forward(ids, bias, Some(&mut cache));
+            let hidden = model.model.forward(ids, mask, Some(&mut cache));
             let [b, s, d] = hidden.dims();
             let last = hidden.narrow(1, s - 1, 1).reshape([b, d]);
             let next = sampler.next(model.logits(last))?;
@@ -133,7 +133,7 @@ impl LlamaForCausalLm {
             }
             let next = going.iter().map(|&i| i64::from(next[i])).collect();
             ids = ints(next, &device).unsqueeze_dim(1);
-            bias = padding_bias(&rows, cache.length() + 1, &device);
+            mask = mask_of_next(&rows, cache.length() + 1, &device);
         }
         Ok(outputs)
     }
@@ -157,29 +157,33 @@ fn ints(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values, [n]), device)
 }
 
-/// Ids `[b, s]` and the attention bias.
-fn left_padded(prompts: &[Vec<u32>], s: usize, device: &Device) -> (Tensor<2, Int>, Option<Tensor<5>>) {
+/// Ids `[b, s]` and what they see.
+fn left_padded(prompts: &[Vec<u32>], s: usize, device: &Device) -> (Tensor<2, Int>, CausalMask) {
     let b = prompts.len();
-    let (mut ids, mut mask) = (vec![0_i64; b * s], vec![false; b * s]);
+    let (mut ids, mut tokens) = (vec![0_i64; b * s], vec![false; b * s]);
     for (row, prompt) in prompts.iter().enumerate() {
         let start = (row + 1) * s - prompt.len();
         for (i, &id) in prompt.iter().enumerate() {
             ids[start + i] = i64::from(id);
-            mask[start + i] = true;
+            tokens[start + i] = true;
         }
     }
-    let padded = mask.contains(&false);
-    let mask = padded.then(|| Tensor::<2, Bool>::from_data(TensorData::new(mask, [b, s]), device));
-    (Tensor::from_data(TensorData::new(ids, [b, s]), device), causal_bias(mask, s, device))
+    let ids = Tensor::from_data(TensorData::new(ids, [b, s]), device);
+    (ids, mask_of(CausalMask::new(s, s), tokens, [b, s], device))
 }
 
-/// The bias of one new position each that sees `t` positions, itself included.
-fn padding_bias(rows: &[Row], t: usize, device: &Device) -> Option<Tensor<5>> {
-    if rows.iter().all(|row| row.padding == 0) {
-        return None;
+/// What one new position of each row sees, `t` positions with itself.
+fn mask_of_next(rows: &[Row], t: usize, device: &Device) -> CausalMask {
+    let tokens = rows.iter().flat_map(|row| (0..t).map(|i| i >= row.padding)).collect();
+    mask_of(CausalMask::new(1, t), tokens, [rows.len(), t], device)
+}
+
+/// The mask with padding, if there is any.
+fn mask_of(mask: CausalMask, tokens: Vec<bool>, shape: [usize; 2], device: &Device) -> CausalMask {
+    if !tokens.contains(&false) {
+        return mask;
     }
-    let hidden: Vec<bool> = rows.iter().flat_map(|row| (0..t).map(|i| i < row.padding)).collect();
-    Some(bias_of(Tensor::<3, Bool>::from_data(TensorData::new(hidden, [rows.len(), 1, t]), device)))
+    mask.with_tokens(Tensor::<2, Bool>::from_data(TensorData::new(tokens, shape), device))
 }
 
 #[cfg(test)]
@@ -309,14 +313,15 @@ mod tests {
     fn continued(model: &LlamaForCausalLm, mut cache: KvCache, count: usize) -> (Vec<i64>, Vec<f32>) {
         let device = Device::flex();
         let mut ids = ints(vec![3, 1, 4], &device).reshape([1, 3]);
-        let mut bias = causal_bias(None, 3, &device);
+        let mut mask = CausalMask::new(3, 3);
         let (mut tokens, mut all) = (vec![], vec![]);
         for _ in 0..count {
-            let hidden = model.model.forward(ids, bias.take(), Some(&mut cache));
+            let hidden = model.model.forward(ids, mask, Some(&mut cache));
             let [b, s, d] = hidden.dims();
             let logits = model.logits(hidden.narrow(1, s - 1, 1).reshape([b, d]));
             let token = logits.clone().argmax(1).into_scalar::<i64>();
             ids = ints(vec![token], &device).reshape([1, 1]);
+            mask = CausalMask::new(1, cache.length() + 1);
             tokens.push(token);
             all.extend(values(logits));
         }

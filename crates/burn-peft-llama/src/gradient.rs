@@ -3,8 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, FloatDType, Tensor};
-
-use crate::ops::sum::sum_all;
+use burn_peft_ops::sum_all;
 
 /// Scales all gradients of `module` together so that their common norm is at most `max_norm`, and returns them with
 /// the norm they had, `[1]`.

@@ -80,13 +80,11 @@ mod hub;
 #[cfg(feature = "train")]
 mod learner;
 mod loss;
-mod mask;
 mod merge;
 mod message;
 mod mlp;
 mod model;
 mod norm;
-mod ops;
 mod parameters;
 mod problem;
 mod rope;

@@ -1,9 +1,9 @@
 //! The loss of a model: cross-entropy of the next token, a bounded number of logits at a time.
 
 use burn::tensor::{Int, Tensor};
+use burn_peft_ops::{cross_entropy, cross_entropy_of_frozen};
 
 use crate::head::{Head, Picked};
-use crate::ops::cross_entropy::{cross_entropy, cross_entropy_of_frozen};
 
 /// Bound of the logits that exist at a time, in numbers: 64 MiB of f32.
 pub(crate) const CHUNK: usize = 1 << 24;

@@ -3,9 +3,9 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_peft::LoraLinear;
+use burn_peft_ops::swiglu;
 
 use crate::config::LlamaConfig;
-use crate::ops::swiglu::swiglu;
 use crate::source::Source;
 
 /// SwiGLU: `down_proj(silu(gate_proj(x)) * up_proj(x))`.

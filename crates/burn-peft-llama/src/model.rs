@@ -4,15 +4,15 @@ use burn::module::{Module, Param};
 use burn::nn::{Embedding, Initializer, Linear};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, MergeReport, PeftError, PeftModel};
+use burn_peft_ops::CausalMask;
 
 use crate::attention::Context;
-use crate::batch::Batch;
+use crate::batch::{Batch, PaddingSide};
 use crate::block::LlamaBlock;
 use crate::cache::KvCache;
 use crate::config::LlamaConfig;
 use crate::head::{Head, Picked};
 use crate::loss::mean_cross_entropy;
-use crate::mask::causal_bias;
 use crate::norm::RmsNorm;
 use crate::rope::Rope;
 use crate::source::{Fresh, Kind, Source};
@@ -116,8 +116,12 @@ impl LlamaForCausalLm {
         attention_mask: Option<Tensor<2, Bool>>,
     ) -> Tensor<3> {
         let s = input_ids.dims()[1];
-        let bias = causal_bias(attention_mask, s, &input_ids.device());
-        self.model.forward(input_ids, bias, None)
+        let mask = CausalMask::new(s, s);
+        let mask = match attention_mask {
+            Some(tokens) => mask.with_tokens(tokens),
+            None => mask,
+        };
+        self.model.forward(input_ids, mask, None)
     }
 
     /// Applies the output layer, tied or not.
@@ -143,7 +147,11 @@ impl LlamaForCausalLm {
 
     /// The hidden states at the labelled positions of `batch`.
     pub(crate) fn labelled(&self, batch: &Batch) -> Picked {
-        let hidden = self.hidden_states(batch.input_ids.clone(), Some(batch.attention_mask.clone()));
+        let mask = match batch.padding_side {
+            PaddingSide::Right => None,
+            PaddingSide::Left => Some(batch.attention_mask.clone()),
+        };
+        let hidden = self.hidden_states(batch.input_ids.clone(), mask);
         let [b, s, d] = hidden.dims();
         Picked {
             hidden: hidden.reshape([b * s, d]).select(0, batch.positions.clone()),
@@ -226,18 +234,18 @@ impl Llama {
         Ok(Self { embed_tokens, layers, norm, rope: Rope::new(&config.rope, config.head_dim) })
     }
 
-    /// The normalised residual stream. `[b, s]`, bias `[b or 1, 1, 1, s, t]`, to `[b, s, hidden_size]`.
+    /// The normalised residual stream, `[b, s]` to `[b, s, hidden_size]`.
     pub(crate) fn forward(
         &self,
         input_ids: Tensor<2, Int>,
-        bias: Option<Tensor<5>>,
+        mask: CausalMask,
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let (s, device) = (input_ids.dims()[1], input_ids.device());
         let mut x = self.embed_tokens.forward(input_ids);
         let start = cache.as_ref().map_or(0, |cache| cache.length());
         let tables = self.rope.tables(start..start + s, &device, x.dtype());
-        let context = Context { tables, bias };
+        let context = Context { tables, mask };
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(x, &context, cache.as_mut().map(|cache| &mut cache.layers[i]));
         }

@@ -2,9 +2,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use burn_peft_ops::rms_norm;
 
 use crate::config::LlamaConfig;
-use crate::ops::rms_norm::rms_norm;
 use crate::source::{Kind, Source};
 
 /// `y = x / sqrt(mean(x²) + eps) * weight` over the last axis.

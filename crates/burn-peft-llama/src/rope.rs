@@ -4,8 +4,7 @@ use std::f64::consts::TAU;
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-
-use crate::ops::rope::rotate;
+use burn_peft_ops::rotate;
 
 /// How positions are encoded. The default is `rope_theta` 10000 without scaling.
 #[non_exhaustive]

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::module::embedding;
 use burn::tensor::{DType, Int, Tensor};
+use burn_peft_ops::{cast, linear};
 
 use crate::config::PeftConfig;
 use crate::layer::Site;
 use crate::method::{Pass, Update};
-use crate::ops::{Input, linear};
-use crate::tensor::{cast, like};
+use crate::ops::Input;
+use crate::tensor::like;
 
 /// What an adapter is besides its updates.
 #[derive(Debug, Clone)]

@@ -10,11 +10,12 @@ mod random;
 use std::fmt;
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
+use burn_peft_ops::cast;
 use serde_json::Value;
 
 use crate::error::PeftError;
 use crate::layer::{Layer, Site};
-use crate::tensor::{cast, is_finite};
+use crate::tensor::is_finite;
 
 /// Where the tensors of a method start.
 pub(crate) struct Start<'a> {

@@ -85,6 +85,7 @@ mod tensor;
 mod weighted;
 
 pub use burn_peft_files::WrongFile;
+pub use burn_peft_ops::linear;
 pub use combination_type::{CombinationType, MajoritySign};
 pub use config::{Bias, FileFields, LoraConfig, PeftConfig, Targeting, TokenIndices};
 pub use convert::LoraRank;
@@ -95,7 +96,6 @@ pub use layers::{LoraEmbedding, LoraLinear};
 pub use lora_plus::{LoraPlus, LoraPlusGroups};
 pub use merge::MergeReport;
 pub use model::{AdapterTensor, DEFAULT_ADAPTER, PeftModel};
-pub use ops::linear;
 pub use plan::{AdaptedModule, InjectionReport, TargetCoverage};
 pub use status::AdapterStatus;
 pub use store::{AdapterDirectory, LoadOptions, LoadReport, StoredModule, StoredTensor, TensorRole};

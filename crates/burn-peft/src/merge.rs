@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
+use burn_peft_ops::cast;
 
 use crate::adapter::{Adapter, Adapters, Merged};
 use crate::error::PeftError;
@@ -13,7 +14,7 @@ use crate::layer::Space;
 use crate::seam::{Layout, attach};
 use crate::states::States;
 use crate::summary::count;
-use crate::tensor::{cast, is_finite, like};
+use crate::tensor::{is_finite, like};
 
 /// What merging did to the weights.
 #[non_exhaustive]

@@ -331,10 +331,15 @@ impl Pass<'_> {
     /// The input as the adapter `of` sees it while training, and the factor that makes up for what was dropped; whether
     /// anything was.
     pub(crate) fn dropped(&self, of: &Update, like: &Tensor<2>) -> Dropped {
-        let acts = self.drops && of.drops() && self.input.is_autodiff();
-        let prob = if acts { of.method.dropout() } else { 0.0 };
+        let prob = self.dropout(of);
         let (input, factor) = self.input.dropped(prob, like);
-        Dropped { input, factor, acts: acts && matches!(self.input, Input::Activations(_)) }
+        Dropped { input, factor, acts: prob > 0.0 && matches!(self.input, Input::Activations(_)) }
+    }
+
+    /// The probability with which an element of the input does not reach the adapter `of`, 0 where dropout does not act.
+    pub(crate) fn dropout(&self, of: &Update) -> f64 {
+        let acts = self.drops && of.drops() && self.input.is_autodiff();
+        if acts { of.method.dropout() } else { 0.0 }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Conversions that cost nothing when there is nothing to do.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
+use burn_peft_ops::cast;
 
 /// `tensor`, which has no graph, on the kind of device that `other` is on.
 pub(crate) fn like<const D: usize, const E: usize>(tensor: Tensor<D>, other: &Tensor<E>) -> Tensor<D> {
@@ -21,14 +22,4 @@ pub(crate) fn on_kind_of<const D: usize>(tensor: Tensor<D>, device: &Device) -> 
 /// Whether a tensor has no infinity and no NaN.
 pub(crate) fn is_finite<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.clone().is_finite().all().into_scalar()
-}
-
-/// `Tensor::cast` that costs nothing when there is nothing to do, and leaves quantized tensors to the operation that
-/// reads them.
-pub(crate) fn cast<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if tensor.dtype() == dtype || !tensor.dtype().is_float() || !dtype.is_float() {
-        tensor
-    } else {
-        tensor.cast(dtype)
-    }
 }

@@ -1,9 +1,9 @@
 //! Losses added up without waiting for the device.
 
 use burn::tensor::{FloatDType, Tensor};
+use burn_peft_ops::RunningSum;
 
 use crate::error::LlamaError;
-use crate::ops::sum::RunningSum;
 
 /// A mean loss that stays on the device until it is asked for.
 #[derive(Default)]

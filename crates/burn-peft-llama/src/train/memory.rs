@@ -5,6 +5,7 @@ use std::fmt;
 
 use burn::tensor::{DType, FloatDType};
 use burn_peft::PeftModel;
+use burn_peft_ops::HAS_KERNELS;
 
 use crate::batch::Collator;
 use crate::config::LlamaConfig;
@@ -83,7 +84,8 @@ impl MemoryEstimate {
             gradients: trained,
             optimizer: 2 * trained,
             activations: blocks.iter().map(|block| block.activations(config, batch, element)).sum(),
-            // The gradients of the feed-forward layer, or the logits with theirs in f32.
+            // The gradients of the feed-forward layer, or the logits and as much again, for their gradient or for what products
+            // pack.
             temporary: (positions * element * (2 * f).max(3 * d)).max(2 * 4 * logits),
         }
     }
@@ -136,31 +138,38 @@ impl Adapted {
         (first..count).map(block).collect()
     }
 
-    /// Bytes that the forward pass of the block keeps.
+    /// Bytes that the forward pass of the block keeps: see `burn_peft_ops` for what each operation does.
     fn activations(&self, config: &LlamaConfig, [b, s]: [usize; 2], element: usize) -> usize {
+        let has_kernels = HAS_KERNELS && element == DType::F32.size();
         let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let (q, kv) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
         let count = |names: &[&str]| names.iter().filter(|name| self.modules.contains(**name)).count();
-        // The inputs of what is trained: one tensor for all that read it, or with dropout one for each. (Where
-        // dropout is composed of Burn's operations, it also keeps a mask: one more byte for each element, or up to four.)
+        // The inputs of what is trained: one tensor for all that read it, or with composed dropout one for each. (Its mask is
+        // not counted: one more byte for each element, or up to four.)
         let inputs = [
             (d, count(&["q_proj", "k_proj", "v_proj"])),
             (q, count(&["o_proj"])),
             (d, count(&["gate_proj", "up_proj"])),
             (f, count(&["down_proj"])),
         ];
-        let kept = |(width, modules): &(usize, usize)| match self.has_dropout {
+        let kept = |(width, modules): &(usize, usize)| match self.has_dropout && !has_kernels {
             true => width * modules * element,
             false => width * element * (*modules).min(1),
         };
         let inputs: usize = inputs.iter().map(kept).sum();
-        let norms = d * count(&["input_layernorm", "post_attention_layernorm"]);
-        // Both norms, queries, keys and values, the gate; the scores and their softmax.
-        let own = 2 * d + q + 2 * kv + 4 * f;
-        let modules = self.modules.len();
-        b * s * ((own + norms) * element + inputs + self.ranks * 4)
-            + 3 * 4 * b * h * s * s
-            + GRAPH * (55 + 45 * modules / 7) / 100
+        // The inputs of both norms, queries, keys and values, gate and up.
+        let own = (2 * d + q + 2 * kv + 2 * f) * element;
+        let own = match has_kernels {
+            // And a number for each row of a norm, two for each row of scores.
+            true => b * s * (own + (2 + 2 * h) * 4),
+            // And two results on the way to the gate's; norms that are trained keep what is multiplied with their weight; the
+            // scores and their softmax.
+            false => {
+                let norms = d * count(&["input_layernorm", "post_attention_layernorm"]);
+                b * s * (own + (2 * f + norms) * element) + 3 * 4 * b * h * s * s
+            }
+        };
+        own + b * s * (inputs + self.ranks * 4) + GRAPH * (55 + 45 * self.modules.len() / 7) / 100
     }
 }
 

@@ -3,10 +3,10 @@
 use burn::module::ModuleVisitor;
 use burn::nn::Linear;
 use burn::tensor::{Int, Tensor};
+use burn_peft_ops::linear;
 
 use crate::adapter::Adapters;
 use crate::layers::transparent::transparent_layer;
-use crate::ops::linear;
 use crate::seam::Mark;
 
 /// `nn::Linear` whose adapters work on activations:

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
+use burn_peft_ops::cast;
 
 use super::{Chosen, Description, KeyEnd, LowRank, Method, Pass, Tells, TensorSpec, Update};
 use crate::config::PeftConfig;
@@ -14,7 +15,7 @@ use crate::init::Start;
 use crate::layer::{Layer, Site};
 use crate::ops::column_norm::column_norm;
 use crate::ops::low_rank;
-use crate::tensor::{cast, like};
+use crate::tensor::like;
 
 /// An update of low rank with magnitudes.
 #[derive(Debug)]

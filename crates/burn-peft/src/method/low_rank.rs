@@ -12,6 +12,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
+use burn_peft_ops::cast;
 
 use super::{Chosen, Description, KeyEnd, Method, Parameters, Pass, Summand, Tells, TensorSpec, Update};
 use crate::config::{LoraConfig, PeftConfig};
@@ -19,7 +20,6 @@ use crate::error::PeftError;
 use crate::init::{InitLoraWeights, Start};
 use crate::layer::{Layer, Site, Space};
 use crate::ops::{Input, low_rank};
-use crate::tensor::cast;
 
 /// An update of low rank. In memory its factors are `A`, `[d_in, r]`, and `B`, `[r, d_out]`: the transposes of PEFT's
 /// `lora_A.weight [r, d_in]` and `lora_B.weight [d_out, r]`.
@@ -189,9 +189,7 @@ impl Method for LowRank {
     /// `scaling * (dropout(x) A) B`, and the start off again, if it is part of the base: `- scaling * (x A0) B0`.
     fn forward(&self, of: &Update, pass: &Pass) -> Option<Tensor<2>> {
         let (a, b) = (of[A].val(), of[B].val());
-        let x = pass.dropped(of, &a);
-        // Dropout's 1 / (1 - p) goes along with the scaling.
-        let update = low_rank::product(&x.input, a, b, of.scaling * x.factor);
+        let update = low_rank::product_behind_dropout(pass.input, pass.dropout(of), a, b, of.scaling);
         Some(match self.start_of(of, pass.input) {
             Some(start) => update - start,
             None => update,

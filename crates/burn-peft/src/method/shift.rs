@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
+use burn_peft_ops::cast;
 
 use super::low_rank::{BIAS, KEY_BIAS};
 use super::{Chosen, Description, Method, Parameters, Summand, TensorSpec, Update};
@@ -10,7 +11,6 @@ use crate::config::PeftConfig;
 use crate::error::PeftError;
 use crate::init::Start;
 use crate::layer::{Layer, Site, Space};
-use crate::tensor::cast;
 
 /// Adds to a bias.
 #[derive(Debug)]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn_peft_ops::cast;
 
 use super::{Chosen, Description, KeyEnd, Method, Parameters, Pass, Tells, TensorSpec, Update};
 use crate::config::{PeftConfig, TokenIndices};
@@ -12,7 +13,6 @@ use crate::init::Start;
 use crate::layer::{Layer, Site};
 use crate::ops::Input;
 use crate::target::OUTPUT_LAYER;
-use crate::tensor::cast;
 
 /// Puts trained rows in the place of those of some tokens.
 #[derive(Debug)]

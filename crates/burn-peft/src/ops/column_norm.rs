@@ -1,8 +1,7 @@
 //! The norms of the columns of `W + scaling * A B`.
 
 use burn::tensor::{DType, Tensor};
-
-use crate::tensor::cast;
+use burn_peft_ops::cast;
 
 /// `‖w_j + scaling * (A B)_j‖₂` for every column `j`, `[1, d_out]`, in f32 and without a graph.
 ///

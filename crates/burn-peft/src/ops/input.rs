@@ -3,9 +3,7 @@
 use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
-use super::dropout::zero_some;
-use super::linear::linear;
-use crate::tensor::cast;
+use burn_peft_ops::{cast, dropped_product, linear, zero_some};
 
 /// What a layer that works on activations has been given.
 #[derive(Debug, Clone)]
@@ -25,6 +23,17 @@ impl Input {
                 let [n, columns] = [ids.dims()[0], matrix.dims()[1]];
                 embedding(matrix, ids.clone().reshape([1, n])).reshape([n, columns])
             }
+        }
+    }
+
+    /// `dropout(x) M` without the factor that keeps the mean, and that factor; see [`dropped`](Self::dropped).
+    pub(crate) fn dropped_times(&self, prob: f64, matrix: Tensor<2>) -> (Tensor<2>, f64) {
+        match self {
+            Self::Activations(x) if prob > 0.0 => {
+                let x = cast(x.clone(), matrix.dtype());
+                (dropped_product(x, matrix, prob), 1.0 / (1.0 - prob))
+            }
+            other => (other.times(matrix), 1.0),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn_peft_files::closest_key;
+use burn_peft_ops::cast;
 
 use super::files::AdapterFiles;
 use super::prefix::OtherPrefix;
@@ -14,7 +15,6 @@ use crate::method::Update;
 use crate::plan::{Plan, Target, parameters};
 use crate::seam::Layout;
 use crate::target::OUTPUT_LAYER;
-use crate::tensor::cast;
 
 /// Reads the adapter in `directory` and adds it to the states of `layout` under `name`.
 pub(crate) fn load(

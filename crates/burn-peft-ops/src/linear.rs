@@ -27,7 +27,7 @@ use burn::tensor::Tensor;
 /// let device = Device::flex().autodiff();
 /// let x = Tensor::<2>::from_data([[1.0, 2.0]], &device).require_grad();
 /// let table = Tensor::<2>::from_data([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], &device);
-/// let y = burn_peft::linear(x.clone(), table.transpose(), None);
+/// let y = burn_peft_ops::linear(x.clone(), table.transpose(), None);
 /// assert_eq!(y.to_data().try_to_vec::<f32>().unwrap(), [11.0, 17.0, 23.0]);
 /// let dx = x.grad(&y.sum().backward()).unwrap();
 /// assert_eq!(dx.to_data().try_to_vec::<f32>().unwrap(), [15.0, 18.0]);

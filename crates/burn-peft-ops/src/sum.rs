@@ -11,7 +11,7 @@ const BLOCK: usize = 1024;
 /// count along an axis, one after the other in each of 128 lanes: the squares of 4 million normally distributed numbers
 /// are 2.5e-6 off, equal numbers 2.6e-4, of 64 million along an axis 1.8e-4 and 4.1e-3. In blocks all of them are within
 /// 1e-7.
-pub(crate) fn sum_all<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+pub fn sum_all<const D: usize>(x: Tensor<D>) -> Tensor<1> {
     let count = x.shape().num_elements();
     let mut x = x.reshape([count]);
     let mut rest = vec![];
@@ -32,14 +32,15 @@ pub(crate) fn sum_all<const D: usize>(x: Tensor<D>) -> Tensor<1> {
 /// A sum of single numbers, `[1]` each, that come one by one.
 ///
 /// Partial sums of equally many numbers are added in pairs, so the rounding errors grow with the logarithm of the count.
-#[derive(Default)]
-pub(crate) struct RunningSum {
+#[derive(Debug, Default)]
+pub struct RunningSum {
     /// At `i` the sum of `2^i` numbers, or none: the binary digits of the count.
     digits: Vec<Option<Tensor<1>>>,
 }
 
 impl RunningSum {
-    pub(crate) fn add(&mut self, number: Tensor<1>) {
+    /// Adds a number.
+    pub fn add(&mut self, number: Tensor<1>) {
         let mut carry = number;
         for digit in &mut self.digits {
             match digit.take() {
@@ -54,7 +55,7 @@ impl RunningSum {
     }
 
     /// The sum, `None` if nothing was added.
-    pub(crate) fn total(self) -> Option<Tensor<1>> {
+    pub fn total(self) -> Option<Tensor<1>> {
         self.digits.into_iter().flatten().reduce(|sum, digit| sum + digit)
     }
 }

@@ -1,0 +1,174 @@
+//! Scaled dot-product attention with shared key and value heads.
+
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::tensor::activation::softmax;
+use burn::tensor::{DType, Tensor};
+
+use crate::{CausalMask, cast};
+
+/// `softmax(q kᵀ + mask) v` for each head, where `g` query heads share one head of keys and values.
+///
+/// The queries are scaled already. The softmax is in f32 whatever the type of the scores, as in transformers. On Burn's
+/// CPU backend (Flex), scores exist for one block of queries at a time, and backward computes them anew: the operation
+/// keeps its inputs and two numbers for each row. Keys and values that are not seen are not computed with.
+///
+/// # Shapes
+/// - q: `[b, n, g, s, d]`
+/// - k, v: `[b, n, t, d]`
+/// - mask: of `s` queries and `t` keys
+/// - output: `[b, n, g, s, d]`
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) -> Tensor<5> {
+    let dims @ [b, n, g, s, d] = q.dims();
+    assert_eq!([s, k.dims()[2]], mask.dims(), "numbers of queries and keys, and those of the mask");
+    assert_eq!(k.dims(), v.dims(), "shapes of keys and values");
+    assert_eq!(
+        [b, n, d],
+        [k.dims()[0], k.dims()[1], k.dims()[3]],
+        "batch, heads and width of queries and keys"
+    );
+    #[cfg(feature = "flex")]
+    if flex::has_kernel(&q, &k, &v) {
+        return flex::attention(q, k, v, mask);
+    }
+    // The query heads of a group become further rows of one matrix, so keys and values are never repeated.
+    let scores = q.reshape([b, n, g * s, d]).matmul(k.swap_dims(2, 3));
+    let bias = mask.bias(&scores.device());
+    let (weights, total) = masked_softmax(scores, bias, [g, s]);
+    let y = weights.matmul(v);
+    let y = if let Some(total) = total { y / total } else { y };
+    y.reshape(dims)
+}
+
+/// Up to so many keys the weights of a position sum to 1 within 1e-6.
+const KEYS_OF_EXACT_SUM: usize = 512;
+
+/// Softmax over the keys in f32, and what its result is to be divided by: `[b, n, g * s, 1]`, or nothing. Scores
+/// `[b, n, g * s, t]`, bias `[b or 1, 1, 1, s, t]`.
+///
+/// The softmax of Burn's CPU backend (burn-flex 0.22.1) adds up the exponentials one by one in f32: 3e-6 off with 4,096
+/// keys, 2e-5 with 32,768. Under autodiff it is composed of operations that are within 3e-7. Once its rows sum to 1, the
+/// division can go.
+fn masked_softmax(
+    scores: Tensor<4>,
+    bias: Option<&Tensor<5>>,
+    [g, s]: [usize; 2],
+) -> (Tensor<4>, Option<Tensor<4>>) {
+    let dtype = scores.dtype();
+    let scores = if dtype == DType::F64 { scores } else { cast(scores, DType::F32) };
+    let dims @ [b, n, _, t] = scores.dims();
+    let scores = match bias {
+        Some(bias) => {
+            (scores.clone().reshape([b, n, g, s, t]) + cast(bias.clone(), scores.dtype())).reshape(dims)
+        }
+        None => scores,
+    };
+    let weights = softmax(scores, 3);
+    let is_exact = t <= KEYS_OF_EXACT_SUM || weights.is_autodiff();
+    let total = (!is_exact).then(|| weights.clone().sum_dim(3));
+    (cast(weights, dtype), total.map(|total| cast(total, dtype)))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::testing::values;
+
+    #[test]
+    fn weights_of_many_keys_sum_to_one_with_and_without_a_graph() {
+        for device in [Device::flex(), Device::flex().autodiff()] {
+            for t in [KEYS_OF_EXACT_SUM, 4_096, 32_768] {
+                let scores: Vec<f32> =
+                    (0..4 * t).map(|i| ((i * 7919) % 10_007) as f32 / 1_251.0 - 4.0).collect();
+                let scores = TensorData::new(scores, [1, 2, 2, t]);
+                let (weights, total) = masked_softmax(Tensor::from_data(scores, &device), None, [1, 2]);
+                let weights = match total {
+                    Some(total) => weights / total,
+                    None => weights,
+                };
+                for row in values(weights).chunks(t) {
+                    let sum: f64 = row.iter().copied().map(f64::from).sum();
+                    assert!((sum - 1.0).abs() < 2e-6, "{t} keys: {sum}");
+                }
+            }
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod kernel_tests {
+    use burn::tensor::{Bool, Device, TensorData};
+
+    use super::*;
+    use crate::testing::{Checked, deviation, normal, values, wide};
+
+    /// Padding on the left in the first sequence, on the right in the second, in the middle of the third, and so on.
+    fn tokens(b: usize, t: usize) -> Tensor<2, Bool> {
+        let is_token = |row: usize, i: usize| match row % 4 {
+            0 => i >= t / 3,
+            1 => i < t - t / 4,
+            2 => i < t / 2 || i > t / 2 + 2,
+            _ => true,
+        };
+        let tokens: Vec<bool> = (0..b * t).map(|i| is_token(i / t, i % t)).collect();
+        Tensor::from_data(TensorData::new(tokens, [b, t]), &Device::flex())
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_in_f64() {
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
+            for [b, n, g, s, t, d] in [
+                [1, 1, 1, 1, 1, 2],
+                [2, 3, 1, 5, 5, 8],
+                [4, 2, 3, 92, 92, 64],
+                [3, 1, 4, 1, 70, 16],
+                [1, 2, 2, 130, 200, 32],
+            ] {
+                for mask in [CausalMask::new(s, t), CausalMask::new(s, t).with_tokens(tokens(b, t))] {
+                    // Queries, keys and values in one tensor, each a view of it.
+                    let qkv = normal([b, n, (g * s + 2 * t), d], 1.0, 1);
+                    let dy = normal([b, n, g, s, d], 1.0, 2);
+                    let of = |[qkv]: [Tensor<4>; 1]| {
+                        let q = qkv.clone().narrow(2, 0, g * s).reshape([b, n, g, s, d]);
+                        let k = qkv.clone().narrow(2, g * s, t);
+                        // Values as the model has them: positions before heads in memory.
+                        let v = qkv.narrow(2, g * s + t, t).swap_dims(1, 2) * 1.0;
+                        attention(q, k, v.swap_dims(1, 2), &mask)
+                    };
+                    let found = Checked::of(of, [&qkv], &dy, &device, DType::F32);
+                    let expected = Checked::of(of, [&qkv], &dy, &device, DType::F64);
+                    found.assert_close(&expected, 3e-6);
+                }
+            }
+        }
+    }
+
+    /// As many keys as a long text has.
+    #[test]
+    fn weights_of_many_keys_sum_to_one() {
+        let t = 32_768;
+        let (q, k) = (normal([1, 1, 1, 1, 8], 1.0, 1), normal([1, 1, t, 8], 1.0, 2));
+        let v = Tensor::ones([1, 1, t, 8], &Device::flex());
+        assert!(flex::has_kernel(&q, &k, &v));
+        let y = wide(&values(attention(q, k, v, &CausalMask::new(1, t))));
+        assert!(deviation(&y, &[1.0; 8]) < 1e-6, "{y:?}");
+    }
+
+    #[test]
+    fn what_is_infinite_or_nan_shows() {
+        let device = Device::flex();
+        let ones = Tensor::<4>::ones([1, 1, 2, 2], &device);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let k = Tensor::<4>::from_data([[[[1.0, 1.0], [bad, 1.0]]]], &device);
+            let y = values(attention(ones.clone().unsqueeze_dim(2), k, ones.clone(), &CausalMask::new(2, 2)));
+            assert_eq!(y[..2], [1.0, 1.0]);
+            assert!(y[2..].iter().all(|y| y.is_nan()), "{y:?}");
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Dropout.
+
+#[cfg(feature = "flex")]
+mod flex;
+
+use burn::tensor::{DType, Distribution, Tensor};
+
+use crate::linear;
+
+/// `x` with each element replaced by 0 with probability `prob`, the others as they were.
+///
+/// `nn::Dropout` draws Bernoulli numbers, which cost Burn's CPU backend twice the time of uniform ones, and multiplies
+/// twice, forward and backward. On that backend (Flex), 16 random bits for each element come from a generator that is
+/// much faster than the device's, which gives it its seed; `prob` is rounded to a multiple of 2⁻¹⁶ there, and backward
+/// draws the same bits again instead of keeping a mask.
+pub fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if flex::has_kernel(&x) {
+        return flex::zero_some(x, prob);
+    }
+    let uniform = Tensor::<D>::random(x.shape(), Distribution::Default, (&x.device(), DType::F32));
+    x.mask_fill(uniform.lower_elem(prob), 0.0)
+}
+
+/// `zero_some(x) A`: a product behind dropout.
+///
+/// On Burn's CPU backend (Flex), what is kept for backward is `x` as it was, so layers that read the same `x` keep one
+/// tensor, where dropout and product one after the other keep a copy of `x` each.
+///
+/// # Shapes
+/// - x: `[n, d_in]`
+/// - a: `[d_in, r]`
+/// - output: `[n, r]`
+pub fn dropped_product(x: Tensor<2>, a: Tensor<2>, prob: f64) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if flex::has_kernel(&x) && flex::has_kernel(&a) {
+        return flex::dropped_product(x, a, prob);
+    }
+    linear(zero_some(x, prob), a, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_as_it_was_and_backward_drops_the_same() {
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
+            let x = Tensor::<2>::random([70, 1030], Distribution::Uniform(1.0, 2.0), &device).require_grad();
+            #[cfg(feature = "flex")]
+            assert!(flex::has_kernel(&x));
+            // Not as it lies in memory.
+            let y = zero_some(x.clone().transpose(), 0.4);
+            let dx = x.grad(&(y.clone() * 3.0).sum().backward()).unwrap().transpose().into_data();
+            let (x, y) = (x.transpose().into_data(), y.into_data());
+            let mut kept = 0;
+            for ((x, y), dx) in x.iter::<f32>().zip(y.iter::<f32>()).zip(dx.iter::<f32>()) {
+                assert!((y == x && dx == 3.0) || (y == 0.0 && dx == 0.0), "{x} {y} {dx}");
+                kept += usize::from(y == x);
+            }
+            assert!((0.55..0.65).contains(&(kept as f64 / 72_100.0)), "{kept}");
+        }
+    }
+
+    #[test]
+    fn a_product_behind_dropout_has_the_gradients_of_what_was_kept() {
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
+            let random = |shape| Tensor::<2>::random(shape, Distribution::Default, &device).require_grad();
+            let (n, d_in, r) = (300, 200, 4);
+            let (x, a) = (random([n, d_in]), random([d_in, r]));
+            // One column tells what was kept: a product with the unit matrix.
+            let y = dropped_product(x.clone(), Tensor::<2>::eye(d_in, &device), 0.3);
+            let gradients = y.clone().sum().backward();
+            let kept = x.grad(&gradients).unwrap();
+            assert!(((x.clone().inner() * kept - y.inner()).abs().max().into_scalar::<f32>()) < 1e-6);
+
+            let y = dropped_product(x.clone() * 1.0, a.clone(), 0.3);
+            let gradients = (y.clone() * y.clone()).sum().backward();
+            // d(y²)/dx = 2 y Aᵀ where x was kept, and dA = 2 keptᵀ y.
+            let dx = x.grad(&gradients).unwrap();
+            let kept = dx.clone().not_equal_elem(0.0);
+            let slope = y.clone().inner().mul_scalar(2.0);
+            let all = slope.clone().matmul(a.clone().inner().transpose());
+            let off = (dx - all.mask_fill(kept.clone().bool_not(), 0.0)).abs().max().into_scalar::<f32>();
+            assert!(off < 1e-3, "{off}");
+            let x_kept = x.clone().inner().mask_fill(kept.clone().bool_not(), 0.0);
+            let da = x_kept.clone().transpose().matmul(slope);
+            let off = (a.grad(&gradients).unwrap() - da.clone()).abs().max() / da.abs().max();
+            assert!(off.into_scalar::<f32>() < 1e-5);
+            let off = (x_kept.matmul(a.inner()) - y.inner()).abs().max().into_scalar::<f32>();
+            assert!(off < 1e-4, "{off}");
+            let share = kept.int().sum().into_scalar::<i64>() as f64 / (n * d_in) as f64;
+            assert!((share - 0.7).abs() < 0.02, "{share}");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! What layers compute, as functions of tensors that know no layer, configuration or adapter.
+//!
+//! Each has a body composed of Burn's operations, for every backend and type. With the feature `flex`, tensors in f32 on
+//! Flex, Burn's CPU backend, take a kernel instead: one pass over memory where the composed body has many, a backward
+//! written by hand, and less kept for it. Both compute the same formula, and the tests compare both with f64.
+//!
+//! | function | what | paper or origin |
+//! |---|---|---|
+//! | [`linear`] | `x W + b`, made for a `W` that is not trained | |
+//! | [`zero_some`], [`dropped_product`] | dropout, and dropout before a product | Srivastava et al. 2014 |
+//! | [`rms_norm`] | `x / sqrt(mean(x²) + ε) * weight` | Zhang and Sennrich 2019 |
+//! | [`swiglu`] | `silu(gate) * up` | Shazeer 2020 |
+//! | [`rotate`] | rotary position embeddings | Su et al. 2021 |
+//! | [`attention`] | causal attention with shared key and value heads | Vaswani et al. 2017, Ainslie et al. 2023 |
+//! | [`cross_entropy`], [`cross_entropy_of_frozen`] | the loss of the next token | |
+//! | [`sum_all`], [`RunningSum`] | long sums in f32 | |
+//!
+//! ```
+//! use burn::tensor::{Device, Tensor};
+//! use burn_peft_ops::rms_norm;
+//!
+//! let device = Device::flex();
+//! let x = Tensor::<2>::from_data([[3.0, 4.0]], &device);
+//! let y = rms_norm(x, Tensor::ones([2], &device), 0.0).into_data().try_to_vec::<f32>().unwrap();
+//! assert!((y[0] - 3.0 / 12.5f32.sqrt()).abs() < 1e-6);
+//! ```
+
+mod attention;
+mod causal_mask;
+mod cross_entropy;
+mod dropout;
+#[cfg(feature = "flex")]
+mod exp;
+#[cfg(feature = "flex")]
+mod flex;
+mod linear;
+mod rms_norm;
+mod rope;
+mod sum;
+mod swiglu;
+#[cfg(test)]
+mod testing;
+
+use burn::tensor::{DType, Tensor};
+
+pub use attention::attention;
+pub use causal_mask::CausalMask;
+pub use cross_entropy::{cross_entropy, cross_entropy_of_frozen};
+pub use dropout::{dropped_product, zero_some};
+pub use linear::linear;
+pub use rms_norm::rms_norm;
+pub use rope::rotate;
+pub use sum::{RunningSum, sum_all};
+pub use swiglu::swiglu;
+
+/// Whether tensors in f32 on Flex take kernels: the feature `flex`.
+pub const HAS_KERNELS: bool = cfg!(feature = "flex");
+
+/// The tensor in another floating-point type. Costs nothing if it has that type, and leaves quantized tensors to the
+/// operation that reads them.
+pub fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype || !x.dtype().is_float() || !dtype.is_float() { x } else { x.cast(dtype) }
+}
