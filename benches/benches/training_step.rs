@@ -1,80 +1,112 @@
-//! A training step of a LLaMA with 12 blocks of width 768: plain LoRA beside DoRA.
+//! Training steps with LoRA and DoRA, each case in a process of its own: seconds, memory, page faults.
 //!
-//! Vocabulary 32000, feed-forward 2048, 12 heads for 4 keys, tied; 4 sequences of 128 tokens, the last 20 % labelled; rank
-//! 16 on `q_proj` and `v_proj`, dropout 0.05, AdamW. mimalloc is the allocator.
+//! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
+//! of JSON, which is what `benches/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
+//! settings of the environment.
 
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::Device;
-use burn_peft::{LoraConfig, PeftModel};
-use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
-use divan::Bencher;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use burn_peft_benches::process::{Process, median};
+use burn_peft_benches::training::{Kind, SHAPES, Training};
+use clap::Parser;
+use serde_json::{Value, json};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const VOCABULARY: usize = 32_000;
-const LENGTH: usize = 128;
-const SEQUENCES: u32 = 4;
+/// Steps before the clock starts: threads, tables and the optimizer's state are made.
+const WARM_UP: usize = 2;
 
-fn main() {
-    divan::main();
+#[derive(Parser)]
+struct Options {
+    /// One case: a shape, with `-dora` behind it for DoRA
+    #[arg(long)]
+    case: Option<String>,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// What `cargo bench` gives every benchmark
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
-/// What a step works on.
-struct Training {
-    model: LlamaForCausalLm,
-    optimizer: ModuleOptimizer,
-    batch: Batch,
-}
-
-impl Training {
-    #[expect(clippy::expect_used, reason = "a benchmark without its model measures nothing")]
-    fn new(use_dora: bool) -> Self {
-        let device = Device::default().autodiff();
-        device.seed(0);
-        let config = LlamaConfig::new(VOCABULARY, 768, 12)
-            .with_heads(12, 4)
-            .with_intermediate_size(2048)
-            .with_tie_word_embeddings(true);
-        let mut model = config.init(&device);
-        let adapter = LoraConfig::new(16)
-            .with_lora_alpha(32.0)
-            .with_lora_dropout(0.05)
-            .with_use_dora(use_dora)
-            .with_target_modules(["q_proj", "v_proj"]);
-        model.add_adapter("default", adapter).expect("the model takes the adapter");
-        let example = |row: u32| {
-            let input_ids: Vec<u32> =
-                (0..LENGTH as u32).map(|i| (row * 7919 + i * 104_729) % VOCABULARY as u32).collect();
-            let labelled = LENGTH - LENGTH / 5;
-            let labels = input_ids.iter().enumerate();
-            let labels = labels.map(|(i, &id)| if i < labelled { -100 } else { i64::from(id) }).collect();
-            Example { input_ids, labels }
-        };
-        let examples: Vec<Example> = (0..SEQUENCES).map(example).collect();
-        let batch = Collator::new(0).collate(&examples, &device).expect("the examples have labels");
-        Self { model, optimizer: AdamWConfig::new().init(), batch }
-    }
-
-    fn step(&mut self) {
-        let loss = self.model.loss(&self.batch);
-        let gradients = GradientsParams::from_grads(loss.backward(), &self.model);
-        self.model = self.optimizer.step(1e-4, self.model.clone(), gradients);
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let run = match &options.case {
+        Some(case) => measure(case, options.steps).map(|found| print(&found.to_string())),
+        None => table(options.steps),
+    };
+    match run {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            print(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
     }
 }
 
-fn measure(bencher: Bencher, use_dora: bool) {
-    let mut training = Training::new(use_dora);
-    training.step();
-    bencher.bench_local(|| training.step());
+#[expect(clippy::print_stdout, reason = "what a benchmark is for")]
+fn print(text: &str) {
+    println!("{text}");
 }
 
-#[divan::bench(sample_count = 10, sample_size = 1)]
-fn lora(bencher: Bencher) {
-    measure(bencher, false);
+fn measure(case: &str, steps: u32) -> Result<Value> {
+    let (name, kind) = match case.strip_suffix("-dora") {
+        Some(name) => (name, Kind::Dora),
+        None => (case, Kind::Lora),
+    };
+    let Some(shape) = SHAPES.iter().find(|shape| shape.name == name) else {
+        let names: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
+        bail!("there is no case `{name}`; there are {}", names.join(", "));
+    };
+    let mut training = Training::new(*shape, kind);
+    let weights = Process::now();
+    Process::forget_peak();
+    for _ in 0..WARM_UP {
+        training.step();
+    }
+    let begin = Process::now();
+    let (mut seconds, mut loss) = (vec![], 0.0);
+    for _ in 0..steps {
+        let start = Instant::now();
+        loss = training.step();
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    let end = Process::now();
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    Ok(json!({
+        "case": case,
+        "seconds": median(&seconds),
+        "all_seconds": seconds,
+        "peak_mib": mib(end.peak_kib.saturating_sub(weights.resident_kib)),
+        "weights_mib": mib(weights.resident_kib),
+        "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
+        "loss": loss,
+    }))
 }
 
-#[divan::bench(sample_count = 10, sample_size = 1)]
-fn dora(bencher: Bencher) {
-    measure(bencher, true);
+fn table(steps: u32) -> Result<()> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    print("case               s/step  tokens/s  MiB above weights  page faults/step");
+    for case in SHAPES.iter().map(|shape| shape.name).chain(["mid-dora"]) {
+        let output = Command::new(&program)
+            .args(["--case", case, "--steps", &steps.to_string()])
+            .output()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let found: Value = serde_json::from_str(&text).with_context(|| format!("`{case}` gave: {text}"))?;
+        let shape = SHAPES.iter().find(|shape| shape.name == case.trim_end_matches("-dora"));
+        let tokens = shape.map_or(0, |shape| shape.batch[0] * shape.batch[1]);
+        let number = |name: &str| found[name].as_f64().unwrap_or(f64::NAN);
+        print(&format!(
+            "{case:17}  {:6.3}  {:8.0}  {:17.0}  {:16.0}",
+            number("seconds"),
+            tokens as f64 / number("seconds"),
+            number("peak_mib"),
+            number("faults_per_step")
+        ));
+    }
+    Ok(())
 }

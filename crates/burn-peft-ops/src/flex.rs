@@ -27,6 +27,13 @@ pub(crate) fn contiguous(x: FlexTensor) -> FlexTensor {
     if x.is_contiguous() { x } else { x.to_contiguous() }
 }
 
+/// The tensor as products read it: each index has a place of its own, and none lies before the first.
+pub(crate) fn strided(x: FlexTensor) -> FlexTensor {
+    let layout = x.layout();
+    let mut axes = layout.strides().iter().zip(layout.shape().iter());
+    if axes.all(|(stride, size)| *stride > 0 || *size == 1) { x } else { x.to_contiguous() }
+}
+
 /// The numbers of a contiguous tensor.
 pub(crate) fn numbers(x: &FlexTensor) -> &[f32] {
     &x.storage::<f32>()[x.layout().start_offset()..][..x.layout().num_elements()]
@@ -73,6 +80,21 @@ impl<'a> Matrix<'a> {
     /// One that lies row by row.
     pub(crate) fn new(numbers: &'a [f32], rows: usize, columns: usize) -> Self {
         Self { numbers, rows, columns, strides: [columns as isize, 1] }
+    }
+
+    /// A tensor of two axes as [`strided`] gives it.
+    pub(crate) fn of(x: &'a FlexTensor) -> Self {
+        let layout = x.layout();
+        let [rows, columns] = layout.shape().dims();
+        let numbers = &x.storage::<f32>()[layout.start_offset()..];
+        Self { numbers, rows, columns, strides: [layout.strides()[0], layout.strides()[1]] }
+    }
+
+    /// `self b`, by all threads.
+    pub(crate) fn product(self, b: Matrix<'_>) -> FlexTensor {
+        let mut y = vec![0.0; self.rows * b.columns];
+        self.times(b, 0.0, &mut y, b.columns, Parallelism::Rayon(0));
+        tensor(y, [self.rows, b.columns])
     }
 
     pub(crate) fn turned(self) -> Self {

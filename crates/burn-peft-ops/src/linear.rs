@@ -7,9 +7,9 @@ use burn::tensor::Tensor;
 
 /// `y = x W + b`, as [`burn::tensor::module::linear`] computes it, made for a `W` that is not trained.
 ///
-/// Nothing is kept for backward but `W` itself, whose gradient is never computed: `dx = dy Wᵀ`. On Burn's CPU backend
-/// (Flex) both products read `W` as it lies in memory, also if it is a transposed view. Elsewhere, and for a weight that
-/// is trained or quantized, it is Burn's `linear`.
+/// Of a `W` that is not trained, nothing is kept for backward but `W` itself, and its gradient is never computed:
+/// `dx = dy Wᵀ`. On Burn's CPU backend (Flex), products read their operands as they lie in memory, also if they are
+/// transposed views. Elsewhere, and for a weight that is quantized, it is Burn's `linear`.
 ///
 /// # Shapes
 /// - x: `[.., d_in]`
@@ -34,7 +34,7 @@ use burn::tensor::Tensor;
 /// ```
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
     #[cfg(feature = "flex")]
-    if flex::is_frozen(&x, &weight) {
+    if flex::has_kernel(&x, &weight) {
         let mut shape = x.dims();
         let [d_in, d_out] = weight.dims();
         let n: usize = shape[..D - 1].iter().product();
@@ -54,6 +54,7 @@ mod tests {
     use burn::tensor::{DType, Device, Distribution, Tolerance};
 
     use super::*;
+    use crate::testing::{Checked, normal, values};
 
     /// Output and gradient of the input.
     fn both(
@@ -117,14 +118,35 @@ mod tests {
     #[test]
     fn a_weight_that_is_trained_gets_its_gradient() {
         for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
-            let x = Tensor::<2>::ones([2, 3], &device).require_grad();
-            let w = Tensor::<2>::ones([3, 4], &device).require_grad();
-            let bias = Tensor::<1>::ones([4], &device);
-            let y = linear(x.clone(), w.clone() * 2.0, Some(bias));
-            assert_eq!(y.to_data().try_to_vec::<f32>().unwrap(), [7.0; 8]);
-            let gradients = y.sum().backward();
-            assert_eq!(w.grad(&gradients).unwrap().to_data().try_to_vec::<f32>().unwrap(), [4.0; 12]);
-            assert_eq!(x.grad(&gradients).unwrap().to_data().try_to_vec::<f32>().unwrap(), [8.0; 6]);
+            for dtype in [DType::F32, DType::BF16] {
+                let x = Tensor::<2>::ones([2, 3], (&device, dtype)).require_grad();
+                let w = Tensor::<2>::ones([3, 4], (&device, dtype)).require_grad();
+                let bias = Tensor::<1>::ones([4], (&device, dtype));
+                let y = linear(x.clone(), w.clone() * 2.0, Some(bias));
+                assert_eq!(values(y.clone()), [7.0; 8]);
+                let gradients = y.sum().backward();
+                assert_eq!(values(w.grad(&gradients).unwrap()), [4.0; 12]);
+                assert_eq!(values(x.grad(&gradients).unwrap()), [8.0; 6]);
+            }
+        }
+    }
+
+    /// Few rows and many, a weight that is a view and one that is not.
+    #[test]
+    fn gradients_of_trained_weights_are_those_in_f64() {
+        let device = Device::flex().autodiff();
+        for (n, d) in [(3, 7), (300, 40), (9_001, 5)] {
+            let x_and_w = normal([1, n * d + d * d], 1.0, 1);
+            let dy = normal([n, d], 1.0, 2);
+            for is_turned in [false, true] {
+                let of = |[both]: [Tensor<2>; 1]| {
+                    let x = both.clone().narrow(1, 0, n * d).reshape([n, d]);
+                    let w = both.narrow(1, n * d, d * d).reshape([d, d]);
+                    linear(x, if is_turned { w.transpose() } else { w }, None)
+                };
+                let found = Checked::of(of, [&x_and_w], &dy, &device, DType::F32);
+                found.assert_close(&Checked::of(of, [&x_and_w], &dy, &device, DType::F64), 1e-6);
+            }
         }
     }
 
@@ -133,7 +155,7 @@ mod tests {
         let device = Device::flex().autodiff().gradient_checkpointing();
         let x = Tensor::<2>::ones([2, 3], &device).require_grad();
         let w = Tensor::<2>::ones([3, 4], &device);
-        assert!(flex::is_frozen(&x, &w) && !flex::is_frozen(&x, &w.clone().require_grad()));
+        assert!(flex::has_kernel(&x, &w));
         let y = linear(x.clone().exp(), w, None);
         let dx = x.grad(&y.sum().backward()).unwrap().to_data().try_to_vec::<f32>().unwrap();
         assert!(dx.iter().all(|dx| (dx - 4.0 * 1f32.exp()).abs() < 1e-5), "{dx:?}");

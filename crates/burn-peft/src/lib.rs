@@ -85,6 +85,7 @@ mod tensor;
 mod weighted;
 
 pub use burn_peft_files::WrongFile;
+#[doc(inline)]
 pub use burn_peft_ops::linear;
 pub use combination_type::{CombinationType, MajoritySign};
 pub use config::{Bias, FileFields, LoraConfig, PeftConfig, Targeting, TokenIndices};

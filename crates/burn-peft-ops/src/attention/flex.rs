@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::CausalMask;
 use crate::exp::{exp, exponentiate, largest};
-use crate::flex::{Matrix, dot, is_readable, tensor, vectorised};
+use crate::flex::{Matrix, dot, is_readable, strided, tensor, vectorised};
 
 /// Queries whose scores are computed together.
 const BLOCK: usize = 64;
@@ -270,13 +270,6 @@ impl Inputs {
         let [_, _, t, _] = self.dims_of_keys();
         Some(&self.padding.as_deref()?[batch * t..][..t])
     }
-}
-
-/// The tensor as products read it: each index has a place of its own, and none lies before the first.
-fn strided(x: FlexTensor) -> FlexTensor {
-    let layout = x.layout();
-    let mut axes = layout.strides().iter().zip(layout.shape().iter());
-    if axes.all(|(stride, size)| *stride > 0 || *size == 1) { x } else { x.to_contiguous() }
 }
 
 /// Some rows of a tensor along an axis, from an index on that leaves out the last axis.

@@ -5,7 +5,6 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Distribution, Tensor};
@@ -13,16 +12,43 @@ use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
-use crate::flex::{contiguous, is_on_flex, numbers, numbers_mut, tensor};
+use crate::flex::{Matrix, contiguous, is_readable, numbers, numbers_mut, strided, tensor, vectorised};
 
 /// Elements that have a generator of their own, so that the bits do not depend on the number of threads.
 const CHUNK: usize = 1 << 14;
-/// Elements for which one number of a generator is enough.
-const PER_NUMBER: usize = 4;
+/// Generators side by side.
+const LANES: usize = 16;
+
+/// xoshiro128++ (D. Blackman, S. Vigna, "Scrambled linear pseudorandom number generators", 2021) in vector instructions,
+/// which rand has no generator for.
+struct Lanes([[u32; LANES]; 4]);
+
+impl Lanes {
+    fn new(seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        Self(std::array::from_fn(|_| std::array::from_fn(|_| rng.next_u32())))
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> [u32; LANES] {
+        let [a, b, c, d] = &mut self.0;
+        std::array::from_fn(|i| {
+            let result = a[i].wrapping_add(d[i]).rotate_left(7).wrapping_add(a[i]);
+            let shifted = b[i] << 9;
+            c[i] ^= a[i];
+            d[i] ^= b[i];
+            b[i] ^= c[i];
+            a[i] ^= d[i];
+            c[i] ^= shifted;
+            d[i] = d[i].rotate_left(11);
+            result
+        })
+    }
+}
 
 /// Whether [`zero_some`] is for `x`.
 pub(super) fn has_kernel<const D: usize>(x: &Tensor<D>) -> bool {
-    x.dtype() == DType::F32 && is_on_flex(x)
+    is_readable(x)
 }
 
 pub(super) fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
@@ -79,14 +105,19 @@ impl Dropped {
 
     /// Zeroes what is dropped of one chunk.
     fn zero(self, numbers: &mut [f32], seed: u64) {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        for numbers in numbers.chunks_mut(PER_NUMBER) {
-            let bits = rng.next_u64();
-            for (i, number) in numbers.iter_mut().enumerate() {
-                let own = (bits >> (16 * i)) as u16;
-                *number = if u32::from(own) < self.threshold { 0.0 } else { *number };
+        let mut lanes = Lanes::new(seed);
+        vectorised(|| {
+            for numbers in numbers.chunks_mut(2 * LANES) {
+                let bits = lanes.next();
+                // Each has the bits of two elements.
+                let both = [bits.map(|bits| bits & 0xffff), bits.map(|bits| bits >> 16)];
+                for (numbers, own) in numbers.chunks_mut(LANES).zip(both) {
+                    for (number, own) in numbers.iter_mut().zip(own) {
+                        *number = if own < self.threshold { 0.0 } else { *number };
+                    }
+                }
             }
-        }
+        });
     }
 }
 
@@ -108,7 +139,8 @@ impl ZeroSome for Flex {
     }
 
     fn dropped_product(x: FlexTensor, a: FlexTensor, dropped: Dropped) -> FlexTensor {
-        Self::float_matmul(dropped.zeroed(x), a)
+        let (x, a) = (dropped.zeroed(x), strided(a));
+        Matrix::of(&x).product(Matrix::of(&a))
     }
 }
 
@@ -134,15 +166,17 @@ impl Backward<Flex, 2> for DroppedProductBackward {
     type State = (FlexTensor, FlexTensor, Dropped);
 
     fn backward(self, ops: Ops<Self::State, 2>, gradients: &mut Gradients, _: &mut Checkpointer) {
-        let dy = gradients.consume::<Flex>(&ops.node);
+        let dy = strided(gradients.consume::<Flex>(&ops.node));
         let (x, a, dropped) = ops.state;
         let [of_x, of_a] = ops.parents;
         if let Some(node) = of_a {
-            let kept = Flex::float_swap_dims(dropped.zeroed(x), 0, 1);
-            gradients.register::<Flex>(node.id, Flex::float_matmul(kept, dy.clone()));
+            let kept = dropped.zeroed(x);
+            let to_a = Matrix::of(&kept).turned().product(Matrix::of(&dy));
+            gradients.register::<Flex>(node.id, to_a);
         }
         if let Some(node) = of_x {
-            let dx = Flex::float_matmul(dy, Flex::float_swap_dims(a, 0, 1));
+            let a = strided(a);
+            let dx = Matrix::of(&dy).product(Matrix::of(&a).turned());
             gradients.register::<Flex>(node.id, dropped.zeroed(dx));
         }
     }

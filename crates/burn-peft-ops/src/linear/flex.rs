@@ -1,4 +1,4 @@
-//! On Burn's CPU backend: a product with a constant, with a backward of its own.
+//! On Burn's CPU backend: a product whose backward computes what is asked for, from what that needs.
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -9,85 +9,85 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor};
-use gemmkit::Parallelism;
 
-use crate::flex::{Matrix, contiguous, is_on_flex, numbers, tensor};
+use crate::flex::{Matrix, is_on_flex, strided};
+
+/// From so many rows on, gemmkit multiplies with a matrix that lies row by row; with fewer, Burn's `gemm` is faster. With
+/// a turned one, gemmkit is faster throughout.
+const MANY_ROWS: usize = 128;
 
 /// Whether [`product`] is for these two.
-pub(super) fn is_frozen<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>) -> bool {
+pub(super) fn has_kernel<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>) -> bool {
     weight.dtype().is_float()
         && x.dtype() == weight.dtype()
-        && !weight.is_tracked()
         && D > 1
         && x.shape().num_elements() > 0
+        && weight.shape().num_elements() > 0
         && x.dims()[D - 1] == weight.dims()[0]
         && is_on_flex(weight)
 }
 
-/// `x W`, `[n, d_in]` to `[n, d_out]`; `W` gets no gradient.
+/// `x W`, `[n, d_in]` to `[n, d_out]`.
 pub(super) fn product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::frozen_product(x.into_dispatch(), weight.into_dispatch()))
+    let is_trained = weight.is_tracked();
+    Tensor::from_dispatch(Dispatch::product(x.into_dispatch(), weight.into_dispatch(), is_trained))
 }
 
 #[backend_extension(Flex, Autodiff)]
-trait FrozenProduct: Backend {
-    fn frozen_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+trait Product: Backend {
+    /// `is_trained` says that the weight needs a gradient.
+    fn product(x: FloatTensor<Self>, weight: FloatTensor<Self>, is_trained: bool) -> FloatTensor<Self>;
 }
 
-impl FrozenProduct for Flex {
-    fn frozen_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        if x.dtype() == DType::F32 && is_turned(&weight) {
-            return turned_product(x, weight);
+impl Product for Flex {
+    fn product(x: FlexTensor, weight: FlexTensor, _: bool) -> FlexTensor {
+        let (x, weight) = (strided(x), strided(weight));
+        let is_turned = weight.layout().strides()[1] != 1;
+        if x.dtype() == DType::F32 && (is_turned || x.layout().shape()[0] >= MANY_ROWS) {
+            // Beside the product, Burn's takes time to clear and align the memory of its result.
+            return Matrix::of(&x).product(Matrix::of(&weight));
         }
         Self::float_matmul(x, weight)
     }
 }
 
-/// Whether columns of a matrix lie together.
-fn is_turned(matrix: &FlexTensor) -> bool {
-    let [rows, columns] = matrix.layout().strides() else { return false };
-    *rows == 1 && *columns > 1
-}
-
-/// Burn multiplies with `gemm`, which packs a transposed right side slowly; gemmkit does not.
-fn turned_product(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-    let x = contiguous(x);
-    let (n, k, m) = (x.layout().shape()[0], x.layout().shape()[1], weight.layout().shape()[1]);
-    let mut y = vec![0.0; n * m];
-    let layout = weight.layout();
-    let right = Matrix {
-        numbers: &weight.storage::<f32>()[layout.start_offset()..],
-        rows: k,
-        columns: m,
-        strides: [layout.strides()[0], layout.strides()[1]],
-    };
-    Matrix::new(numbers(&x), n, k).times(right, 0.0, &mut y, m, Parallelism::Rayon(0));
-    tensor(y, [n, m])
+/// `aᵀ b`
+fn turned_product(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+    if a.dtype() == DType::F32 {
+        let (a, b) = (strided(a), strided(b));
+        return Matrix::of(&a).turned().product(Matrix::of(&b));
+    }
+    Flex::float_matmul(Flex::float_swap_dims(a, 0, 1), b)
 }
 
 #[derive(Debug)]
-struct FrozenBackward;
+struct ProductBackward;
 
-impl Backward<Flex, 1> for FrozenBackward {
-    /// The weight.
-    type State = FlexTensor;
+impl Backward<Flex, 2> for ProductBackward {
+    /// `x`, if the weight is trained, and the weight.
+    type State = (Option<FlexTensor>, FlexTensor);
 
-    fn backward(self, ops: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, gradients: &mut Gradients, _: &mut Checkpointer) {
         let dy = gradients.consume::<Flex>(&ops.node);
-        if let [Some(x)] = ops.parents {
-            let turned = Flex::float_swap_dims(ops.state, 0, 1);
-            gradients.register::<Flex>(x.id, Flex::frozen_product(dy, turned));
+        let (x, weight) = ops.state;
+        let [of_x, of_weight] = ops.parents;
+        if let (Some(node), Some(x)) = (of_weight, x) {
+            gradients.register::<Flex>(node.id, turned_product(x, dy.clone()));
+        }
+        if let Some(node) = of_x {
+            let turned = Flex::float_swap_dims(weight, 0, 1);
+            gradients.register::<Flex>(node.id, Flex::product(dy, turned, false));
         }
     }
 }
 
-impl<C: CheckpointStrategy> FrozenProduct for Autodiff<Flex, C> {
-    fn frozen_product(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let weight = weight.into_primitive();
-        let (x, node) = x.into_parts();
-        let y = Flex::frozen_product(x, weight.clone());
-        match FrozenBackward.prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(prepared) => prepared.finish(weight, y),
+impl<C: CheckpointStrategy> Product for Autodiff<Flex, C> {
+    fn product(x: FloatTensor<Self>, weight: FloatTensor<Self>, is_trained: bool) -> FloatTensor<Self> {
+        let ((x, of_x), (weight, of_weight)) = (x.into_parts(), weight.into_parts());
+        let kept = is_trained.then(|| x.clone());
+        let y = Flex::product(x, weight.clone(), is_trained);
+        match ProductBackward.prepare::<C>([of_x, of_weight]).compute_bound().stateful() {
+            OpsKind::Tracked(prepared) => prepared.finish((kept, weight), y),
             OpsKind::UnTracked(prepared) => prepared.finish(y),
         }
     }

@@ -1,0 +1,178 @@
+"""Puts training steps of this project beside those of torch and peft, in turns on the same machine, and prints a table.
+
+usage: python compare.py [--cases tiny mid ..] [--rounds 5] [--steps 5] [--dtypes f32 bf16] [--history FILE] [--plot FILE]
+
+Each measurement has a process of its own: LLaMAs with random weights, tied embeddings, LoRA of rank 16 with dropout 0.05,
+AdamW; the shapes are those of `benches/src/training.rs`. Torch is called as its users call it: `model(input_ids=..,
+labels=..)`, `loss.backward()`, `optimizer.step()`. Memory is the peak of resident memory above what was resident before the
+first step. `--history` appends one line of JSON with commit, machine and medians.
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+QV = ["q_proj", "v_proj"]
+# vocabulary, width, feed-forward width, blocks, heads, heads of keys, sequences, tokens, labelled tokens, targets
+SHAPES = {
+    "tiny": (4096, 256, 704, 4, 8, 4, 16, 64, 12, QV),
+    "mid": (32000, 768, 2048, 12, 12, 4, 4, 128, 25, QV),
+    "mid-all-labelled": (32000, 768, 2048, 12, 12, 4, 4, 128, 128, QV),
+    "wide": (128256, 2048, 8192, 4, 32, 8, 4, 64, 12, QV),
+    "smol": (49152, 576, 1536, 30, 9, 3, 16, 92, 5, "all-linear"),
+}
+WARM_UP = 2
+
+
+def status(name):
+    """A line of /proc/self/status in KiB."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+def torch_step(case, dtype, steps, threads):
+    """Measures steps of torch and peft in this process."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary, width, feed_forward, blocks, heads, heads_of_keys, sequences, length, labelled, targets = SHAPES[case]
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward,
+                         num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=heads_of_keys,
+                         tie_word_embeddings=True, max_position_embeddings=2048)
+    model = LlamaForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets,
+                                             task_type="CAUSAL_LM"))
+    model.train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    ids = torch.tensor([[(row * 7919 + i * 104729) % vocabulary for i in range(length)] for row in range(sequences)])
+    labels = ids.clone()
+    labels[:, : length - labelled] = -100
+    weights = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    seconds = []
+    for step in range(WARM_UP + steps):
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        if step >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    print(json.dumps({"case": case, "seconds": statistics.median(seconds), "loss": value,
+                      "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
+
+
+def build():
+    """Builds the benchmark and returns its path."""
+    command = ["cargo", "bench", "-p", "burn-peft-benches", "--bench", "training_step", "--no-run",
+               "--message-format=json"]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "training_step")
+
+
+def run(command, **environment):
+    found = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, **environment}).stdout
+    return json.loads(found.splitlines()[-1])
+
+
+def commit():
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def machine():
+    info = pathlib.Path("/proc/cpuinfo").read_text()
+    model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.machine())
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in info]
+    return f"{model}, {' '.join(flags)}"
+
+
+def plot(results, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2))
+    for axis, key, title in zip(axes, ("time", "memory"), ("seconds a step", "peak memory above the weights")):
+        names = [name for name in results if "f32" in results[name]]
+        ratios = [results[name]["f32"][key] for name in names]
+        axis.barh(names, ratios, color="#b7410e")
+        axis.axvline(1, color="black", linewidth=1)
+        for i, ratio in enumerate(ratios):
+            axis.text(ratio + 0.01, i, f"{ratio:.2f}", va="center")
+        axis.set_xlim(0, 1.15)
+        axis.set_title(f"{title}, torch with peft = 1")
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtypes", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"],
+                        help="types of torch's weights; ours are f32")
+    parser.add_argument("--history", type=pathlib.Path, help="file to append the medians to")
+    parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw the ratios to")
+    parser.add_argument("--torch", metavar="CASE", choices=SHAPES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.torch:
+        return torch_step(args.torch, args.dtypes[0], args.steps, args.threads)
+
+    ours = build()
+    steps = ["--steps", args.steps]
+    torchs = [sys.executable, __file__, "--threads", args.threads, *steps]
+    threads = {"RAYON_NUM_THREADS": str(args.threads)}
+    print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {commit()}\n")
+    print("| case | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    results = {}
+    for case in args.cases:
+        found = {"ours": [], **{dtype: [] for dtype in args.dtypes}}
+        for _ in range(args.rounds):
+            found["ours"].append(run([ours, "--case", case, *steps], **threads))
+            for dtype in args.dtypes:
+                found[dtype].append(run([*torchs, "--torch", case, "--dtypes", dtype]))
+
+        def middle(who, key):
+            return statistics.median(each[key] for each in found[who])
+
+        def ratio(dtype, key):
+            return statistics.median(a[key] / b[key] for a, b in zip(found["ours"], found[dtype]))
+        results[case] = {"seconds": middle("ours", "seconds"), "peak_mib": middle("ours", "peak_mib")}
+        for dtype in args.dtypes:
+            times, memory = ratio(dtype, "seconds"), ratio(dtype, "peak_mib")
+            results[case][dtype] = {"time": times, "memory": memory, "torch_seconds": middle(dtype, "seconds")}
+            print(f"| {case}, torch {dtype} | {middle('ours', 'seconds'):.3f} | {middle(dtype, 'seconds'):.3f} | {times:.2f} "
+                  f"| {middle('ours', 'peak_mib'):.0f} | {middle(dtype, 'peak_mib'):.0f} | {memory:.2f} "
+                  f"| {middle('ours', 'faults_per_step'):.0f} |", flush=True)
+    if args.history:
+        line = {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine(),
+                "threads": args.threads, "cases": results}
+        with args.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()

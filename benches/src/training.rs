@@ -1,0 +1,149 @@
+//! Training steps of LLaMAs with random weights, of the shapes that `benches/python/step.py` gives to torch and peft.
+
+use burn::module::Module;
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::Device;
+use burn_peft::{LoraConfig, PeftModel, TargetModules};
+use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
+
+/// Rank of the adapters; `lora_alpha` is twice as much, `lora_dropout` 0.05.
+const RANK: usize = 16;
+
+/// The sizes of a model and of a batch. The output layer is tied to the embedding.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// The name that selects it.
+    pub name: &'static str,
+    /// Number of tokens.
+    pub vocabulary: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside of the feed-forward layer.
+    pub feed_forward: usize,
+    /// Number of blocks.
+    pub blocks: usize,
+    /// Heads of queries, and heads of keys and values.
+    pub heads: [usize; 2],
+    /// Sequences, and tokens of each.
+    pub batch: [usize; 2],
+    /// How many tokens at the end of each sequence are learnt.
+    pub labelled: usize,
+    /// Whether every linear layer has an adapter, or `q_proj` and `v_proj` alone.
+    pub is_all_linear: bool,
+}
+
+/// `smol` is SmolLM2-135M on the batches of the Pokémon experiment, `wide` a quarter of Llama-3.2-1B.
+pub const SHAPES: [Shape; 5] = [
+    Shape {
+        name: "tiny",
+        vocabulary: 4096,
+        hidden: 256,
+        feed_forward: 704,
+        blocks: 4,
+        heads: [8, 4],
+        batch: [16, 64],
+        labelled: 12,
+        is_all_linear: false,
+    },
+    MID,
+    Shape { name: "mid-all-labelled", labelled: 128, ..MID },
+    Shape {
+        name: "wide",
+        vocabulary: 128_256,
+        hidden: 2048,
+        feed_forward: 8192,
+        blocks: 4,
+        heads: [32, 8],
+        batch: [4, 64],
+        labelled: 12,
+        is_all_linear: false,
+    },
+    Shape {
+        name: "smol",
+        vocabulary: 49_152,
+        hidden: 576,
+        feed_forward: 1536,
+        blocks: 30,
+        heads: [9, 3],
+        batch: [16, 92],
+        labelled: 5,
+        is_all_linear: true,
+    },
+];
+
+const MID: Shape = Shape {
+    name: "mid",
+    vocabulary: 32_000,
+    hidden: 768,
+    feed_forward: 2048,
+    blocks: 12,
+    heads: [12, 4],
+    batch: [4, 128],
+    labelled: 25,
+    is_all_linear: false,
+};
+
+/// What an adapter is beside its factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// LoRA.
+    Lora,
+    /// DoRA: LoRA with a magnitude for each output.
+    Dora,
+}
+
+/// What a step works on.
+pub struct Training {
+    model: LlamaForCausalLm,
+    optimizer: ModuleOptimizer,
+    batch: Batch,
+}
+
+impl Training {
+    /// A model of the shape with an adapter, and a batch.
+    ///
+    /// # Panics
+    /// If the model takes no adapter, or the batch has no labels.
+    #[expect(clippy::expect_used, reason = "a benchmark without its model measures nothing")]
+    pub fn new(shape: Shape, kind: Kind) -> Self {
+        let device = Device::default().autodiff();
+        device.seed(0);
+        let [heads, heads_of_keys] = shape.heads;
+        let config = LlamaConfig::new(shape.vocabulary, shape.hidden, shape.blocks)
+            .with_heads(heads, heads_of_keys)
+            .with_intermediate_size(shape.feed_forward)
+            .with_tie_word_embeddings(true);
+        // A fork draws the weights, which are otherwise drawn when they are first used.
+        let mut model = config.init(&device).fork(&device);
+        let targets = match shape.is_all_linear {
+            true => TargetModules::AllLinear,
+            false => ["q_proj", "v_proj"].into(),
+        };
+        let adapter = LoraConfig::new(RANK)
+            .with_lora_alpha(2.0 * RANK as f64)
+            .with_lora_dropout(0.05)
+            .with_use_dora(kind == Kind::Dora)
+            .with_target_modules(targets);
+        model.add_adapter("default", adapter).expect("the model takes the adapter");
+        let [sequences, length] = shape.batch;
+        let example = |row: usize| {
+            let input_ids: Vec<u32> =
+                (0..length).map(|i| ((row * 7919 + i * 104_729) % shape.vocabulary) as u32).collect();
+            let label =
+                |(i, id): (usize, &u32)| if i + shape.labelled < length { -100 } else { i64::from(*id) };
+            let labels = input_ids.iter().enumerate().map(label).collect();
+            Example { input_ids, labels }
+        };
+        let examples: Vec<Example> = (0..sequences).map(example).collect();
+        let batch = Collator::new(0).collate(&examples, &device).expect("the examples have labels");
+        Self { model, optimizer: AdamWConfig::new().init(), batch }
+    }
+
+    /// Loss, gradients and an update of AdamW; returns the loss.
+    pub fn step(&mut self) -> f64 {
+        let loss = self.model.loss(&self.batch);
+        let gradients = GradientsParams::from_grads(loss.backward(), &self.model);
+        self.model = self.optimizer.step(1e-4, self.model.clone(), gradients);
+        loss.into_scalar()
+    }
+}
