@@ -108,17 +108,18 @@ def plot(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2))
-    for axis, key, title in zip(axes, ("time", "memory"), ("seconds a step", "peak memory above the weights")):
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True)
+    figure.suptitle("A training step with LoRA, f32; torch with peft = 1")
+    for axis, key, title in zip(axes, ("time", "memory"), ("time", "peak memory above the weights")):
         names = [name for name in results if "f32" in results[name]]
         ratios = [results[name]["f32"][key] for name in names]
         axis.barh(names, ratios, color="#b7410e")
         axis.axvline(1, color="black", linewidth=1)
         for i, ratio in enumerate(ratios):
-            axis.text(ratio + 0.01, i, f"{ratio:.2f}", va="center")
-        axis.set_xlim(0, 1.15)
-        axis.set_title(f"{title}, torch with peft = 1")
-        axis.invert_yaxis()
+            axis.text(ratio - 0.02, i, f"{ratio:.2f}", va="center", ha="right", color="white")
+        axis.set_xlim(0, 1.1)
+        axis.set_title(title, fontsize="medium")
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -138,11 +139,11 @@ def main():
     if args.torch:
         return torch_step(args.torch, args.dtypes[0], args.steps, args.threads)
 
-    ours = build()
+    ours, of_commit = build(), commit()
     steps = ["--steps", args.steps]
     torchs = [sys.executable, __file__, "--threads", args.threads, *steps]
     threads = {"RAYON_NUM_THREADS": str(args.threads)}
-    print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {commit()}\n")
+    print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
     print("| case | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
@@ -166,7 +167,7 @@ def main():
                   f"| {middle('ours', 'peak_mib'):.0f} | {middle(dtype, 'peak_mib'):.0f} | {memory:.2f} "
                   f"| {middle('ours', 'faults_per_step'):.0f} |", flush=True)
     if args.history:
-        line = {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine(),
+        line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(),
                 "threads": args.threads, "cases": results}
         with args.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -36,4 +36,5 @@ struct Methods;
 #[cfg(doctest)]
 #[doc = include_str!("../../crates/burn-peft/README.md")]
 #[doc = include_str!("../../crates/burn-peft-llama/README.md")]
+#[doc = include_str!("../../crates/burn-peft-ops/README.md")]
 struct CrateReadmes;

@@ -12,7 +12,7 @@ use crate::{CausalMask, cast};
 ///
 /// The queries are scaled already. The softmax is in f32 whatever the type of the scores, as in transformers. On Burn's
 /// CPU backend (Flex), scores exist for one block of queries at a time, and backward computes them anew: the operation
-/// keeps its inputs and two numbers for each row. Keys and values that are not seen are not computed with.
+/// keeps its inputs and two numbers for each row. Keys behind the last query of a block are left out.
 ///
 /// # Shapes
 /// - q: `[b, n, g, s, d]`
@@ -21,7 +21,7 @@ use crate::{CausalMask, cast};
 /// - output: `[b, n, g, s, d]`
 ///
 /// # Panics
-/// If the shapes do not fit.
+/// If the shapes do not fit, those of the mask included.
 pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) -> Tensor<5> {
     let dims @ [b, n, g, s, d] = q.dims();
     assert_eq!([s, k.dims()[2]], mask.dims(), "numbers of queries and keys, and those of the mask");
@@ -31,6 +31,9 @@ pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) ->
         [k.dims()[0], k.dims()[1], k.dims()[3]],
         "batch, heads and width of queries and keys"
     );
+    if let Some(sequences) = mask.batch() {
+        assert_eq!(sequences, b, "sequences of the attention mask, and of the batch");
+    }
     #[cfg(feature = "flex")]
     if flex::has_kernel(&q, &k, &v) {
         return flex::attention(q, k, v, mask);
@@ -158,6 +161,43 @@ mod kernel_tests {
         assert!(flex::has_kernel(&q, &k, &v));
         let y = wide(&values(attention(q, k, v, &CausalMask::new(1, t))));
         assert!(deviation(&y, &[1.0; 8]) < 1e-6, "{y:?}");
+    }
+
+    #[test]
+    #[should_panic(expected = "sequences of the attention mask")]
+    fn a_mask_of_another_batch_is_refused() {
+        let x = normal([3, 1, 4, 2], 1.0, 1);
+        let mask = CausalMask::new(4, 4).with_tokens(tokens(1, 4));
+        attention(x.clone().unsqueeze_dim(2), x.clone(), x, &mask);
+    }
+
+    /// As while an answer is written: one query, keys and values are views of larger buffers, padding on the left.
+    #[test]
+    fn a_query_with_a_cache_sees_what_it_would_in_the_whole_sequence() {
+        let (b, n, g, t, d) = (2, 2, 3, 70, 8);
+        let q = normal([b, n, g, t, d], 1.0, 1);
+        let [k, v] = [2, 3].map(|seed| normal([b, n, t + 30, d], 1.0, seed).narrow(2, 7, t));
+        let whole = CausalMask::new(t, t).with_tokens(tokens(b, t));
+        let last = CausalMask::new(1, t).with_tokens(tokens(b, t));
+        let expected = attention(q.clone(), k.clone(), v.clone(), &whole).narrow(3, t - 1, 1);
+        let found = attention(q.narrow(3, t - 1, 1), k, v, &last);
+        assert!(deviation(&wide(&values(found)), &wide(&values(expected))) < 1e-6);
+    }
+
+    /// Longer sums than products make at once.
+    #[test]
+    fn gradients_of_many_keys_are_those_in_f64() {
+        let (device, t) = (Device::flex().autodiff(), 9_000);
+        let kv = normal([1, 2, t, 4], 1.0, 1);
+        let q = normal([1, 1, 2, 2, 4], 1.0, 2);
+        let dy = normal([1, 1, 2, 2, 4], 1.0, 3);
+        let of = |[kv]: [Tensor<4>; 1]| {
+            let q = Tensor::from_data(q.to_data(), (&kv.device(), kv.dtype()));
+            let (k, v) = (kv.clone().narrow(1, 0, 1), kv.narrow(1, 1, 1));
+            attention(q, k, v, &CausalMask::new(2, t))
+        };
+        let found = Checked::of(of, [&kv], &dy, &device, DType::F32);
+        found.assert_close(&Checked::of(of, [&kv], &dy, &device, DType::F64), 3e-6);
     }
 
     #[test]

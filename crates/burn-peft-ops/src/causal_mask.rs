@@ -1,6 +1,8 @@
 //! Which positions see which. A window of attention would be a further condition here.
 
-use std::sync::{Arc, OnceLock};
+#[cfg(feature = "flex")]
+use std::sync::Arc;
+use std::sync::OnceLock;
 
 use burn::tensor::{Bool, DType, Device, Tensor};
 
@@ -10,6 +12,8 @@ use burn::tensor::{Bool, DType, Device, Tensor};
 /// itself as well. Its results are used nowhere, but a row that sees nothing would be `0 / 0`.
 ///
 /// Padding behind the last token of a sequence needs no mention: no token sees what comes after it.
+///
+/// A mask is for one device, and for one or more passes of the same batch.
 #[derive(Clone, Debug)]
 pub struct CausalMask {
     queries: usize,
@@ -29,7 +33,14 @@ impl CausalMask {
     /// If there are more queries than keys.
     pub fn new(queries: usize, keys: usize) -> Self {
         assert!(queries <= keys, "{queries} queries cannot be the last of {keys} positions");
-        Self { queries, keys, padding: None, bias: OnceLock::new(), padding_on_host: OnceLock::new() }
+        Self {
+            queries,
+            keys,
+            padding: None,
+            bias: OnceLock::new(),
+            #[cfg(feature = "flex")]
+            padding_on_host: OnceLock::new(),
+        }
     }
 
     /// The same, where `tokens` is `false` at padding, `[b, keys]`.
@@ -39,7 +50,12 @@ impl CausalMask {
     pub fn with_tokens(self, tokens: Tensor<2, Bool>) -> Self {
         let [_, length] = tokens.dims();
         assert!(length == self.keys, "the attention mask has {length} positions, not {}", self.keys);
-        Self { padding: Some(tokens.bool_not()), ..Self::new(self.queries, self.keys) }
+        Self { padding: Some(tokens.inner().bool_not()), ..Self::new(self.queries, self.keys) }
+    }
+
+    /// Number of sequences, if some have padding.
+    pub(crate) fn batch(&self) -> Option<usize> {
+        self.padding.as_ref().map(|padding| padding.dims()[0])
     }
 
     /// Number of queries and keys.
@@ -56,7 +72,7 @@ impl CausalMask {
 
     /// 0 where a query sees a key, negative infinity elsewhere, `[b or 1, 1, 1, s, t]`; `None` if everything is seen.
     pub(crate) fn bias(&self, device: &Device) -> Option<&Tensor<5>> {
-        self.bias.get_or_init(|| self.hidden(device).map(bias_of)).as_ref()
+        self.bias.get_or_init(|| self.hidden(&device.clone().inner()).map(bias_of)).as_ref()
     }
 
     /// `true` where a query does not see a key, `[b or 1, s, t]`.

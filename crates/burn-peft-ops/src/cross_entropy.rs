@@ -6,7 +6,7 @@ mod flex;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
-use crate::{cast, linear, sum_all};
+use crate::{cast, linear, on_kind_of, sum_all};
 
 /// `Σ (log Σ exp(logits) - logits[target])`, the outer sum over the rows, in f32.
 ///
@@ -18,9 +18,11 @@ use crate::{cast, linear, sum_all};
 /// # Panics
 /// If the shapes do not fit, or a target is not below `vocab_size`.
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    assert_eq!(targets.dims()[0], logits.dims()[0], "number of targets, and of rows of logits");
     let logits = cast(logits, DType::F32);
     if !logits.is_tracked() {
-        return loss(logits, targets);
+        let device = logits.device();
+        return on_kind_of(loss(logits.inner(), targets.inner()), &device);
     }
     // Autodiff would keep several copies of the logits; the gradient is known: softmax minus one at the target.
     let (loss, slope) = loss_and_slope(logits.clone().inner(), targets.inner());
@@ -48,6 +50,7 @@ pub fn cross_entropy_of_frozen(
     weight: Tensor<2>,
     targets: Tensor<1, Int>,
 ) -> Tensor<1> {
+    assert_eq!(targets.dims()[0], logits.dims()[0], "number of targets, and of rows of logits");
     let (loss, slope) = loss_and_slope(cast(logits, DType::F32), targets.inner());
     let to_logits = cast(slope.numbers, weight.dtype());
     // Divided where there is less to divide.
@@ -63,7 +66,7 @@ struct Slope {
     total: Tensor<2>,
 }
 
-/// The loss summed over the rows, `[1]`, of logits in f32.
+/// The loss summed over the rows, `[1]`, of logits in f32 without autodiff.
 fn loss(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     #[cfg(feature = "flex")]
     if flex::has_kernel(&logits) {
@@ -233,6 +236,27 @@ mod tests {
         assert!(of([f32::NAN, 0.0, 1.0], 1).is_nan() && of([f32::INFINITY, 0.0, 1.0], 1).is_nan());
         assert_eq!(of([f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], 1), 0.0);
         assert_eq!(of([f32::NEG_INFINITY, 0.0, 1.0], 0), f32::INFINITY);
+    }
+
+    #[test]
+    #[should_panic(expected = "number of targets")]
+    fn a_target_too_few_is_refused() {
+        let device = Device::flex();
+        cross_entropy(Tensor::zeros([4, 3], &device), Tensor::from_data([0, 1, 2], &device));
+    }
+
+    #[test]
+    fn logits_without_a_graph_may_be_on_any_kind_of_device() {
+        let plain = Device::flex();
+        for device in [plain.clone().autodiff(), plain.clone().autodiff().gradient_checkpointing()] {
+            let case = Case::new(100);
+            let on_device = Tensor::<2>::from_data(case.logits.to_data(), &device);
+            let targets = Tensor::<1, Int>::from_data(case.targets.to_data(), &device);
+            let loss = cross_entropy(on_device.clone(), targets.clone());
+            case.assert_loss((loss * Tensor::<1>::ones([1], &device)).inner());
+            case.assert_loss(cross_entropy(case.logits.clone(), targets));
+            case.assert_loss(cross_entropy(on_device, case.targets.clone()).inner());
+        }
     }
 
     #[cfg(feature = "flex")]

@@ -13,7 +13,11 @@ use crate::linear;
 /// twice, forward and backward. On that backend (Flex), 16 random bits for each element come from a generator that is
 /// much faster than the device's, which gives it its seed; `prob` is rounded to a multiple of 2⁻¹⁶ there, and backward
 /// draws the same bits again instead of keeping a mask.
+///
+/// # Panics
+/// If `prob` is not between 0 and 1.
 pub fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
+    assert!((0.0..=1.0).contains(&prob), "the probability {prob} is not between 0 and 1");
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x) {
         return flex::zero_some(x, prob);
@@ -31,7 +35,11 @@ pub fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
 /// - x: `[n, d_in]`
 /// - a: `[d_in, r]`
 /// - output: `[n, r]`
+///
+/// # Panics
+/// If the shapes do not fit, or `prob` is not between 0 and 1.
 pub fn dropped_product(x: Tensor<2>, a: Tensor<2>, prob: f64) -> Tensor<2> {
+    assert!((0.0..=1.0).contains(&prob), "the probability {prob} is not between 0 and 1");
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x) && flex::has_kernel(&a) {
         return flex::dropped_product(x, a, prob);
@@ -62,6 +70,20 @@ mod tests {
             }
             assert!((0.55..0.65).contains(&(kept as f64 / 72_100.0)), "{kept}");
         }
+    }
+
+    #[test]
+    fn nothing_and_everything_can_be_dropped() {
+        let x = Tensor::<1>::ones([100_000], &Device::flex());
+        assert_eq!(zero_some(x.clone(), 0.0).sum().into_scalar::<f32>(), 100_000.0);
+        assert_eq!(zero_some(x, 1.0).sum().into_scalar::<f32>(), 0.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "columns of the left")]
+    fn a_product_of_shapes_that_do_not_fit_is_refused() {
+        let of = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());
+        dropped_product(of([3, 4]), of([8, 2]), 0.5);
     }
 
     #[test]

@@ -70,8 +70,8 @@ pub(crate) struct Matrix<'a> {
     pub(crate) strides: [isize; 2],
 }
 
-/// The longest sum that gemmkit makes at once: the sum of 32,768 equal numbers would be 1.7e-5 off, the gradient of a
-/// loss over 49,152 tokens 4.9e-6.
+/// The longest sum that is left to gemmkit. Made at once, that of 32,768 equal numbers would be 1.7e-5 off, the gradient
+/// of a loss over 49,152 tokens 4.9e-6.
 const LONGEST_SUM: usize = 8192;
 /// Longer ones are made of so many numbers at a time.
 const PART_OF_SUM: usize = 2048;
@@ -120,6 +120,7 @@ impl<'a> Matrix<'a> {
         apart: usize,
         parallelism: Parallelism,
     ) {
+        assert_eq!(self.columns, b.rows, "columns of the left, and rows of the right side of a product");
         let part = if self.columns > LONGEST_SUM { PART_OF_SUM } else { LONGEST_SUM };
         let product = |start: usize, beta: f32, y: &mut [f32], apart: usize| {
             let count = part.min(self.columns - start);

@@ -41,7 +41,7 @@ mod swiglu;
 #[cfg(test)]
 mod testing;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 pub use attention::attention;
 pub use causal_mask::CausalMask;
@@ -56,8 +56,19 @@ pub use swiglu::swiglu;
 /// Whether tensors in f32 on Flex take kernels: the feature `flex`.
 pub const HAS_KERNELS: bool = cfg!(feature = "flex");
 
-/// The tensor in another floating-point type. Costs nothing if it has that type, and leaves quantized tensors to the
-/// operation that reads them.
+/// The tensor in another floating-point type. Costs nothing if it has that type. A tensor that is quantized, or a type
+/// that has no fractions, leaves it as it is.
 pub fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
     if x.dtype() == dtype || !x.dtype().is_float() || !dtype.is_float() { x } else { x.cast(dtype) }
+}
+
+/// `tensor`, which has no graph, with autodiff where `device` has it.
+///
+/// `Tensor::from_inner` alone gives it the default checkpointing strategy, and an operation on tensors of two strategies
+/// panics.
+pub fn on_kind_of<const D: usize>(tensor: Tensor<D>, device: &Device) -> Tensor<D> {
+    match device.gradient_checkpointing_strategy() {
+        Some(strategy) => Tensor::from_inner(tensor).with_gradient_checkpointing_strategy(strategy),
+        None => tensor,
+    }
 }

@@ -9,13 +9,17 @@ use burn::tensor::Tensor;
 /// positions.
 ///
 /// With `sin` negated in its first half, that rotates each pair `(x[i], x[i + d / 2])` by the angle of its position. The
-/// tables get no gradient. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps the tables alone.
+/// tables are constants. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps the tables alone.
 ///
 /// # Shapes
 /// - x: `[b, s, n, g, d]`
 /// - cos, sin: `[s, d]`
 /// - output: `[b, n, g, s, d]`
+///
+/// # Panics
+/// If `d` is odd, or the shapes do not fit.
 pub fn rotate(x: Tensor<5>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<5> {
+    let (cos, sin) = (&cos.clone().detach(), &sin.clone().detach());
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x, cos, sin) {
         return flex::rotate(x, cos, sin);

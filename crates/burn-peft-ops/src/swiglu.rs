@@ -12,7 +12,11 @@ use burn::tensor::activation::silu;
 ///
 /// # Shapes
 /// - gate, up and output: the same
+///
+/// # Panics
+/// If the shapes differ.
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    assert_eq!(gate.shape(), up.shape(), "shapes of the gate and of what it gates");
     #[cfg(feature = "flex")]
     if flex::has_kernel(&gate, &up) {
         return flex::swiglu(gate, up);
@@ -25,7 +29,7 @@ mod tests {
     use burn::tensor::{DType, Device};
 
     use super::*;
-    use crate::testing::{Checked, normal};
+    use crate::testing::{Checked, deviation, normal, values, wide};
 
     #[test]
     fn values_and_gradients_are_those_in_f64() {
@@ -41,6 +45,20 @@ mod tests {
                 found.assert_close(&expected, 1e-6);
             }
         }
+    }
+
+    #[test]
+    fn views_and_expanded_gradients_are_read_as_they_are() {
+        let device = Device::flex().autodiff();
+        let both = Tensor::<2>::from_data(normal([40, 60], 1.0, 1).to_data(), &device).require_grad();
+        let of = |both: Tensor<2>, f: fn(Tensor<2>, Tensor<2>) -> Tensor<2>| {
+            let (gate, up) = (both.clone().narrow(1, 3, 20).transpose(), both.narrow(1, 30, 20).transpose());
+            f(gate, up)
+        };
+        let gradient = |y: Tensor<2>| values(both.grad(&y.sum().backward()).unwrap());
+        let found = gradient(of(both.clone(), swiglu));
+        let expected = gradient(of(both.clone(), |gate, up| silu(gate) * up));
+        assert!(deviation(&wide(&found), &wide(&expected)) < 1e-6);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::pattern::Pattern;
 use crate::seam::{BaseParameter, Layout};
 use crate::states::States;
 use crate::target::{OUTPUT_LAYER, TargetModules, matches_name};
-use crate::tensor::on_kind_of;
+use burn_peft_ops::on_kind_of;
 
 pub(crate) mod modules;
 mod report;

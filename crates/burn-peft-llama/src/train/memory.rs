@@ -21,7 +21,8 @@ const GRAPH: usize = 116_000;
 /// program itself takes is not part of it.
 ///
 /// The formulas count the tensors that Burn 0.22's autodiff keeps between the forward and the backward pass of this crate's
-/// LLaMA. In f32, they are within 5 % of the bytes that are allocated; with gradient accumulation, the gradients come on top.
+/// LLaMA. For LoRA in f32, they are within 5 % of the bytes that are allocated; with gradient accumulation, the gradients
+/// come on top. DoRA keeps more, and so does a base in 16 bits, whose activations are cast for adapters in f32.
 /// Allocators, kernels of GPUs and their memory pools need more.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,9 +85,9 @@ impl MemoryEstimate {
             gradients: trained,
             optimizer: 2 * trained,
             activations: blocks.iter().map(|block| block.activations(config, batch, element)).sum(),
-            // The gradients of the feed-forward layer, or the logits and as much again, for their gradient or for what products
-            // pack.
-            temporary: (positions * element * (2 * f).max(3 * d)).max(2 * 4 * logits),
+            // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
+            temporary: (positions * element * (2 * f).max(3 * d))
+                .max(if has_kernels(element) { 4 } else { 8 } * logits),
         }
     }
 
@@ -95,6 +96,11 @@ impl MemoryEstimate {
         let Self { weights, trained, gradients, optimizer, activations, temporary } = *self;
         weights + trained + optimizer + (activations + temporary).max(gradients)
     }
+}
+
+/// Whether numbers of so many bytes take the kernels of `burn_peft_ops`.
+fn has_kernels(element: usize) -> bool {
+    HAS_KERNELS && element == DType::F32.size()
 }
 
 /// What is trained in a block.
@@ -140,12 +146,11 @@ impl Adapted {
 
     /// Bytes that the forward pass of the block keeps: see `burn_peft_ops` for what each operation does.
     fn activations(&self, config: &LlamaConfig, [b, s]: [usize; 2], element: usize) -> usize {
-        let has_kernels = HAS_KERNELS && element == DType::F32.size();
+        let has_kernels = has_kernels(element);
         let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let (q, kv) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
         let count = |names: &[&str]| names.iter().filter(|name| self.modules.contains(**name)).count();
-        // The inputs of what is trained: one tensor for all that read it, or with composed dropout one for each. (Its mask is
-        // not counted: one more byte for each element, or up to four.)
+        // The inputs of what is trained: one tensor for all that read it, or with composed dropout one for each.
         let inputs = [
             (d, count(&["q_proj", "k_proj", "v_proj"])),
             (q, count(&["o_proj"])),

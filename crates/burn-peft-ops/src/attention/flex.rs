@@ -19,6 +19,8 @@ use crate::flex::{Matrix, dot, is_readable, strided, tensor, vectorised};
 
 /// Queries whose scores are computed together.
 const BLOCK: usize = 64;
+/// With fewer blocks, they are smaller.
+const FEW_TASKS: usize = 8;
 
 /// Whether [`attention`] is for these.
 pub(super) fn has_kernel(q: &Tensor<5>, k: &Tensor<4>, v: &Tensor<4>) -> bool {
@@ -61,7 +63,7 @@ struct Inputs {
     padding: Option<Arc<[bool]>>,
 }
 
-/// The largest score of a query, and 1 over the sum of the exponentials of the others' distance to it.
+/// Of a query: the largest score, and `1 / Σ exp(score - max)` over the keys that it sees.
 #[derive(Debug, Clone, Copy, Default)]
 struct Row {
     max: f32,
@@ -85,16 +87,7 @@ struct Queries {
 impl Inputs {
     fn new(q: FlexTensor, k: FlexTensor, v: FlexTensor, padding: Option<Arc<[bool]>>) -> Self {
         let [q, k, v] = [q, k, v].map(strided);
-        let inputs = Self { q, k, v, padding };
-        let ([b, ..], [_, _, t, _]) = (inputs.dims_of_queries(), inputs.dims_of_keys());
-        if let Some(padding) = &inputs.padding {
-            assert!(
-                padding.len() == b * t,
-                "the attention mask is for {} sequences, not {b}",
-                padding.len() / t
-            );
-        }
-        inputs
+        Self { q, k, v, padding }
     }
 
     /// `[b, n, g, s, d]`
@@ -112,8 +105,10 @@ impl Inputs {
         let [b, n, g, s, d] = self.dims_of_queries();
         let mut y = vec![0.0; b * s * n * g * d];
         let mut rows = vec![Row::default(); b * s * n * g];
-        // A task has some positions of all heads, or one position of a head and its group.
-        let queries_of_task = if s == 1 { g } else { BLOCK * n * g };
+        // A task has some positions of all heads, or one position of a head and its group. A single short sequence has smaller
+        // blocks, to give several threads work; their size depends on shapes alone, so that results do not on threads.
+        let block = if b * s.div_ceil(BLOCK) < FEW_TASKS { BLOCK / 4 } else { BLOCK };
+        let queries_of_task = if s == 1 { g } else { block * n * g };
         let sequences = y.par_chunks_mut(s * n * g * d).zip(rows.par_chunks_mut(s * n * g)).enumerate();
         let tasks = sequences.flat_map(|(batch, (y, rows))| {
             let tasks = y.par_chunks_mut(queries_of_task * d).zip(rows.par_chunks_mut(queries_of_task));
@@ -127,7 +122,7 @@ impl Inputs {
             }
             for head_of_all in 0..n * g {
                 let (head, group) = (head_of_all / g, head_of_all % g);
-                let (position, count) = (i * BLOCK, rows.len() / (n * g));
+                let (position, count) = (i * block, rows.len() / (n * g));
                 let queries = Queries { batch, head, group, position, rows: count };
                 self.output(queries, &mut scores, &mut y[head_of_all * d..], &mut rows[head_of_all..], n * g);
             }

@@ -55,22 +55,33 @@ impl CrossEntropy for Flex {
     fn losses_and_slopes(logits: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor, FlexTensor) {
         let mut logits = contiguous(logits);
         let [n, vocab] = logits.layout().shape().dims();
-        if numbers_mut(&mut logits).is_none() {
-            logits = tensor(numbers(&logits).to_vec(), [n, vocab]);
-        }
-        let rows = numbers_mut(&mut logits).unwrap_or_default();
-        let rows = rows.par_chunks_exact_mut(vocab).zip(ids(targets, vocab));
-        let each = rows.map(|(row, target)| {
-            vectorised(|| {
-                let (max, logit) = (largest(row), row[target]);
-                let sum = exponentiate(row, max);
-                row[target] -= sum as f32;
-                (loss_of(max, sum, logit), sum as f32)
-            })
-        });
-        let (losses, totals) = each.unzip();
+        let targets = ids(targets, vocab);
+        let (losses, totals) = match numbers_mut(&mut logits) {
+            Some(rows) => in_place(rows, &targets, vocab),
+            // Somebody else holds them.
+            None => {
+                let mut rows = numbers(&logits).to_vec();
+                let found = in_place(&mut rows, &targets, vocab);
+                logits = tensor(rows, [n, vocab]);
+                found
+            }
+        };
         (sum(losses), logits, tensor(totals, [n, 1]))
     }
+}
+
+/// Turns logits into `total` times the gradient, and returns the losses and totals of the rows.
+fn in_place(logits: &mut [f32], targets: &[usize], vocab: usize) -> (Vec<f64>, Vec<f32>) {
+    let rows = logits.par_chunks_exact_mut(vocab).zip(targets);
+    let each = rows.map(|(row, &target)| {
+        vectorised(|| {
+            let (max, logit) = (largest(row), row[target]);
+            let sum = exponentiate(row, max);
+            row[target] -= sum as f32;
+            (loss_of(max, sum, logit), sum as f32)
+        })
+    });
+    each.unzip()
 }
 
 /// `log Σ exp(logits) - logits[target]`. The difference of the logits is exact where they are close, and the loss small.

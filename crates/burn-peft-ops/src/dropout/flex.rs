@@ -80,7 +80,8 @@ impl Dropped {
 
     fn with_seed(prob: f64, seed: u64) -> Self {
         // A probability below 1 keeps something.
-        Self { threshold: (prob * 65_536.0).round().min(65_535.0) as u32, seed }
+        let most = if prob < 1.0 { 65_535.0 } else { 65_536.0 };
+        Self { threshold: (prob * 65_536.0).round().min(most) as u32, seed }
     }
 
     /// `x` with zeros, in its own memory if nobody else holds it.

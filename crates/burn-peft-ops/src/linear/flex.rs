@@ -15,6 +15,8 @@ use crate::flex::{Matrix, is_on_flex, strided};
 /// From so many rows on, gemmkit multiplies with a matrix that lies row by row; with fewer, Burn's `gemm` is faster. With
 /// a turned one, gemmkit is faster throughout.
 const MANY_ROWS: usize = 128;
+/// From so many results on as well: Burn's product clears and aligns the memory of its result in a second copy of it.
+const MANY_RESULTS: usize = 1 << 20;
 
 /// Whether [`product`] is for these two.
 pub(super) fn has_kernel<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>) -> bool {
@@ -43,8 +45,9 @@ impl Product for Flex {
     fn product(x: FlexTensor, weight: FlexTensor, _: bool) -> FlexTensor {
         let (x, weight) = (strided(x), strided(weight));
         let is_turned = weight.layout().strides()[1] != 1;
-        if x.dtype() == DType::F32 && (is_turned || x.layout().shape()[0] >= MANY_ROWS) {
-            // Beside the product, Burn's takes time to clear and align the memory of its result.
+        let rows = x.layout().shape()[0];
+        let is_large = rows >= MANY_ROWS || rows * weight.layout().shape()[1] >= MANY_RESULTS;
+        if x.dtype() == DType::F32 && (is_turned || is_large) {
             return Matrix::of(&x).product(Matrix::of(&weight));
         }
         Self::float_matmul(x, weight)

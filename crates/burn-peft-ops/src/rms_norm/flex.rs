@@ -12,6 +12,9 @@ use rayon::prelude::*;
 
 use crate::flex::{contiguous, dot, is_readable, numbers, rows_of_task, tensor, vectorised};
 
+/// The most tasks that the gradient of the weight has.
+const TASKS: usize = 64;
+
 /// Whether [`rms_norm`] is for these two.
 pub(super) fn has_kernel<const D: usize>(x: &Tensor<D>, weight: &Tensor<1>) -> bool {
     D > 0 && x.dims()[D - 1] == weight.dims()[0] && is_readable(x) && is_readable(weight)
@@ -86,7 +89,8 @@ fn to_x(kept: &Kept, dy: &FlexTensor) -> FlexTensor {
 fn to_weight(kept: &Kept, dy: &FlexTensor) -> FlexTensor {
     let (x, dy) = (numbers(&kept.x), numbers(dy));
     let d = kept.weight.layout().num_elements();
-    let rows = rows_of_task(d);
+    // Each task has sums of its own, so there are not many, however many rows.
+    let rows = rows_of_task(d).max(kept.inverses.len().div_ceil(TASKS));
     let tasks = x.par_chunks(rows * d).zip(dy.par_chunks(rows * d)).zip(kept.inverses.par_chunks(rows));
     let sums = tasks.map(|((x, dy), inverses)| {
         let mut sums = vec![0.0; d];

@@ -15,7 +15,7 @@ use crate::flex::{contiguous, is_readable, numbers, rows_of_task, tensor, vector
 /// Whether [`rotate`] is for these.
 pub(super) fn has_kernel(x: &Tensor<5>, cos: &Tensor<2>, sin: &Tensor<2>) -> bool {
     let [_, s, _, _, d] = x.dims();
-    let fits = |table: &Tensor<2>| table.dims() == [s, d] && is_readable(table) && !table.is_tracked();
+    let fits = |table: &Tensor<2>| table.dims() == [s, d] && is_readable(table);
     is_readable(x) && d % 2 == 0 && fits(cos) && fits(sin)
 }
 

@@ -106,8 +106,8 @@ mod tests {
 
     use super::*;
     use crate::adapter::Adapter;
-    use crate::tensor::on_kind_of;
     use crate::{InitLoraWeights, LoraConfig, PeftModel};
+    use burn_peft_ops::on_kind_of;
 
     #[derive(Module, Debug)]
     struct Model {
