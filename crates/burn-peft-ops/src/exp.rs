@@ -69,19 +69,13 @@ pub(crate) fn exponentiate(row: &mut [f32], max: f32) -> f64 {
 /// `Σ e^(x - max)`, within 1e-6 also of a whole vocabulary.
 #[inline(always)]
 pub(crate) fn sum_of_exponentials(row: &[f32], max: f32) -> f64 {
-    let mut sum = 0.0;
-    for row in row.chunks(SUMMED) {
-        let (lanes, rest) = row.as_chunks::<LANES>();
-        let mut sums = [0.0; LANES];
-        for numbers in lanes {
-            for (sum, number) in sums.iter_mut().zip(numbers) {
-                *sum += exp(*number - max);
-            }
-        }
-        let rest: f32 = rest.iter().map(|number| exp(*number - max)).sum();
-        sum += f64::from(sums.iter().sum::<f32>() + rest);
-    }
-    sum
+    let mut copy = [0.0; SUMMED];
+    let sums = row.chunks(SUMMED).map(|row| {
+        let copy = &mut copy[..row.len()];
+        copy.copy_from_slice(row);
+        exponentiate(copy, max)
+    });
+    sums.sum()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use burn::module::Param;
 use burn::tensor::Tensor;
 use burn_peft_files::closest;
+use burn_peft_ops::on_kind_of;
 
 use crate::adapter::{Adapter, AdapterInfo};
 use crate::config::{LoraConfig, PeftConfig, Ranks, Selection};
@@ -18,7 +19,6 @@ use crate::pattern::Pattern;
 use crate::seam::{BaseParameter, Layout};
 use crate::states::States;
 use crate::target::{OUTPUT_LAYER, TargetModules, matches_name};
-use burn_peft_ops::on_kind_of;
 
 pub(crate) mod modules;
 mod report;
