@@ -1,7 +1,7 @@
 //! Training steps with LoRA and DoRA, each case in a process of its own: seconds, memory, page faults.
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
-//! of JSON, which is what `benches/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
+//! of JSON, which is what `benches/python/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
 //! settings of the environment.
 
 use std::process::{Command, ExitCode};
@@ -27,6 +27,9 @@ struct Options {
     /// Steps that are measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    /// Prints the shapes of all cases as JSON
+    #[arg(long)]
+    shapes: bool,
     /// What `cargo bench` gives every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -35,6 +38,10 @@ struct Options {
 fn main() -> ExitCode {
     let options = Options::parse();
     let run = match &options.case {
+        _ if options.shapes => {
+            print(&json!(SHAPES).to_string());
+            Ok(())
+        }
         Some(case) => measure(case, options.steps).map(|found| print(&found.to_string())),
         None => table(options.steps),
     };

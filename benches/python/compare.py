@@ -3,7 +3,7 @@
 usage: python compare.py [--cases tiny mid ..] [--rounds 5] [--steps 5] [--dtypes f32 bf16] [--history FILE] [--plot FILE]
 
 Each measurement has a process of its own: LLaMAs with random weights, tied embeddings, LoRA of rank 16 with dropout 0.05,
-AdamW; the shapes are those of `benches/src/training.rs`. Torch is called as its users call it: `model(input_ids=..,
+AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users call it: `model(input_ids=..,
 labels=..)`, `loss.backward()`, `optimizer.step()`. Memory is the peak of resident memory above what was resident before the
 first step. `--history` appends one line of JSON with commit, machine and medians.
 """
@@ -19,15 +19,6 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-QV = ["q_proj", "v_proj"]
-# vocabulary, width, feed-forward width, blocks, heads, heads of keys, sequences, tokens, labelled tokens, targets
-SHAPES = {
-    "tiny": (4096, 256, 704, 4, 8, 4, 16, 64, 12, QV),
-    "mid": (32000, 768, 2048, 12, 12, 4, 4, 128, 25, QV),
-    "mid-all-labelled": (32000, 768, 2048, 12, 12, 4, 4, 128, 128, QV),
-    "wide": (128256, 2048, 8192, 4, 32, 8, 4, 64, 12, QV),
-    "smol": (49152, 576, 1536, 30, 9, 3, 16, 92, 5, "all-linear"),
-}
 WARM_UP = 2
 
 
@@ -39,26 +30,29 @@ def status(name):
     return 0
 
 
-def torch_step(case, dtype, steps, threads):
+def torch_step(shape, dtype, steps, threads):
     """Measures steps of torch and peft in this process."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary, width, feed_forward, blocks, heads, heads_of_keys, sequences, length, labelled, targets = SHAPES[case]
+    vocabulary, prefix = shape["vocabulary"], shape["prefix"]
+    (heads, heads_of_keys), (sequences, length) = shape["heads"], shape["batch"]
+    targets = "all-linear" if shape["is_all_linear"] else ["q_proj", "v_proj"]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward,
-                         num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=heads_of_keys,
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=shape["hidden"], num_hidden_layers=shape["blocks"],
+                         intermediate_size=shape["feed_forward"], num_attention_heads=heads, num_key_value_heads=heads_of_keys,
                          tie_word_embeddings=True, max_position_embeddings=2048)
     model = LlamaForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets,
                                              task_type="CAUSAL_LM"))
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    ids = torch.tensor([[(row * 7919 + i * 104729) % vocabulary for i in range(length)] for row in range(sequences)])
+    ids = torch.tensor([[((row if i >= prefix else 0) * 7919 + i * 104729) % vocabulary for i in range(length)]
+                        for row in range(sequences)])
     labels = ids.clone()
-    labels[:, : length - labelled] = -100
+    labels[:, : length - shape["labelled"]] = -100
     weights = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     seconds = []
@@ -71,7 +65,7 @@ def torch_step(case, dtype, steps, threads):
         value = loss.item()
         if step >= WARM_UP:
             seconds.append(time.perf_counter() - start)
-    print(json.dumps({"case": case, "seconds": statistics.median(seconds), "loss": value,
+    print(json.dumps({"case": shape["name"], "seconds": statistics.median(seconds), "loss": value,
                       "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
 
 
@@ -85,8 +79,9 @@ def build():
 
 
 def run(command, **environment):
+    """The JSON of the last line that a command prints; mimalloc keeps what is freed, unless the environment says otherwise."""
     found = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, **environment}).stdout
+                           env={"MIMALLOC_PURGE_DELAY": "-1", **os.environ, **environment}).stdout
     return json.loads(found.splitlines()[-1])
 
 
@@ -126,7 +121,7 @@ def plot(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--cases", nargs="+", help="names of shapes; without it, all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -134,12 +129,16 @@ def main():
                         help="types of torch's weights; ours are f32")
     parser.add_argument("--history", type=pathlib.Path, help="file to append the medians to")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw the ratios to")
-    parser.add_argument("--torch", metavar="CASE", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch:
         return torch_step(args.torch, args.dtypes[0], args.steps, args.threads)
 
     ours, of_commit = build(), commit()
+    shapes = {shape["name"]: shape for shape in run([ours, "--shapes"])}
+    cases = args.cases or list(shapes)
+    if unknown := set(cases) - set(shapes):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
     steps = ["--steps", args.steps]
     torchs = [sys.executable, __file__, "--threads", args.threads, *steps]
     threads = {"RAYON_NUM_THREADS": str(args.threads)}
@@ -147,12 +146,12 @@ def main():
     print("| case | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
-    for case in args.cases:
+    for case in cases:
         found = {"ours": [], **{dtype: [] for dtype in args.dtypes}}
         for _ in range(args.rounds):
             found["ours"].append(run([ours, "--case", case, *steps], **threads))
             for dtype in args.dtypes:
-                found[dtype].append(run([*torchs, "--torch", case, "--dtypes", dtype]))
+                found[dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype]))
 
         def middle(who, key):
             return statistics.median(each[key] for each in found[who])

@@ -1,16 +1,17 @@
-//! Training steps of LLaMAs with random weights, of the shapes that `benches/python/step.py` gives to torch and peft.
+//! Training steps of LLaMAs with random weights, of the shapes that `benches/python/compare.py` gives to torch and peft.
 
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
+use serde::Serialize;
 
 /// Rank of the adapters; `lora_alpha` is twice as much, `lora_dropout` 0.05.
 const RANK: usize = 16;
 
 /// The sizes of a model and of a batch. The output layer is tied to the embedding.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub struct Shape {
     /// The name that selects it.
     pub name: &'static str,
@@ -26,14 +27,17 @@ pub struct Shape {
     pub heads: [usize; 2],
     /// Sequences, and tokens of each.
     pub batch: [usize; 2],
+    /// How many tokens at the beginning all sequences have in common.
+    pub prefix: usize,
     /// How many tokens at the end of each sequence are learnt.
     pub labelled: usize,
     /// Whether every linear layer has an adapter, or `q_proj` and `v_proj` alone.
     pub is_all_linear: bool,
 }
 
-/// `smol` is SmolLM2-135M on the batches of the Pokémon experiment, `wide` a quarter of Llama-3.2-1B.
-pub const SHAPES: [Shape; 5] = [
+/// `smol` is SmolLM2-135M on batches of the size of the Pokémon experiment, `smol-prompt` with the prompt that the questions
+/// of the experiment begin with; `wide` is a quarter of Llama-3.2-1B.
+pub const SHAPES: [Shape; 6] = [
     Shape {
         name: "tiny",
         vocabulary: 4096,
@@ -42,6 +46,7 @@ pub const SHAPES: [Shape; 5] = [
         blocks: 4,
         heads: [8, 4],
         batch: [16, 64],
+        prefix: 0,
         labelled: 12,
         is_all_linear: false,
     },
@@ -55,21 +60,26 @@ pub const SHAPES: [Shape; 5] = [
         blocks: 4,
         heads: [32, 8],
         batch: [4, 64],
+        prefix: 0,
         labelled: 12,
         is_all_linear: false,
     },
-    Shape {
-        name: "smol",
-        vocabulary: 49_152,
-        hidden: 576,
-        feed_forward: 1536,
-        blocks: 30,
-        heads: [9, 3],
-        batch: [16, 92],
-        labelled: 5,
-        is_all_linear: true,
-    },
+    SMOL,
+    Shape { name: "smol-prompt", batch: [16, 91], prefix: 70, ..SMOL },
 ];
+
+const SMOL: Shape = Shape {
+    name: "smol",
+    vocabulary: 49_152,
+    hidden: 576,
+    feed_forward: 1536,
+    blocks: 30,
+    heads: [9, 3],
+    batch: [16, 92],
+    prefix: 0,
+    labelled: 5,
+    is_all_linear: true,
+};
 
 const MID: Shape = Shape {
     name: "mid",
@@ -79,6 +89,7 @@ const MID: Shape = Shape {
     blocks: 12,
     heads: [12, 4],
     batch: [4, 128],
+    prefix: 0,
     labelled: 25,
     is_all_linear: false,
 };
@@ -127,8 +138,11 @@ impl Training {
         model.add_adapter("default", adapter).expect("the model takes the adapter");
         let [sequences, length] = shape.batch;
         let example = |row: usize| {
-            let input_ids: Vec<u32> =
-                (0..length).map(|i| ((row * 7919 + i * 104_729) % shape.vocabulary) as u32).collect();
+            let id = |i: usize| {
+                let row = if i < shape.prefix { 0 } else { row };
+                ((row * 7919 + i * 104_729) % shape.vocabulary) as u32
+            };
+            let input_ids: Vec<u32> = (0..length).map(id).collect();
             let label =
                 |(i, id): (usize, &u32)| if i + shape.labelled < length { -100 } else { i64::from(*id) };
             let labels = input_ids.iter().enumerate().map(label).collect();

@@ -19,7 +19,7 @@ use std::time::Instant;
 use anyhow::Result;
 use burn::module::Module;
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
-use burn_peft_examples::{failure, output};
+use burn_peft_examples::{allocator, failure, output};
 use clap::Parser;
 
 use crate::cli::Args;
@@ -31,6 +31,7 @@ use crate::training::Separation;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     failure::exit_code(run(&Args::parse()).map(|_| ExitCode::SUCCESS))
 }
 

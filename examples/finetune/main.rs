@@ -15,7 +15,7 @@ mod tests;
 
 use std::process::ExitCode;
 
-use burn_peft_examples::failure;
+use burn_peft_examples::{allocator, failure};
 use cap::Cap;
 use clap::Parser;
 use mimalloc::MiMalloc;
@@ -29,6 +29,7 @@ use crate::run::End;
 static ALLOCATOR: Cap<MiMalloc> = Cap::new(MiMalloc, usize::MAX);
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     let args = cli::Args::parse();
     let run = Interrupt::listen().and_then(|interrupt| run::run(&args, &interrupt));
     failure::exit_code(run.map(|end| match end {

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use burn_peft::{LoadOptions, PeftModel};
-use burn_peft_examples::{failure, model};
+use burn_peft_examples::{allocator, failure, model};
 use burn_peft_llama::{LlamaForCausalLm, Message, Tokenizer};
 use clap::Parser;
 
@@ -26,6 +26,7 @@ use crate::speaker::Speaker;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
     failure::exit_code(run(&Args::parse(), &mut input, &mut output).map(|_| ExitCode::SUCCESS))
 }

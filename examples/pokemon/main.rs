@@ -27,7 +27,7 @@ mod wordings;
 
 use std::process::ExitCode;
 
-use burn_peft_examples::failure;
+use burn_peft_examples::{allocator, failure};
 use clap::Parser;
 
 /// Composed tensor operations allocate and free large buffers all the time; the system allocator maps and unmaps them.
@@ -35,6 +35,7 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     failure::exit_code(run(&cli::Cli::parse()).map(|_| ExitCode::SUCCESS))
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "programs talk to their users")]
 
+pub mod allocator;
 pub mod arguments;
 pub mod canvas;
 pub mod command;

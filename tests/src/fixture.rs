@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, TensorData};
-use burn_peft_llama::{Batch, Collator, Example, PaddingSide};
+use burn_peft_llama::{Batch, Collator, Example, Packing, PaddingSide};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -221,9 +221,16 @@ impl Fixture {
         .collect()
     }
 
-    /// The sequences as a batch, which must be what Python made of them.
+    /// The sequences as a batch, which must be what Python made of them. Losses of a batch with padding on the right are
+    /// computed of one row without padding, those of the other of what they are in Python.
     pub fn batch(&self, side: PaddingSide, device: &Device) -> Batch {
-        let batch = Collator::new(PAD_TOKEN_ID).with_side(side).collate(&self.examples(), device).unwrap();
+        let packing = match side {
+            PaddingSide::Right => Packing::SharedPrefix,
+            PaddingSide::Left => Packing::Padded,
+        };
+        let collator = Collator::new(PAD_TOKEN_ID).with_side(side).with_packing(packing);
+        let batch = collator.collate(&self.examples(), device).unwrap();
+        assert_eq!(batch.packed.is_some(), side == PaddingSide::Right);
         let expected = self.data(&format!("{}.input_ids", prefix(side)));
         let ids: Vec<i64> = batch.input_ids.to_data().iter().collect();
         assert_eq!(ids, expected.iter::<i64>().collect::<Vec<_>>(), "the batch is not the fixture's");

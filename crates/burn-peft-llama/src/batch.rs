@@ -4,6 +4,7 @@ use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
 use crate::conversation::{Example, IGNORE_INDEX};
 use crate::error::LlamaError;
+use crate::packing::{PackedBatch, Packing, Row};
 
 /// A padded batch of token sequences together with the positions the loss is computed at.
 ///
@@ -21,6 +22,8 @@ pub struct Batch {
     pub positions: Tensor<1, Int>,
     /// The labelled tokens, in the order of `positions`, `[n]`.
     pub targets: Tensor<1, Int>,
+    /// The same tokens in one row, if that has less of them, and nobody wished otherwise ([`Packing`]).
+    pub packed: Option<PackedBatch>,
     /// Number of tokens that are not padding.
     pub num_tokens: usize,
     /// Number of labelled tokens, `n`. Weight the mean loss by it when batches are combined.
@@ -40,6 +43,7 @@ impl Batch {
             attention_mask: self.attention_mask.to_device(device),
             positions: self.positions.to_device(device),
             targets: self.targets.to_device(device),
+            packed: self.packed.map(|packed| packed.to_device(device)),
             ..self
         }
     }
@@ -86,17 +90,31 @@ pub struct Collator {
     pub max_length: Option<usize>,
     /// Whether a sequence longer than `max_length` loses its end instead of being an error. Default: `false`.
     pub truncate: bool,
+    /// How the tokens lie while the model computes with them. Default: [`Packing::SharedPrefix`].
+    pub packing: Packing,
 }
 
 impl Collator {
     /// A collator that pads on the right with `pad_token_id` and accepts sequences of any length.
     pub fn new(pad_token_id: u32) -> Self {
-        Self { pad_token_id, side: PaddingSide::Right, max_length: None, truncate: false }
+        Self {
+            pad_token_id,
+            side: PaddingSide::Right,
+            max_length: None,
+            truncate: false,
+            packing: Packing::default(),
+        }
     }
 
     /// Sets the side that padding is put on.
     pub fn with_side(mut self, side: PaddingSide) -> Self {
         self.side = side;
+        self
+    }
+
+    /// Sets how the tokens lie while the model computes with them.
+    pub fn with_packing(mut self, packing: Packing) -> Self {
+        self.packing = packing;
         self
     }
 
@@ -139,6 +157,7 @@ impl Collator {
         let mut input_ids = vec![i64::from(self.pad_token_id); b * s];
         let mut mask = vec![false; b * s];
         let (mut positions, mut targets) = (vec![], vec![]);
+        let (mut one_row, mut packed_positions) = (Row::new(self.packing), vec![]);
         let mut num_tokens = 0;
         for (row, example) in examples.iter().enumerate() {
             let kept = length(example);
@@ -148,6 +167,7 @@ impl Collator {
                     PaddingSide::Left => s - kept,
                 };
             num_tokens += kept;
+            let places = one_row.add(&example.input_ids[..kept]);
             for (i, &id) in example.input_ids[..kept].iter().enumerate() {
                 input_ids[start + i] = i64::from(id);
                 mask[start + i] = true;
@@ -155,18 +175,21 @@ impl Collator {
             for (i, &label) in example.labels[..kept].iter().enumerate().skip(1) {
                 if label != IGNORE_INDEX {
                     positions.push((start + i - 1) as i64);
+                    packed_positions.push(places[i - 1]);
                     targets.push(label);
                 }
             }
         }
 
         let n = targets.len();
+        let pays = self.packing != Packing::Padded && one_row.len() < b * s;
         Ok(Batch {
             input_ids: Tensor::from_data(TensorData::new(input_ids, [b, s]), device),
             attention_mask: Tensor::from_data(TensorData::new(mask, [b, s]), device),
             padding_side: self.side,
             positions: Tensor::from_data(TensorData::new(positions, [n]), device),
             targets: Tensor::from_data(TensorData::new(targets, [n]), device),
+            packed: pays.then(|| one_row.packed(packed_positions, device)),
             num_tokens,
             num_targets: n,
         })
@@ -191,8 +214,21 @@ impl Collator {
         Ok(())
     }
 
+    /// Number of positions that the model computes for a batch of these.
+    pub(crate) fn num_positions(&self, examples: &[&Example]) -> usize {
+        let padded = examples.len() * examples.iter().map(|example| self.kept(example)).max().unwrap_or(0);
+        if self.packing == Packing::Padded {
+            return padded;
+        }
+        let mut row = Row::new(self.packing);
+        for example in examples {
+            row.add(&example.input_ids[..self.kept(example)]);
+        }
+        row.len()
+    }
+
     /// Number of tokens of `example` that remain after truncation.
-    fn kept(&self, example: &Example) -> usize {
+    pub(crate) fn kept(&self, example: &Example) -> usize {
         example.input_ids.len().min(self.max_length.unwrap_or(usize::MAX))
     }
 }
@@ -241,6 +277,27 @@ mod tests {
         assert_eq!(ints(&batch.positions), [1, 2, 4]);
         assert_eq!(ints(&batch.targets), [2, 2, 9]);
         assert_eq!((batch.num_tokens, batch.num_targets), (6, 3));
+        let packed = batch.packed.unwrap();
+        assert_eq!(ints(&packed.input_ids), [5, 6, 2, 2, 7, 9]);
+        assert_eq!(ints(&packed.positions), [1, 2, 4]);
+    }
+
+    #[test]
+    fn what_is_shared_is_there_once_and_where_nothing_is_gained_rows_stay() {
+        let rows = [example(&[5, 6, 7], &[-100, 6, 7]), example(&[5, 6, 8], &[-100, 6, 8])];
+        let of = |packing| {
+            let collator = Collator::new(0).with_side(PaddingSide::Left).with_packing(packing);
+            let batch = collator.collate(&rows, &Device::flex()).unwrap();
+            assert_eq!(
+                collator.num_positions(&rows.each_ref()),
+                batch.packed.as_ref().map_or(6, |of| of.tree.len())
+            );
+            batch.packed
+        };
+        let shared = of(Packing::SharedPrefix).unwrap();
+        assert_eq!(ints(&shared.input_ids), [5, 6, 7, 8]);
+        assert_eq!(ints(&shared.positions), [0, 1, 0, 1]);
+        assert!(of(Packing::Packed).is_none() && of(Packing::Padded).is_none());
     }
 
     #[test]

@@ -30,7 +30,7 @@
 //! | Add, switch, merge adapters | the methods of [`burn_peft::PeftModel`]; [`untie_lm_head`](LlamaForCausalLm::untie_lm_head) before an adapter of a tied output layer |
 //! | Text to tokens | [`Tokenizer::load`], [`ChatTemplate`], [`Message`]; [`Tokenizer::encode_conversation`] labels the answers |
 //! | Files of examples | [`Dataset`], [`Splits`]; [`Dataset::encode`] with [`EncodeOptions`] |
-//! | Tokens to batches | [`Example`], [`Collator`], [`Batch`] |
+//! | Tokens to batches | [`Example`], [`Collator`], [`Packing`], [`Batch`] |
 //! | Train, interrupted or not | [`Trainer`] with [`TrainingConfig`]; [`Checkpoint`]; [`MemoryEstimate`]; for a loop of your own [`LlamaForCausalLm::loss`], [`clip_grad_norm`], [`LrSchedule`] |
 //! | Measure | [`evaluate`], [`LlamaForCausalLm::forward`] |
 //! | Generate | [`LlamaForCausalLm::generate`] with [`GenerateOptions`] |
@@ -85,6 +85,7 @@ mod message;
 mod mlp;
 mod model;
 mod norm;
+mod packing;
 mod parameters;
 mod problem;
 mod rope;
@@ -101,6 +102,7 @@ pub use attention::LlamaAttention;
 pub use batch::{Batch, Collator, PaddingSide};
 pub use block::LlamaBlock;
 pub use burn_peft_files::{TensorFileError, WrongFile};
+pub use burn_peft_ops::TokenTree;
 pub use chat_template::ChatTemplate;
 pub use config::LlamaConfig;
 pub use conversation::{Example, IGNORE_INDEX, Labels};
@@ -118,6 +120,7 @@ pub use message::Message;
 pub use mlp::LlamaMlp;
 pub use model::{Llama, LlamaForCausalLm};
 pub use norm::RmsNorm;
+pub use packing::{PackedBatch, Packing};
 pub use problem::{ConfigProblem, RecordProblem, WeightProblem};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::Sampling;

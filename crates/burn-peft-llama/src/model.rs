@@ -147,14 +147,25 @@ impl LlamaForCausalLm {
 
     /// The hidden states at the labelled positions of `batch`.
     pub(crate) fn labelled(&self, batch: &Batch) -> Picked {
-        let mask = match batch.padding_side {
-            PaddingSide::Right => None,
-            PaddingSide::Left => Some(batch.attention_mask.clone()),
+        // Adapters of rows need the rows.
+        let packed = batch.packed.as_ref().filter(|_| self.batch_rows().is_none());
+        let (hidden, positions) = match packed {
+            Some(packed) => {
+                let mask = CausalMask::of_tree(packed.tree.clone());
+                (self.model.forward(packed.input_ids.clone(), mask, None), &packed.positions)
+            }
+            None => {
+                let mask = match batch.padding_side {
+                    PaddingSide::Right => None,
+                    PaddingSide::Left => Some(batch.attention_mask.clone()),
+                };
+                (self.hidden_states(batch.input_ids.clone(), mask), &batch.positions)
+            }
         };
-        let hidden = self.hidden_states(batch.input_ids.clone(), mask);
-        let [b, s, d] = hidden.dims();
+        let [_, s] = batch.shape();
+        let hidden: Tensor<2> = hidden.flatten(0, 1);
         Picked {
-            hidden: hidden.reshape([b * s, d]).select(0, batch.positions.clone()),
+            hidden: hidden.select(0, positions.clone()),
             rows: batch.positions.clone().div_scalar(s as i64),
         }
     }
@@ -244,7 +255,10 @@ impl Llama {
         let (s, device) = (input_ids.dims()[1], input_ids.device());
         let mut x = self.embed_tokens.forward(input_ids);
         let start = cache.as_ref().map_or(0, |cache| cache.length());
-        let tables = self.rope.tables(start..start + s, &device, x.dtype());
+        let tables = match mask.tree() {
+            Some(tree) => self.rope.tables(0..tree.longest(), &device, x.dtype()).of(tree.position_ids()),
+            None => self.rope.tables(start..start + s, &device, x.dtype()),
+        };
         let context = Context { tables, mask };
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(x, &context, cache.as_mut().map(|cache| &mut cache.layers[i]));

@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 use std::ops::Range;
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_peft_ops::rotate;
 
 /// How positions are encoded. The default is `rope_theta` 10000 without scaling.
@@ -144,6 +144,17 @@ impl Rope {
 }
 
 impl RotaryTables {
+    /// The rotations of these of the positions.
+    pub(crate) fn of(self, positions: &[usize]) -> Self {
+        let indices: Vec<i64> = positions.iter().map(|&position| position as i64).collect();
+        let indices = TensorData::new(indices, [positions.len()]);
+        let indices = Tensor::<1, Int>::from_data(indices, &self.cos.device());
+        let Self { cos, sin, query_cos, query_sin } = self;
+        let [cos, sin, query_cos, query_sin] =
+            [cos, sin, query_cos, query_sin].map(|table| table.select(0, indices.clone()));
+        Self { cos, sin, query_cos, query_sin }
+    }
+
     /// Rotates queries and scales them by `1 / sqrt(head_dim)`. `[b, s, n, g, d]` to `[b, n, g, s, d]`.
     pub(crate) fn query(&self, x: Tensor<5>) -> Tensor<5> {
         rotate(x, &self.query_cos, &self.query_sin)

@@ -6,6 +6,7 @@ mod flex;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Tensor};
 
+use crate::token_tree::Places;
 use crate::{CausalMask, cast};
 
 /// `softmax(q kᵀ + mask) v` for each head, where `g` query heads share one head of keys and values.
@@ -38,6 +39,10 @@ pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) ->
     if flex::has_kernel(&q, &k, &v) {
         return flex::attention(q, k, v, mask);
     }
+    if let Some(tree) = mask.tree() {
+        let places = mask.places(tree, &q.device());
+        return of_tree(q, k, v, places);
+    }
     // The query heads of a group become further rows of one matrix, so keys and values are never repeated.
     let scores = q.reshape([b, n, g * s, d]).matmul(k.swap_dims(2, 3));
     let bias = mask.bias(&scores.device());
@@ -45,6 +50,18 @@ pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) ->
     let y = weights.matmul(v);
     let y = if let Some(total) = total { y / total } else { y };
     y.reshape(dims)
+}
+
+/// Attention in a row of tokens, `b` being 1: each segment of the tree gets a sequence of its own.
+fn of_tree(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, places: &Places) -> Tensor<5> {
+    let dims @ [_, n, g, _, d] = q.dims();
+    let Places { dims: [rows, s], tokens, places } = places;
+    let (rows, s) = (*rows, *s);
+    let q = q.select(3, tokens.clone()).reshape([n, g, rows, s, d]).permute([2, 0, 1, 3, 4]);
+    let [k, v] = [k, v].map(|x| x.select(2, tokens.clone()).reshape([n, rows, s, d]).swap_dims(0, 1));
+    let y = attention(q, k, v, &CausalMask::new(s, s));
+    let y = y.permute([1, 2, 0, 3, 4]).reshape([n, g, rows * s, d]);
+    y.select(2, places.clone()).reshape(dims)
 }
 
 /// Up to so many keys the weights of a position sum to 1 within 1e-6.
@@ -109,6 +126,7 @@ mod kernel_tests {
     use burn::tensor::{Bool, Device, TensorData};
 
     use super::*;
+    use crate::TokenTree;
     use crate::testing::{Checked, deviation, normal, values, wide};
 
     /// Padding on the left in the first sequence, on the right in the second, in the middle of the third, and so on.
@@ -150,6 +168,65 @@ mod kernel_tests {
                 }
             }
         }
+    }
+
+    /// Sequences of 9, 150 and 40 tokens, the second of which shares 5 with the first, the third 130 with the second; then
+    /// one of its own, of 80.
+    fn tree() -> TokenTree {
+        let mut behind = vec![];
+        let mut run = |first: Option<usize>, count: usize| {
+            behind.push(first);
+            (1..count).for_each(|_| behind.push(Some(behind.len() - 1)));
+        };
+        run(None, 9);
+        run(Some(4), 145);
+        run(Some(9 + 124), 20);
+        run(None, 80);
+        TokenTree::new(&behind)
+    }
+
+    #[test]
+    fn in_a_tree_each_token_gets_what_it_would_alone() {
+        let tree = tree();
+        let mask = CausalMask::of_tree(tree.clone());
+        let (n, g, s, d) = (2, 3, tree.len(), 16);
+        let [q, dy] = [1, 2].map(|seed| normal([1, n, g, s, d], 1.0, seed));
+        let [k, v] = [3, 4].map(|seed| normal([1, n, s, d], 1.0, seed));
+        // Each path by itself: the ways to the ends of the sequences.
+        let paths: [Vec<usize>; 4] = [
+            (0..9).collect(),
+            (0..5).chain(9..154).collect(),
+            (0..5).chain(9..134).chain(154..174).collect(),
+            (174..254).collect(),
+        ];
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
+            let of = |[qkv]: [Tensor<4>; 1]| {
+                let q = qkv.clone().narrow(2, 0, g * s).reshape([1, n, g, s, d]);
+                let [k, v] = [0, s].map(|start| qkv.clone().narrow(2, g * s + start, s));
+                attention(q, k, v, &mask)
+            };
+            let qkv = Tensor::cat(vec![q.clone().reshape([1, n, g * s, d]), k.clone(), v.clone()], 2);
+            let found = Checked::of(of, [&qkv], &dy, &device, DType::F32);
+            found.assert_close(&Checked::of(of, [&qkv], &dy, &device, DType::F64), 3e-6);
+        }
+        let y = attention(q.clone(), k.clone(), v.clone(), &mask);
+        for path in paths {
+            let indices: Vec<i64> = path.iter().map(|&i| i as i64).collect();
+            let indices = Tensor::from_data(TensorData::new(indices, [path.len()]), &Device::flex());
+            let [k, v] = [&k, &v].map(|x| x.clone().select(2, indices.clone()));
+            let alone = CausalMask::new(path.len(), path.len());
+            let expected = attention(q.clone().select(3, indices.clone()), k, v, &alone);
+            let found = y.clone().select(3, indices);
+            assert!(deviation(&wide(&values(found)), &wide(&values(expected))) < 1e-6);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "sequences of the attention mask")]
+    fn a_tree_is_for_one_row() {
+        let x = normal([2, 1, 2, 2], 1.0, 1);
+        let mask = CausalMask::of_tree(TokenTree::new(&[None, Some(0)]));
+        attention(x.clone().unsqueeze_dim(2), x.clone(), x, &mask);
     }
 
     /// As many keys as a long text has.

@@ -6,10 +6,15 @@ use std::sync::OnceLock;
 
 use burn::tensor::{Bool, DType, Device, Tensor};
 
+use crate::TokenTree;
+use crate::token_tree::Places;
+
 /// What the queries of a pass see: each sees itself and the tokens before it, never padding.
 ///
 /// The queries are the last `s` of `t` positions: all of them in training, one while an answer is written. Padding sees
 /// itself as well. Its results are used nowhere, but a row that sees nothing would be `0 / 0`.
+///
+/// Or the tokens of a batch lie in one row, and each sees those on its way back in a [`TokenTree`].
 ///
 /// Padding behind the last token of a sequence needs no mention: no token sees what comes after it.
 ///
@@ -20,8 +25,11 @@ pub struct CausalMask {
     keys: usize,
     /// `true` at padding, `[b, t]`.
     padding: Option<Tensor<2, Bool>>,
-    /// Both are made for the first operation that needs them.
+    /// Where tokens see their way back in it.
+    tree: Option<TokenTree>,
+    /// All are made for the first operation that needs them.
     bias: OnceLock<Option<Tensor<5>>>,
+    places: OnceLock<Places>,
     #[cfg(feature = "flex")]
     padding_on_host: OnceLock<Arc<[bool]>>,
 }
@@ -37,7 +45,9 @@ impl CausalMask {
             queries,
             keys,
             padding: None,
+            tree: None,
             bias: OnceLock::new(),
+            places: OnceLock::new(),
             #[cfg(feature = "flex")]
             padding_on_host: OnceLock::new(),
         }
@@ -46,16 +56,34 @@ impl CausalMask {
     /// The same, where `tokens` is `false` at padding, `[b, keys]`.
     ///
     /// # Panics
-    /// If the sequences have another length.
+    /// If the sequences have another length, and on the mask of a tree, which has no padding.
     pub fn with_tokens(self, tokens: Tensor<2, Bool>) -> Self {
+        assert!(self.tree.is_none(), "a tree of tokens has no padding");
         let [_, length] = tokens.dims();
         assert!(length == self.keys, "the attention mask has {length} positions, not {}", self.keys);
         Self { padding: Some(tokens.inner().bool_not()), ..Self::new(self.queries, self.keys) }
     }
 
-    /// Number of sequences, if some have padding.
+    /// The mask of one row of tokens, in which each sees those on its way back in the tree.
+    pub fn of_tree(tree: TokenTree) -> Self {
+        let n = tree.len();
+        Self { tree: Some(tree), ..Self::new(n, n) }
+    }
+
+    /// The tree of [`of_tree`](Self::of_tree).
+    pub fn tree(&self) -> Option<&TokenTree> {
+        self.tree.as_ref()
+    }
+
+    /// Number of sequences, if the mask is for so many alone.
     pub(crate) fn batch(&self) -> Option<usize> {
-        self.padding.as_ref().map(|padding| padding.dims()[0])
+        let of_tree = self.tree.as_ref().map(|_| 1);
+        self.padding.as_ref().map(|padding| padding.dims()[0]).or(of_tree)
+    }
+
+    /// How the tokens of a tree lie in sequences of their own.
+    pub(crate) fn places(&self, tree: &TokenTree, device: &Device) -> &Places {
+        self.places.get_or_init(|| tree.places(device))
     }
 
     /// Number of queries and keys.

@@ -102,7 +102,8 @@ impl<'a> Matrix<'a> {
         Self { rows: self.columns, columns: self.rows, strides: [of_columns, of_rows], ..self }
     }
 
-    fn columns(self, start: usize, count: usize) -> Self {
+    /// Some of its columns.
+    pub(crate) fn columns(self, start: usize, count: usize) -> Self {
         let numbers = &self.numbers[start * self.strides[1].unsigned_abs()..];
         Self { numbers, columns: count, ..self }
     }

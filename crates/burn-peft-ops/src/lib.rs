@@ -40,6 +40,7 @@ mod sum;
 mod swiglu;
 #[cfg(test)]
 mod testing;
+mod token_tree;
 
 use burn::tensor::{DType, Device, Tensor};
 
@@ -52,6 +53,7 @@ pub use rms_norm::rms_norm;
 pub use rope::rotate;
 pub use sum::{RunningSum, sum_all};
 pub use swiglu::swiglu;
+pub use token_tree::TokenTree;
 
 /// Whether tensors in f32 on Flex take kernels: the feature `flex`.
 pub const HAS_KERNELS: bool = cfg!(feature = "flex");

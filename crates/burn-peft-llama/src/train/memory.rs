@@ -1,5 +1,6 @@
 //! How much memory a training needs, before it has any.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -52,18 +53,31 @@ impl MemoryEstimate {
         collator: &Collator,
         batch_size: usize,
     ) -> Self {
-        let most = collator.max_length.unwrap_or(usize::MAX);
-        // Batches are of examples of like length, so the longest may well be together.
-        let mut lengths: Vec<(usize, usize)> =
-            examples.iter().map(|of| (of.input_ids.len().min(most), of.num_targets())).collect();
-        lengths.sort_unstable_by(|one, other| other.cmp(one));
-        lengths.truncate(batch_size);
-        let shape = [lengths.len(), lengths.first().map_or(0, |longest| longest.0)];
-        Self::of_batch(model, dtype, shape, lengths.iter().map(|length| length.1).sum())
+        // Batches are of examples of like length.
+        let mut by_length: Vec<&Example> = examples.iter().collect();
+        by_length.sort_by_key(|example| Reverse((example.input_ids.len(), example.num_targets())));
+        let batch = |examples: &[&Example]| Positions {
+            count: collator.num_positions(examples),
+            sequences: examples.len(),
+            length: examples.iter().map(|example| collator.kept(example)).max().unwrap_or(0),
+            labelled: examples.iter().map(|example| example.num_targets()).sum(),
+        };
+        let largest = by_length.chunks(batch_size.max(1)).map(batch).max_by_key(|batch| batch.count);
+        Self::of_positions(model, dtype, largest.unwrap_or_default())
     }
 
-    /// As [`new`](Self::new), on batches of `[sequences, tokens]` with so many labelled tokens.
-    pub fn of_batch(model: &LlamaForCausalLm, dtype: FloatDType, batch: [usize; 2], labelled: usize) -> Self {
+    /// As [`new`](Self::new), on padded batches of `[sequences, tokens]` with so many labelled tokens.
+    pub fn of_batch(
+        model: &LlamaForCausalLm,
+        dtype: FloatDType,
+        [sequences, length]: [usize; 2],
+        labelled: usize,
+    ) -> Self {
+        let batch = Positions { count: sequences * length, sequences, length, labelled };
+        Self::of_positions(model, dtype, batch)
+    }
+
+    fn of_positions(model: &LlamaForCausalLm, dtype: FloatDType, batch: Positions) -> Self {
         let element = DType::from(dtype).size();
         let parameters = parameters(model);
         let size = |parameter: &Parameter| {
@@ -77,8 +91,7 @@ impl MemoryEstimate {
         let trained = bytes(|parameter| parameter.trained);
         let blocks = Adapted::of_blocks(model, &parameters);
         let (d, f) = (config.hidden_size, config.intermediate_size);
-        let positions = batch[0] * batch[1];
-        let logits = labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
+        let logits = batch.labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
         Self {
             weights: bytes(|parameter| !parameter.trained),
             trained,
@@ -86,7 +99,7 @@ impl MemoryEstimate {
             optimizer: 2 * trained,
             activations: blocks.iter().map(|block| block.activations(config, batch, element)).sum(),
             // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
-            temporary: (positions * element * (2 * f).max(3 * d))
+            temporary: (batch.count * element * (2 * f).max(3 * d))
                 .max(if has_kernels(element) { 4 } else { 8 } * logits),
         }
     }
@@ -101,6 +114,24 @@ impl MemoryEstimate {
 /// Whether numbers of so many bytes take the kernels of `burn_peft_ops`.
 fn has_kernels(element: usize) -> bool {
     HAS_KERNELS && element == DType::F32.size()
+}
+
+/// The positions of a batch.
+#[derive(Clone, Copy, Default)]
+struct Positions {
+    /// Those that are computed.
+    count: usize,
+    sequences: usize,
+    /// Tokens of the longest.
+    length: usize,
+    labelled: usize,
+}
+
+impl Positions {
+    /// Whether they lie in one row, without padding.
+    fn are_packed(self) -> bool {
+        self.count < self.sequences * self.length
+    }
 }
 
 /// What is trained in a block.
@@ -145,7 +176,7 @@ impl Adapted {
     }
 
     /// Bytes that the forward pass of the block keeps: see `burn_peft_ops` for what each operation does.
-    fn activations(&self, config: &LlamaConfig, [b, s]: [usize; 2], element: usize) -> usize {
+    fn activations(&self, config: &LlamaConfig, batch: Positions, element: usize) -> usize {
         let has_kernels = has_kernels(element);
         let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let (q, kv) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
@@ -166,15 +197,19 @@ impl Adapted {
         let own = (2 * d + q + 2 * kv + 2 * f) * element;
         let own = match has_kernels {
             // And a number for each row of a norm, two for each row of scores.
-            true => b * s * (own + (2 + 2 * h) * 4),
-            // And two results on the way to the gate's; norms that are trained keep what is multiplied with their weight; the
-            // scores and their softmax.
+            true => batch.count * (own + (2 + 2 * h) * 4),
+            // And two results on the way to the gate's; norms that are trained keep what is multiplied with their weight;
+            // queries, keys and values of packed sequences once more, each in a row of its own; the scores and their softmax.
             false => {
                 let norms = d * count(&["input_layernorm", "post_attention_layernorm"]);
-                b * s * (own + (2 * f + norms) * element) + 3 * 4 * b * h * s * s
+                let Positions { count, sequences, length, .. } = batch;
+                let unpacked =
+                    if batch.are_packed() { sequences * length * (q + 2 * kv) * element } else { 0 };
+                let scores = 3 * 4 * sequences * h * length * length;
+                count * (own + (2 * f + norms) * element) + unpacked + scores
             }
         };
-        own + b * s * (inputs + self.ranks * 4) + GRAPH * (55 + 45 * self.modules.len() / 7) / 100
+        own + batch.count * (inputs + self.ranks * 4) + GRAPH * (55 + 45 * self.modules.len() / 7) / 100
     }
 }
 

@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use crate::flex::{contiguous, is_readable, numbers, rows_of_task, tensor, vectorised};
+use crate::flex::{contiguous, is_readable, numbers, rows_of_task, strided, tensor, vectorised};
 
 /// Whether [`rotate`] is for these.
 pub(super) fn has_kernel(x: &Tensor<5>, cos: &Tensor<2>, sin: &Tensor<2>) -> bool {
@@ -67,10 +67,15 @@ fn turn(y: &mut [f32], x: &[f32], cos: &[f32], sin: [&[f32]; 2]) {
 
 /// The gradient of the input: `dy * cos + swapped(dy * sin)`, positions before heads again.
 fn backward(dy: FlexTensor, cos: &FlexTensor, sin: &FlexTensor) -> FlexTensor {
-    let dy = contiguous(dy);
-    let [b, n, g, s, d] = dy.layout().shape().dims();
-    let (dy, cos, sin) = (numbers(&dy), numbers(cos), numbers(sin));
-    let mut dx = vec![0.0; dy.len()];
+    let dy = strided(dy);
+    // Heads need not lie in the order of the axes, but each as a whole.
+    let dy = if dy.layout().strides()[4] == 1 { dy } else { contiguous(dy) };
+    let layout = dy.layout();
+    let [b, n, g, s, d] = layout.shape().dims();
+    let strides: Vec<usize> = layout.strides().iter().map(|stride| stride.unsigned_abs()).collect();
+    let dy = &dy.storage::<f32>()[layout.start_offset()..];
+    let (cos, sin) = (numbers(cos), numbers(sin));
+    let mut dx = vec![0.0; b * s * n * g * d];
     // One position each.
     let positions = dx.par_chunks_mut(n * g * d).with_min_len(rows_of_task(n * g * d)).enumerate();
     positions.for_each(|(i, dx)| {
@@ -78,7 +83,9 @@ fn backward(dy: FlexTensor, cos: &FlexTensor, sin: &FlexTensor) -> FlexTensor {
         let (cos, sin) = (&cos[position * d..][..d], &sin[position * d..][..d]);
         vectorised(|| {
             for (head, dx) in dx.chunks_exact_mut(d).enumerate() {
-                let dy = &dy[((batch * n * g + head) * s + position) * d..][..d];
+                let place = [batch, head / g, head % g, position];
+                let start: usize = place.iter().zip(&strides).map(|(i, stride)| i * stride).sum();
+                let dy = &dy[start..][..d];
                 let (sin_of_low, sin_of_high) = sin.split_at(d / 2);
                 turn(dx, dy, cos, [sin_of_high, sin_of_low]);
             }

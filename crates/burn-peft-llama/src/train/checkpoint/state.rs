@@ -14,6 +14,7 @@ use super::optimizer::ParameterState;
 use crate::batch::{Collator, PaddingSide};
 use crate::error::LlamaError;
 use crate::file;
+use crate::packing::Packing;
 use crate::train::TrainingConfig;
 use crate::train::mean_loss::scalar;
 use crate::train::trainer::Trainer;
@@ -212,14 +213,23 @@ fn of_config(config: &TrainingConfig) -> Map<String, Value> {
 }
 
 fn of_collator(collator: &Collator) -> Map<String, Value> {
-    let Collator { pad_token_id, side, max_length, truncate } = collator;
+    let Collator { pad_token_id, side, max_length, truncate, packing } = collator;
+    let packing = match packing {
+        Packing::Padded => "padded",
+        Packing::Packed => "packed",
+        Packing::SharedPrefix => "shared_prefix",
+    };
     let side = match side {
         PaddingSide::Right => "right",
         PaddingSide::Left => "left",
     };
-    object(
-        &json!({"pad_token_id": pad_token_id, "side": side, "max_length": max_length, "truncate": truncate}),
-    )
+    object(&json!({
+        "pad_token_id": pad_token_id,
+        "side": side,
+        "max_length": max_length,
+        "truncate": truncate,
+        "packing": packing,
+    }))
 }
 
 /// A value as a file has it.
