@@ -14,9 +14,11 @@ use peak_alloc::PeakAlloc;
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-fn examples(count: usize, length: usize, labelled: usize) -> Vec<Example> {
+/// Examples of a length, which begin with as many of the same tokens as `prefix` says.
+fn examples(count: usize, [length, labelled, prefix]: [usize; 3]) -> Vec<Example> {
     let example = |i: usize| {
-        let input_ids: Vec<u32> = (0..length).map(|j| ((i * 7 + j * 3) % 100) as u32).collect();
+        let id = |j: usize| ((if j < prefix { 0 } else { i * 7 } + j * 3) % 100) as u32;
+        let input_ids: Vec<u32> = (0..length).map(id).collect();
         let label = |(j, id): (usize, &u32)| if j + labelled >= length { i64::from(*id) } else { -100 };
         let labels = input_ids.iter().enumerate().map(label).collect();
         Example { input_ids, labels }
@@ -42,6 +44,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
         ("a real vocabulary", [128, 2, 4, 2, 256, 49_152], Some(all()), [4, 64], 32),
         ("more logits than are made at once", [64, 2, 4, 2, 128, 49_152], Some(all()), [4, 128], 128),
         ("all parameters", small, None, [4, 64], 4),
+        ("a long prompt that all have", small, Some(all()), [16, 92], 4),
     ];
     let init = |[d, layers, heads, kv, f, vocabulary]: [usize; 6]| {
         let mut config = LlamaConfig::new(vocabulary, d, layers).with_heads(heads, kv);
@@ -49,10 +52,11 @@ fn the_estimate_is_near_what_a_step_allocates() {
         config.init(&device)
     };
     // The first one also makes threads, and tables that are made once.
-    measure(init(small), 0, Some(all()), [4, 64], 4);
+    measure(init(small), 0, Some(all()), [4, 64], [4, 0]);
     for (name, sizes, lora, shape, labelled) in cases {
         let empty = ALLOCATOR.current_usage();
-        let (deviation, told) = measure(init(sizes), empty, lora, shape, labelled);
+        let prefix = if name.contains("prompt") { 70 } else { 0 };
+        let (deviation, told) = measure(init(sizes), empty, lora, shape, [labelled, prefix]);
         println!("{name}: {told}");
         assert!(deviation.abs() < 0.05, "{name}: {told}");
     }
@@ -67,7 +71,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
             let lora = all().with_lora_dropout(0.05);
             let empty = ALLOCATOR.current_usage();
             let model = LlamaForCausalLm::from_pretrained(&path, &device).unwrap();
-            let (deviation, told) = measure(model, empty, Some(lora), shape, shape[1] / 4);
+            let (deviation, told) = measure(model, empty, Some(lora), shape, [shape[1] / 4, 0]);
             println!("{name}, {shape:?}: {told}");
             assert!(deviation.abs() < 0.15, "{name}, {shape:?}: {told}");
         }
@@ -76,20 +80,23 @@ fn the_estimate_is_near_what_a_step_allocates() {
 
 /// By how much the estimate for a step is off what the second step allocates (0.1 is a tenth too much), and in words.
 /// Without `lora`, all parameters are trained. The batch is `[rows, tokens]`, of which `labelled` in each row are
-/// learnt; `empty` was allocated before the model.
+/// learnt, and the first `prefix` the same in all; `empty` was allocated before the model.
 fn measure(
     mut model: LlamaForCausalLm,
     empty: usize,
     lora: Option<LoraConfig>,
     [b, s]: [usize; 2],
-    labelled: usize,
+    [labelled, prefix]: [usize; 2],
 ) -> (f64, String) {
     if let Some(lora) = &lora {
         model.add_adapter("default", lora).unwrap();
     }
-    let estimate = MemoryEstimate::of_batch(&model, FloatDType::F32, [b, s], b * labelled);
+    let (examples, collator) = (examples(b, [s, labelled, prefix]), Collator::new(0));
+    let estimate = MemoryEstimate::new(&model, FloatDType::F32, &examples, &collator, b);
+    let padded = MemoryEstimate::of_batch(&model, FloatDType::F32, [b, s], b * labelled);
+    assert!(if prefix == 0 { estimate == padded } else { estimate.total() < padded.total() });
     let training = TrainingConfig::new().with_max_steps(Some(2)).with_batch_size(b);
-    let mut trainer = Trainer::new(&training, examples(b, s, labelled), &Collator::new(0)).unwrap();
+    let mut trainer = Trainer::new(&training, examples, &collator).unwrap();
     trainer.step(&mut model).unwrap();
     ALLOCATOR.reset_peak_usage();
     trainer.step(&mut model).unwrap();

@@ -7,7 +7,7 @@ use burn_peft_examples::arguments::{
     Decay, Precision, at_least_one, at_least_two, not_negative, positive, probability, targets,
 };
 use burn_peft_examples::device::DeviceName;
-use burn_peft_llama::{Labels, TooLong};
+use burn_peft_llama::{Labels, Packing, TooLong};
 use clap::{Parser, ValueEnum};
 
 /// Fine-tunes a language model on your examples, with LoRA. The result is an adapter in PEFT's format.
@@ -135,6 +135,9 @@ pub struct Args {
     /// Where to compute; everything but the CPU needs a cargo feature of that name
     #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Computation")]
     pub device: DeviceName,
+    /// How the tokens of a batch lie; losses are the same, but for the masks of dropout
+    #[arg(long, value_enum, default_value_t = Rows::SharedPrefix, help_heading = "Computation")]
+    pub packing: Rows,
     /// Floating-point type of the base model; the adapter is trained in f32
     #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
     pub dtype: Precision,
@@ -157,6 +160,27 @@ impl From<Loss> for Labels {
             Loss::Answers => Self::Answers,
             Loss::LastAnswer => Self::LastAnswer,
             Loss::Everything => Self::Everything,
+        }
+    }
+}
+
+/// How the tokens of a batch lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Rows {
+    /// In one row without padding, and what examples begin with in common once
+    SharedPrefix,
+    /// In one row without padding
+    Packed,
+    /// In a row for each example, filled up
+    Padded,
+}
+
+impl From<Rows> for Packing {
+    fn from(rows: Rows) -> Self {
+        match rows {
+            Rows::SharedPrefix => Self::SharedPrefix,
+            Rows::Packed => Self::Packed,
+            Rows::Padded => Self::Padded,
         }
     }
 }

@@ -76,7 +76,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let pad = tokenizer.pad_token_id().context(
         "the tokenizer has no token to pad with\nhint: name a `pad_token` or `eos_token` in tokenizer_config.json",
     )?;
-    let collator = Collator::new(pad);
+    let collator = Collator::new(pad).with_packing(args.packing.into());
     let data_size = memory::allocated();
     let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
     device.seed(args.seed);

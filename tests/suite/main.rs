@@ -18,6 +18,7 @@ mod lora_formula;
 mod lora_parity;
 mod methods;
 mod misuse;
+mod packing;
 mod real_model;
 mod real_sizes;
 mod state;

@@ -1,0 +1,84 @@
+//! Batches of questions in one row, on trained models: the experiment's base and, if `BURN_PEFT_SMOLLM2` names its
+//! directory, SmolLM2-135M-Instruct.
+
+use std::path::PathBuf;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Tensor};
+use burn_peft::{InitLoraWeights, LoraConfig, PeftModel, TargetModules};
+use burn_peft_llama::{Collator, Example, Labels, LlamaForCausalLm, Message, Packing, Tokenizer};
+
+/// Questions that begin alike, with answers of different lengths.
+fn examples(tokenizer: &Tokenizer) -> Vec<Example> {
+    let answers = [
+        ("Pikachu", "Electric"),
+        ("Bulbasaur", "Grass, Poison"),
+        ("Ho-Oh", "Fire, Flying"),
+        ("Mew", "Psychic"),
+    ];
+    let example = |(name, answer): (&str, &str)| {
+        let question =
+            format!("Answer with one or two types and nothing else. What are the types of {name}?");
+        let system = Message::system("You know all about Pokémon.");
+        let conversation = [system, Message::user(question), Message::assistant(answer)];
+        tokenizer.encode_conversation(&conversation, Labels::LastAnswer).unwrap()
+    };
+    answers.map(example).into()
+}
+
+/// The loss, and the gradients of all adapters.
+fn results(model: &LlamaForCausalLm, examples: &[Example], packing: Packing) -> (f32, Vec<f32>) {
+    struct Read(Gradients, Vec<f32>);
+    impl ModuleVisitor for Read {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let gradient = param.base().grad(&self.0);
+            self.1.extend(
+                gradient.into_iter().flat_map(|tensor| tensor.into_data().iter::<f32>().collect::<Vec<_>>()),
+            );
+        }
+    }
+    let batch = Collator::new(0).with_packing(packing).collate(examples, &model.devices()[0]).unwrap();
+    if let Some(packed) = &batch.packed {
+        println!(
+            "{packing:?}: {} of {} positions",
+            packed.tree.len(),
+            batch.shape().iter().product::<usize>()
+        );
+    }
+    let loss = model.loss(&batch);
+    let mut read = Read(loss.clone().backward(), vec![]);
+    model.visit(&mut read);
+    (loss.into_scalar(), read.1)
+}
+
+#[test]
+fn a_packed_batch_has_the_loss_and_gradients_of_padded_rows() {
+    let mut bases = vec![PathBuf::from("../examples/pokemon/base")];
+    match std::env::var_os("BURN_PEFT_SMOLLM2") {
+        Some(path) => bases.push(path.into()),
+        None => println!("SmolLM2 skipped: `BURN_PEFT_SMOLLM2` is not set"),
+    }
+    for base in bases {
+        let device = Device::flex().autodiff();
+        let mut model = LlamaForCausalLm::from_pretrained(&base, &device).unwrap();
+        let config = LoraConfig::new(8)
+            .with_lora_alpha(16.0)
+            .with_target_modules(TargetModules::AllLinear)
+            .with_init_lora_weights(InitLoraWeights::Random);
+        model.add_adapter("default", &config).unwrap();
+        let examples = examples(&Tokenizer::load(&base).unwrap());
+        let (expected_loss, expected) = results(&model, &examples, Packing::Padded);
+        let largest = expected.iter().fold(0.0f32, |largest, gradient| largest.max(gradient.abs()));
+        assert!(largest > 1e-3);
+        for packing in [Packing::Packed, Packing::SharedPrefix] {
+            let (loss, found) = results(&model, &examples, packing);
+            let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+            println!(
+                "{}, {packing:?}: loss {:e} off, gradients {off:e}",
+                base.display(),
+                loss - expected_loss
+            );
+            assert!((loss / expected_loss - 1.0).abs() < 1e-6 && off < 3e-6);
+        }
+    }
+}
