@@ -44,6 +44,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
         ("a real vocabulary", [128, 2, 4, 2, 256, 49_152], Some(all()), [4, 64], 32),
         ("more logits than are made at once", [64, 2, 4, 2, 128, 49_152], Some(all()), [4, 128], 128),
         ("all parameters", small, None, [4, 64], 4),
+        ("weights in bf16", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),
         ("a long prompt that all have", small, Some(all()), [16, 92], 4),
     ];
     let init = |[d, layers, heads, kv, f, vocabulary]: [usize; 6]| {
@@ -52,11 +53,13 @@ fn the_estimate_is_near_what_a_step_allocates() {
         config.init(&device)
     };
     // The first one also makes threads, and tables that are made once.
-    measure(init(small), 0, Some(all()), [4, 64], [4, 0]);
+    measure((init(small), FloatDType::F32), 0, Some(all()), [4, 64], [4, 0]);
     for (name, sizes, lora, shape, labelled) in cases {
         let empty = ALLOCATOR.current_usage();
         let prefix = if name.contains("prompt") { 70 } else { 0 };
-        let (deviation, told) = measure(init(sizes), empty, lora, shape, [labelled, prefix]);
+        let dtype = if name.ends_with("bf16") { FloatDType::BF16 } else { FloatDType::F32 };
+        let (model, _) = init(sizes).to_dtype(dtype).unwrap();
+        let (deviation, told) = measure((model, dtype), empty, lora, shape, [labelled, prefix]);
         println!("{name}: {told}");
         assert!(deviation.abs() < 0.05, "{name}: {told}");
     }
@@ -71,7 +74,8 @@ fn the_estimate_is_near_what_a_step_allocates() {
             let lora = all().with_lora_dropout(0.05);
             let empty = ALLOCATOR.current_usage();
             let model = LlamaForCausalLm::from_pretrained(&path, &device).unwrap();
-            let (deviation, told) = measure(model, empty, Some(lora), shape, [shape[1] / 4, 0]);
+            let (deviation, told) =
+                measure((model, FloatDType::F32), empty, Some(lora), shape, [shape[1] / 4, 0]);
             println!("{name}, {shape:?}: {told}");
             assert!(deviation.abs() < 0.15, "{name}, {shape:?}: {told}");
         }
@@ -82,7 +86,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
 /// Without `lora`, all parameters are trained. The batch is `[rows, tokens]`, of which `labelled` in each row are
 /// learnt, and the first `prefix` the same in all; `empty` was allocated before the model.
 fn measure(
-    mut model: LlamaForCausalLm,
+    (mut model, dtype): (LlamaForCausalLm, FloatDType),
     empty: usize,
     lora: Option<LoraConfig>,
     [b, s]: [usize; 2],
@@ -92,8 +96,8 @@ fn measure(
         model.add_adapter("default", lora).unwrap();
     }
     let (examples, collator) = (examples(b, [s, labelled, prefix]), Collator::new(0));
-    let estimate = MemoryEstimate::new(&model, FloatDType::F32, &examples, &collator, b);
-    let padded = MemoryEstimate::of_batch(&model, FloatDType::F32, [b, s], b * labelled);
+    let estimate = MemoryEstimate::new(&model, dtype, &examples, &collator, b);
+    let padded = MemoryEstimate::of_batch(&model, dtype, [b, s], b * labelled);
     assert!(if prefix == 0 { estimate == padded } else { estimate.total() < padded.total() });
     let training = TrainingConfig::new().with_max_steps(Some(2)).with_batch_size(b);
     let mut trainer = Trainer::new(&training, examples, &collator).unwrap();

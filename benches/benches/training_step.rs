@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use burn::tensor::FloatDType;
 use burn_peft_benches::process::{Process, median};
 use burn_peft_benches::training::{Kind, SHAPES, Training};
 use clap::Parser;
@@ -27,12 +28,24 @@ struct Options {
     /// Steps that are measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    /// How the frozen weights are stored
+    #[arg(long, default_value = "f32", value_parser = dtype)]
+    dtype: FloatDType,
     /// Prints the shapes of all cases as JSON
     #[arg(long)]
     shapes: bool,
     /// What `cargo bench` gives every benchmark
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+fn dtype(name: &str) -> Result<FloatDType> {
+    match name {
+        "f32" => Ok(FloatDType::F32),
+        "bf16" => Ok(FloatDType::BF16),
+        "f16" => Ok(FloatDType::F16),
+        other => bail!("`{other}` is not f32, bf16 or f16"),
+    }
 }
 
 fn main() -> ExitCode {
@@ -42,7 +55,7 @@ fn main() -> ExitCode {
             print(&json!(SHAPES).to_string());
             Ok(())
         }
-        Some(case) => measure(case, options.steps).map(|found| print(&found.to_string())),
+        Some(case) => measure(case, options.dtype, options.steps).map(|found| print(&found.to_string())),
         None => table(options.steps),
     };
     match run {
@@ -59,7 +72,7 @@ fn print(text: &str) {
     println!("{text}");
 }
 
-fn measure(case: &str, steps: u32) -> Result<Value> {
+fn measure(case: &str, dtype: FloatDType, steps: u32) -> Result<Value> {
     let (name, kind) = match case.strip_suffix("-dora") {
         Some(name) => (name, Kind::Dora),
         None => (case, Kind::Lora),
@@ -68,7 +81,7 @@ fn measure(case: &str, steps: u32) -> Result<Value> {
         let names: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
         bail!("there is no case `{name}`; there are {}", names.join(", "));
     };
-    let mut training = Training::new(*shape, kind);
+    let mut training = Training::new(*shape, kind, dtype);
     let weights = Process::now();
     Process::forget_peak();
     for _ in 0..WARM_UP {

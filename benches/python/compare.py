@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"],
-                        help="types of torch's weights; ours are f32")
+                        help="types of the frozen weights, on both sides")
     parser.add_argument("--history", type=pathlib.Path, help="file to append the medians to")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw the ratios to")
     parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
@@ -143,28 +143,29 @@ def main():
     torchs = [sys.executable, __file__, "--threads", args.threads, *steps]
     threads = {"RAYON_NUM_THREADS": str(args.threads)}
     print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
-    print("| case | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| case | type | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
     for case in cases:
-        found = {"ours": [], **{dtype: [] for dtype in args.dtypes}}
+        found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
-            found["ours"].append(run([ours, "--case", case, *steps], **threads))
             for dtype in args.dtypes:
-                found[dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype]))
+                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], **threads))
+                found["torch", dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype]))
 
-        def middle(who, key):
-            return statistics.median(each[key] for each in found[who])
-
-        def ratio(dtype, key):
-            return statistics.median(a[key] / b[key] for a, b in zip(found["ours"], found[dtype]))
-        results[case] = {"seconds": middle("ours", "seconds"), "peak_mib": middle("ours", "peak_mib")}
+        results[case] = {}
         for dtype in args.dtypes:
-            times, memory = ratio(dtype, "seconds"), ratio(dtype, "peak_mib")
-            results[case][dtype] = {"time": times, "memory": memory, "torch_seconds": middle(dtype, "seconds")}
-            print(f"| {case}, torch {dtype} | {middle('ours', 'seconds'):.3f} | {middle(dtype, 'seconds'):.3f} | {times:.2f} "
-                  f"| {middle('ours', 'peak_mib'):.0f} | {middle(dtype, 'peak_mib'):.0f} | {memory:.2f} "
-                  f"| {middle('ours', 'faults_per_step'):.0f} |", flush=True)
+            def middle(who, key):
+                return statistics.median(each[key] for each in found[who, dtype])
+
+            def ratio(key):
+                return statistics.median(a[key] / b[key] for a, b in zip(found["ours", dtype], found["torch", dtype]))
+            results[case][dtype] = {"time": ratio("seconds"), "memory": ratio("peak_mib"),
+                                    "seconds": middle("ours", "seconds"), "torch_seconds": middle("torch", "seconds"),
+                                    "peak_mib": middle("ours", "peak_mib"), "torch_peak_mib": middle("torch", "peak_mib")}
+            print(f"| {case} | {dtype} | {middle('ours', 'seconds'):.3f} | {middle('torch', 'seconds'):.3f} "
+                  f"| {ratio('seconds'):.2f} | {middle('ours', 'peak_mib'):.0f} | {middle('torch', 'peak_mib'):.0f} "
+                  f"| {ratio('peak_mib'):.2f} | {middle('ours', 'faults_per_step'):.0f} |", flush=True)
     if args.history:
         line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(),
                 "threads": args.threads, "cases": results}

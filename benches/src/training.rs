@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::Device;
+use burn::tensor::{Device, FloatDType};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
 use serde::Serialize;
@@ -111,12 +111,12 @@ pub struct Training {
 }
 
 impl Training {
-    /// A model of the shape with an adapter, and a batch.
+    /// A model of the shape, its weights in `dtype`, with an adapter in f32, and a batch.
     ///
     /// # Panics
     /// If the model takes no adapter, or the batch has no labels.
     #[expect(clippy::expect_used, reason = "a benchmark without its model measures nothing")]
-    pub fn new(shape: Shape, kind: Kind) -> Self {
+    pub fn new(shape: Shape, kind: Kind, dtype: FloatDType) -> Self {
         let device = Device::default().autodiff();
         device.seed(0);
         let [heads, heads_of_keys] = shape.heads;
@@ -125,7 +125,8 @@ impl Training {
             .with_intermediate_size(shape.feed_forward)
             .with_tie_word_embeddings(true);
         // A fork draws the weights, which are otherwise drawn when they are first used.
-        let mut model = config.init(&device).fork(&device);
+        let model = config.init(&device).fork(&device);
+        let (mut model, _) = model.to_dtype(dtype).expect("random weights are small");
         let targets = match shape.is_all_linear {
             true => TargetModules::AllLinear,
             false => ["q_proj", "v_proj"].into(),

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::nn::{Embedding, Initializer, Linear};
 use burn::tensor::{Bool, Device, Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, MergeReport, PeftError, PeftModel};
-use burn_peft_ops::CausalMask;
+use burn_peft_ops::{CausalMask, activation_dtype, cast};
 
 use crate::attention::Context;
 use crate::batch::{Batch, PaddingSide};
@@ -253,7 +253,9 @@ impl Llama {
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let (s, device) = (input_ids.dims()[1], input_ids.device());
-        let mut x = self.embed_tokens.forward(input_ids);
+        let x = self.embed_tokens.forward(input_ids);
+        let dtype = activation_dtype(&x);
+        let mut x = cast(x, dtype);
         let start = cache.as_ref().map_or(0, |cache| cache.length());
         let tables = match mask.tree() {
             Some(tree) => self.rope.tables(0..tree.longest(), &device, x.dtype()).of(tree.position_ids()),

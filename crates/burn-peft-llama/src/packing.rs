@@ -188,16 +188,15 @@ mod tests {
                 let padded = batch(Packing::Padded, PaddingSide::Left, &device);
                 let expected = results(&in_f64(&model), &padded);
                 assert!(expected[1].iter().filter(|gradient| gradient.abs() > 1e-3).count() > 100);
-                // How exact f32 is depends on the model: this one has large weights.
-                let of_padded = deviation(&results(&model, &padded)[1], &expected[1]);
                 for (packing, tokens) in [(Packing::Packed, 367), (Packing::SharedPrefix, 79)] {
                     let batch = batch(packing, PaddingSide::Right, &device);
                     assert_eq!(batch.packed.as_ref().unwrap().tree.len(), tokens);
-                    for (model, tolerance) in [(in_f64(&model), 1e-6), (model.clone(), 3.0 * of_padded)] {
+                    for model in [in_f64(&model), model.clone()] {
                         for (found, expected) in results(&model, &batch).iter().zip(&expected) {
                             let off = deviation(found, expected);
                             let case = format!("{packing:?}, tied: {tied}, adapted: {is_adapted}");
-                            assert!(off < tolerance, "{case}: {off:e}, padded {of_padded:e}");
+                            // Losses are in f32, and the weights of this model large: padded rows are 1e-5 off as well.
+                            assert!(off < 3e-5, "{case}: {off:e}");
                         }
                     }
                 }

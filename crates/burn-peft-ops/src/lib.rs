@@ -48,7 +48,7 @@ pub use attention::attention;
 pub use causal_mask::CausalMask;
 pub use cross_entropy::{cross_entropy, cross_entropy_of_frozen};
 pub use dropout::{dropped_product, zero_some};
-pub use linear::linear;
+pub use linear::{WIDENED, activation_dtype, linear};
 pub use rms_norm::rms_norm;
 pub use rope::rotate;
 pub use sum::{RunningSum, sum_all};

@@ -3,13 +3,17 @@
 #[cfg(feature = "flex")]
 mod flex;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+
+use crate::cast;
 
 /// `y = x W + b`, as [`burn::tensor::module::linear`] computes it, made for a `W` that is not trained.
 ///
 /// Of a `W` that is not trained, nothing is kept for backward but `W` itself, and its gradient is never computed:
-/// `dx = dy Wᵀ`. On Burn's CPU backend (Flex), products read their operands as they lie in memory, also if they are
-/// transposed views. Elsewhere, and for a weight that is quantized, it is Burn's `linear`.
+/// `dx = dy Wᵀ`. The type of `x` is that of the result, whatever the types of `W` and `b`: bf16 and f16 are ways to store
+/// them. On Burn's CPU backend (Flex), products read their operands as they lie in memory, also if they are transposed
+/// views, and a `W` in bf16 or f16 is widened to f32 a part at a time, in both directions. Elsewhere, and for a weight that
+/// is quantized, it is Burn's `linear`.
 ///
 /// # Shapes
 /// - x: `[.., d_in]`
@@ -18,7 +22,7 @@ use burn::tensor::Tensor;
 /// - output: `[.., d_out]`
 ///
 /// # Panics
-/// If the shapes do not fit, or if the types of `x` and `weight` differ.
+/// If the shapes do not fit.
 ///
 /// # Example
 /// ```
@@ -33,6 +37,7 @@ use burn::tensor::Tensor;
 /// assert_eq!(dx.to_data().try_to_vec::<f32>().unwrap(), [15.0, 18.0]);
 /// ```
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let bias = bias.map(|bias| cast(bias, x.dtype()));
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x, &weight) {
         let mut shape = x.dims();
@@ -46,12 +51,31 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
         shape[D - 1] = d_out;
         return y.reshape(shape);
     }
+    let weight = cast(weight, x.dtype());
     burn::tensor::module::linear(x, weight, bias)
+}
+
+/// The type that activations have in a model with this weight: its own, but f32 for bf16 and f16 on Burn's CPU backend
+/// (Flex), whose kernels compute in f32 with weights that are stored in 16 bits.
+pub fn activation_dtype<const D: usize>(weight: &Tensor<D>) -> DType {
+    #[cfg(feature = "flex")]
+    if crate::flex::is_on_flex(weight) && is_half(weight.dtype()) {
+        return DType::F32;
+    }
+    weight.dtype()
+}
+
+/// How many numbers of a weight in 16 bits [`linear`] widens at a time: so many stay in a processor's cache.
+pub const WIDENED: usize = 1 << 20;
+
+#[cfg(feature = "flex")]
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
 }
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use burn::tensor::{DType, Device, Distribution, Tolerance};
+    use burn::tensor::{DType, Device, Distribution, Tolerance, s};
 
     use super::*;
     use crate::testing::{Checked, normal, values};
@@ -98,6 +122,49 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Against the numbers that are stored, widened to f64: of one part, of many, of a table with a real vocabulary.
+    #[test]
+    fn a_weight_in_16_bits_is_as_exact_as_its_numbers() {
+        let burns = |x, w| burn::tensor::module::linear(x, w, None);
+        for dtype in [DType::BF16, DType::F16] {
+            for (n, d_in, d_out) in
+                [(1, 1, 1), (1, 70, 33), (5, 64, 48), (130, 3000, 400), (1, 576, 1536), (3, 64, 49_152)]
+            {
+                let random = |shape: [usize; 2], seed| normal(shape, 0.5, seed);
+                let (x, dy) = (random([n, d_in], 1).unsqueeze::<3>(), random([n, d_out], 2).unsqueeze());
+                let dense = random([d_in, d_out], 3).cast(dtype);
+                let turned = random([d_out, d_in], 4).cast(dtype).transpose();
+                let part =
+                    random([d_in + 3, d_out + 2], 5).cast(dtype).narrow(0, 2, d_in).narrow(1, 1, d_out);
+                let every_second = random([d_in, 2 * d_out], 6).cast(dtype).slice_dim(1, s![..;2]);
+                for w in [dense, turned, part, every_second] {
+                    let [x64, dy64] = [&x, &dy].map(|tensor: &Tensor<3>| tensor.clone().cast(DType::F64));
+                    let expected = both(burns, &x64, &w.clone().cast(DType::F64), &dy64).unwrap();
+                    let found = both(|x, w| linear(x, w, None), &x, &w, &dy).unwrap();
+                    for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+                        assert_eq!(found.dtype(), DType::F32);
+                        let off =
+                            (found.cast(DType::F64) - expected.clone()).abs().max().into_scalar::<f64>();
+                        let off = off / expected.abs().max().into_scalar::<f64>();
+                        assert!(off < 2e-6, "{off}, {dtype:?}, {n} x {d_in} x {d_out}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_trained_weight_in_16_bits_gets_its_gradient_and_a_bias_is_widened() {
+        let device = Device::flex().autodiff();
+        let w = Tensor::<2>::from_data([[1.0, 2.0]], (&device, DType::BF16)).require_grad();
+        let bias = Tensor::<1>::from_data([0.5, 0.25], (&device, DType::F16));
+        let x = Tensor::<2>::from_data([[3.0], [4.0]], &device);
+        let y = linear(x, w.clone(), Some(bias));
+        let gradient = w.grad(&y.clone().sum().backward()).unwrap();
+        assert_eq!((gradient.dtype(), values(gradient.cast(DType::F32))), (DType::BF16, vec![7.0, 7.0]));
+        assert_eq!((y.dtype(), values(y)), (DType::F32, vec![3.5, 6.25, 4.5, 8.25]));
     }
 
     #[test]

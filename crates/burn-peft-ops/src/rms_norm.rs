@@ -10,7 +10,7 @@ use crate::cast;
 /// `x / sqrt(mean(x²) + epsilon) * weight`, with the mean over the last axis.
 ///
 /// The mean and the division are in f32 whatever the type of `x`, and the product is in the type of `x`, as in
-/// transformers. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps `x` and one number for each
+/// transformers. A weight of another type is converted to it. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps `x` and one number for each
 /// row.
 ///
 /// # Shapes
@@ -21,6 +21,7 @@ use crate::cast;
 /// # Panics
 /// If the widths differ.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    let weight = cast(weight, x.dtype());
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x, &weight) {
         return flex::rms_norm(x, weight, epsilon);

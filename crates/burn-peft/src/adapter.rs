@@ -212,6 +212,7 @@ impl Adapters {
         x: Tensor<D>,
     ) -> Tensor<D> {
         let weight = self.weight(weight.base());
+        let bias = bias.map(|bias| cast(bias, x.dtype()));
         let d_in = x.shape()[D - 1];
         let n = x.shape().num_elements() / d_in.max(1);
         let rows = x.clone().reshape([n, d_in]);

@@ -6,7 +6,7 @@ use std::fmt;
 
 use burn::tensor::{DType, FloatDType};
 use burn_peft::PeftModel;
-use burn_peft_ops::HAS_KERNELS;
+use burn_peft_ops::{HAS_KERNELS, WIDENED};
 
 use crate::batch::Collator;
 use crate::config::LlamaConfig;
@@ -22,8 +22,9 @@ const GRAPH: usize = 116_000;
 /// program itself takes is not part of it.
 ///
 /// The formulas count the tensors that Burn 0.22's autodiff keeps between the forward and the backward pass of this crate's
-/// LLaMA. For LoRA in f32, they are within 5 % of the bytes that are allocated; with gradient accumulation, the gradients
-/// come on top. DoRA keeps more, and so does a base in 16 bits, whose activations are cast for adapters in f32.
+/// LLaMA. For LoRA, they are within 5 % of the bytes that are allocated; with gradient accumulation, the gradients come on
+/// top. DoRA keeps more, and so does, without the kernels of `burn_peft_ops`, a base in 16 bits, whose activations are cast
+/// for adapters in f32.
 /// Allocators, kernels of GPUs and their memory pools need more.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,10 +79,12 @@ impl MemoryEstimate {
     }
 
     fn of_positions(model: &LlamaForCausalLm, dtype: FloatDType, batch: Positions) -> Self {
-        let element = DType::from(dtype).size();
+        let of_weights = DType::from(dtype).size();
+        // Kernels compute in f32 with weights in 16 bits.
+        let element = if HAS_KERNELS { of_weights.max(DType::F32.size()) } else { of_weights };
         let parameters = parameters(model);
         let size = |parameter: &Parameter| {
-            let element = if parameter.adapter { parameter.dtype.size() } else { element };
+            let element = if parameter.adapter { parameter.dtype.size() } else { of_weights };
             parameter.shape.iter().product::<usize>() * element
         };
         let bytes = |is: fn(&Parameter) -> bool| -> usize {
@@ -92,6 +95,9 @@ impl MemoryEstimate {
         let blocks = Adapted::of_blocks(model, &parameters);
         let (d, f) = (config.hidden_size, config.intermediate_size);
         let logits = batch.labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
+        // A part of a weight in 16 bits, while a product reads it.
+        let widened =
+            if of_weights < element { WIDENED.min(d * f.max(config.vocab_size)) * element } else { 0 };
         Self {
             weights: bytes(|parameter| !parameter.trained),
             trained,
@@ -99,8 +105,9 @@ impl MemoryEstimate {
             optimizer: 2 * trained,
             activations: blocks.iter().map(|block| block.activations(config, batch, element)).sum(),
             // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
-            temporary: (batch.count * element * (2 * f).max(3 * d))
-                .max(if has_kernels(element) { 4 } else { 8 } * logits),
+            temporary: widened
+                + (batch.count * element * (2 * f).max(3 * d))
+                    .max(if has_kernels(element) { 4 } else { 8 } * logits),
         }
     }
 

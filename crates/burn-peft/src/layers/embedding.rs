@@ -3,6 +3,7 @@
 use burn::module::ModuleVisitor;
 use burn::nn::Embedding;
 use burn::tensor::{Int, Tensor};
+use burn_peft_ops::linear;
 
 use crate::adapter::Adapters;
 use crate::layers::transparent::transparent_layer;
@@ -85,7 +86,7 @@ impl LoraEmbedding {
     pub fn tied_output(&self, x: Tensor<2>) -> Tensor<2> {
         match Adapters::of(&self.layer.weight) {
             Some(adapters) => adapters.tied(&self.layer.weight, x),
-            None => x.matmul(self.layer.weight.base().transpose()),
+            None => linear(x, self.layer.weight.base().transpose(), None),
         }
     }
 

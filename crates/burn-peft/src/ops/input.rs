@@ -15,10 +15,10 @@ pub(crate) enum Input {
 }
 
 impl Input {
-    /// `x M`, `[n, columns of M]`, in the type of `M`; for ids the rows `M[ids]`, never more of `M`.
+    /// `x M`, `[n, columns of M]`, in the wider of both types; for ids the rows `M[ids]`, never more of `M`.
     pub(crate) fn times(&self, matrix: Tensor<2>) -> Tensor<2> {
         match self {
-            Self::Activations(x) => linear(cast(x.clone(), matrix.dtype()), matrix, None),
+            Self::Activations(x) => linear(as_wide_as(x.clone(), &matrix), matrix, None),
             Self::Ids(ids) => {
                 let [n, columns] = [ids.dims()[0], matrix.dims()[1]];
                 embedding(matrix, ids.clone().reshape([1, n])).reshape([n, columns])
@@ -30,19 +30,19 @@ impl Input {
     pub(crate) fn dropped_times(&self, prob: f64, matrix: Tensor<2>) -> (Tensor<2>, f64) {
         match self {
             Self::Activations(x) if prob > 0.0 => {
-                let x = cast(x.clone(), matrix.dtype());
+                let x = as_wide_as(x.clone(), &matrix);
                 (dropped_product(x, matrix, prob), 1.0 / (1.0 - prob))
             }
             other => (other.times(matrix), 1.0),
         }
     }
 
-    /// The input with elements zeroed, each with probability `prob`, in the type of `like`, and the factor `1 / (1 - prob)`
+    /// The input with elements zeroed, each with probability `prob`, at least as wide as `like`, and the factor `1 / (1 - prob)`
     /// that keeps its mean. Ids stay as they are.
     pub(crate) fn dropped(&self, prob: f64, like: &Tensor<2>) -> (Self, f64) {
         match self {
             Self::Activations(x) if prob > 0.0 => {
-                let x = zero_some(cast(x.clone(), like.dtype()), prob);
+                let x = zero_some(as_wide_as(x.clone(), like), prob);
                 (Self::Activations(x), 1.0 / (1.0 - prob))
             }
             other => (other.clone(), 1.0),
@@ -55,4 +55,9 @@ impl Input {
             Self::Ids(_) => true,
         }
     }
+}
+
+/// `x`, in the type of `like` if that has more bits.
+fn as_wide_as(x: Tensor<2>, like: &Tensor<2>) -> Tensor<2> {
+    if like.dtype().size() > x.dtype().size() { cast(x, like.dtype()) } else { x }
 }
