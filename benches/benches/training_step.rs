@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use burn::tensor::FloatDType;
 use burn_peft_benches::process::{Process, median};
-use burn_peft_benches::training::{Kind, SHAPES, Training};
+use burn_peft_benches::training::{Kind, SHAPES, Training, dtype};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -37,15 +37,6 @@ struct Options {
     /// What `cargo bench` gives every benchmark
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-fn dtype(name: &str) -> Result<FloatDType> {
-    match name {
-        "f32" => Ok(FloatDType::F32),
-        "bf16" => Ok(FloatDType::BF16),
-        "f16" => Ok(FloatDType::F16),
-        other => bail!("`{other}` is not f32, bf16 or f16"),
-    }
 }
 
 fn main() -> ExitCode {

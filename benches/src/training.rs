@@ -94,6 +94,42 @@ const MID: Shape = Shape {
     is_all_linear: false,
 };
 
+impl Shape {
+    /// A model of the shape with random weights in `dtype`, on a device with autodiff.
+    ///
+    /// # Panics
+    /// If a weight is too large for `dtype`, which none is.
+    #[expect(clippy::expect_used, reason = "a benchmark without its model measures nothing")]
+    pub fn model(&self, dtype: FloatDType) -> LlamaForCausalLm {
+        let device = Device::default().autodiff();
+        device.seed(0);
+        let [heads, heads_of_keys] = self.heads;
+        let config = LlamaConfig::new(self.vocabulary, self.hidden, self.blocks)
+            .with_heads(heads, heads_of_keys)
+            .with_intermediate_size(self.feed_forward)
+            .with_tie_word_embeddings(true);
+        // A fork draws the weights, which are otherwise drawn when they are first used.
+        let model = config.init(&device).fork(&device);
+        match dtype {
+            FloatDType::F32 => model,
+            _ => model.to_dtype(dtype).expect("random weights are small").0,
+        }
+    }
+}
+
+/// The type of that name.
+///
+/// # Errors
+/// In words, if there is none.
+pub fn dtype(name: &str) -> Result<FloatDType, String> {
+    match name {
+        "f32" => Ok(FloatDType::F32),
+        "bf16" => Ok(FloatDType::BF16),
+        "f16" => Ok(FloatDType::F16),
+        other => Err(format!("`{other}` is not f32, bf16 or f16")),
+    }
+}
+
 /// What an adapter is beside its factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -117,16 +153,8 @@ impl Training {
     /// If the model takes no adapter, or the batch has no labels.
     #[expect(clippy::expect_used, reason = "a benchmark without its model measures nothing")]
     pub fn new(shape: Shape, kind: Kind, dtype: FloatDType) -> Self {
-        let device = Device::default().autodiff();
-        device.seed(0);
-        let [heads, heads_of_keys] = shape.heads;
-        let config = LlamaConfig::new(shape.vocabulary, shape.hidden, shape.blocks)
-            .with_heads(heads, heads_of_keys)
-            .with_intermediate_size(shape.feed_forward)
-            .with_tie_word_embeddings(true);
-        // A fork draws the weights, which are otherwise drawn when they are first used.
-        let model = config.init(&device).fork(&device);
-        let (mut model, _) = model.to_dtype(dtype).expect("random weights are small");
+        let mut model = shape.model(dtype);
+        let device = model.devices()[0].clone();
         let targets = match shape.is_all_linear {
             true => TargetModules::AllLinear,
             false => ["q_proj", "v_proj"].into(),

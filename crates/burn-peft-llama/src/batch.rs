@@ -43,7 +43,7 @@ impl Batch {
             attention_mask: self.attention_mask.to_device(device),
             positions: self.positions.to_device(device),
             targets: self.targets.to_device(device),
-            packed: self.packed.map(|packed| packed.to_device(device)),
+            packed: self.packed.map(|packed| packed.on_device(device)),
             ..self
         }
     }

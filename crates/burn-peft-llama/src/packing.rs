@@ -41,7 +41,7 @@ pub struct PackedBatch {
 
 impl PackedBatch {
     /// Moves the tokens to `device`.
-    pub(crate) fn to_device(self, device: &Device) -> Self {
+    pub(crate) fn on_device(self, device: &Device) -> Self {
         let Self { input_ids, tree, positions } = self;
         Self { input_ids: input_ids.to_device(device), tree, positions: positions.to_device(device) }
     }

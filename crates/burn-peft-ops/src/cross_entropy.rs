@@ -6,7 +6,7 @@ mod flex;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
-use crate::{cast, linear, on_kind_of, sum_all};
+use crate::{activation_dtype, cast, linear, on_kind_of, sum_all};
 
 /// `Σ (log Σ exp(logits) - logits[target])`, the outer sum over the rows, in f32.
 ///
@@ -52,7 +52,7 @@ pub fn cross_entropy_of_frozen(
 ) -> Tensor<1> {
     assert_eq!(targets.dims()[0], logits.dims()[0], "number of targets, and of rows of logits");
     let (loss, slope) = loss_and_slope(cast(logits, DType::F32), targets.inner());
-    let to_logits = cast(slope.numbers, weight.dtype());
+    let to_logits = cast(slope.numbers, activation_dtype(&weight));
     // Divided where there is less to divide.
     let gradient = cast(linear(to_logits, weight.transpose(), None), DType::F32) / slope.total;
     with_gradient(loss, hidden, gradient)

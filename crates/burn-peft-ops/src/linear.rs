@@ -2,6 +2,8 @@
 
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "flex")]
+mod stored;
 
 use burn::tensor::{DType, Tensor};
 

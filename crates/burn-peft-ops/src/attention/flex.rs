@@ -1,8 +1,8 @@
 //! Attention on Burn's CPU backend: the scores of one block of queries at a time.
 
-use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
+use std::{iter, mem};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -35,7 +35,7 @@ pub(super) fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalM
         Some(tree) => Sight { segments: tree.segments(), padding: None },
         None => {
             let [s, t] = mask.dims();
-            let segment = |batch| Segment { batch, queries: 0..s, keys: [0..t].into() };
+            let segment = |batch| Segment { batch, queries: 0..s, keys: iter::once(0..t).collect() };
             Sight { segments: (0..q.dims()[0]).map(segment).collect(), padding: mask.padding_on_host() }
         }
     };

@@ -9,12 +9,10 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Tensor, bf16, f16};
-use gemmkit::Parallelism;
-use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 
-use super::{WIDENED, is_half};
-use crate::flex::{Matrix, is_on_flex, rows_of_task, strided, tensor};
+use super::is_half;
+use super::stored::{FEW_ROWS, Number, Stored};
+use crate::flex::{Matrix, is_on_flex, strided, tensor};
 
 /// From so many rows on, gemmkit multiplies with a matrix that lies row by row; with fewer, Burn's `gemm` is faster. With
 /// a turned one, gemmkit is faster throughout.
@@ -49,15 +47,16 @@ trait Product: Backend {
 impl Product for Flex {
     fn product(x: FlexTensor, weight: FlexTensor, _: bool) -> FlexTensor {
         let (x, weight) = (strided(x), strided(weight));
-        if x.dtype() == DType::F32 && is_half(weight.dtype()) {
-            let weight = in_pieces(weight);
+        let rows = x.layout().shape()[0];
+        if x.dtype() == DType::F32 && (is_half(weight.dtype()) || rows <= FEW_ROWS) {
+            let weight = in_lines(weight);
             return match weight.dtype() {
-                DType::F16 => stored_product(&x, weight.layout(), weight.storage::<f16>()),
-                _ => stored_product(&x, weight.layout(), weight.storage::<bf16>()),
+                DType::BF16 => stored_product::<bf16>(&x, weight.layout(), weight.storage()),
+                DType::F16 => stored_product::<f16>(&x, weight.layout(), weight.storage()),
+                _ => stored_product::<f32>(&x, weight.layout(), weight.storage()),
             };
         }
         let is_turned = weight.layout().strides()[1] != 1;
-        let rows = x.layout().shape()[0];
         let is_large = rows >= MANY_ROWS || rows * weight.layout().shape()[1] >= MANY_RESULTS;
         if x.dtype() == DType::F32 && (is_turned || is_large) {
             return Matrix::of(&x).product(Matrix::of(&weight));
@@ -66,42 +65,24 @@ impl Product for Flex {
     }
 }
 
-/// A matrix whose rows or columns lie in one piece.
-fn in_pieces(matrix: FlexTensor) -> FlexTensor {
+/// A matrix whose rows or columns lie in one piece each.
+fn in_lines(matrix: FlexTensor) -> FlexTensor {
     match matrix.layout().strides() {
         [_, 1] | [1, _] => matrix,
         _ => matrix.to_contiguous(),
     }
 }
 
-/// `x W` of an `x` in f32, where `stored` has the numbers of `W`.
-fn stored_product<E: Sync>(x: &FlexTensor, layout: &Layout, stored: &[E]) -> FlexTensor
-where
-    [E]: HalfFloatSliceExt,
-{
+/// `x W`, where `layout` says how the numbers of `W` lie, by row or by column.
+fn stored_product<E: Number>(x: &FlexTensor, layout: &Layout, numbers: &[E]) -> FlexTensor {
     let [d_in, d_out] = layout.shape().dims();
-    let [of_rows, of_columns] = [layout.strides()[0].unsigned_abs(), layout.strides()[1].unsigned_abs()];
-    let stored = &stored[layout.start_offset()..];
-    let (x, n) = (Matrix::of(x), x.layout().shape()[0]);
-    let most = (WIDENED / d_in).clamp(1, d_out);
-    let mut y = vec![0.0; n * d_out];
-    let mut numbers = vec![0.0; d_in * most];
-    for start in (0..d_out).step_by(most) {
-        let columns = most.min(d_out - start);
-        let numbers = &mut numbers[..d_in * columns];
-        let widen = |first: usize, to: &mut [f32]| stored[first..][..to.len()].convert_to_f32_slice(to);
-        let part = if of_columns == 1 {
-            let rows = numbers.par_chunks_exact_mut(columns).with_min_len(rows_of_task(columns));
-            rows.enumerate().for_each(|(i, to)| widen(i * of_rows + start, to));
-            Matrix::new(numbers, d_in, columns)
-        } else {
-            let turned = numbers.par_chunks_exact_mut(d_in).with_min_len(rows_of_task(d_in));
-            turned.enumerate().for_each(|(i, to)| widen((start + i) * of_columns, to));
-            Matrix::new(numbers, columns, d_in).turned()
-        };
-        x.times(part, 0.0, &mut y[start..], d_out, Parallelism::Rayon(0));
-    }
-    tensor(y, [n, d_out])
+    let [of_rows, of_columns] = [0, 1].map(|axis| layout.strides()[axis].unsigned_abs());
+    let numbers = &numbers[layout.start_offset()..];
+    let weight = match of_columns {
+        1 => Stored { numbers, lines: d_in, length: d_out, apart: of_rows, is_by_row: true },
+        _ => Stored { numbers, lines: d_out, length: d_in, apart: of_columns, is_by_row: false },
+    };
+    tensor(weight.product(Matrix::of(x)), [x.layout().shape()[0], d_out])
 }
 
 /// `aᵀ b`
