@@ -1,6 +1,6 @@
 //! The estimate of memory beside what is allocated. Alone in its process, because it counts.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 use std::path::PathBuf;
 
@@ -26,8 +26,45 @@ fn examples(count: usize, [length, labelled, prefix]: [usize; 3]) -> Vec<Example
     (0..count).map(example).collect()
 }
 
-/// `BURN_PEFT_SMOLLM2` names the directory of SmolLM2-135M-Instruct, which is measured as well then.
+/// Both tests count, so they are one.
 #[test]
+fn memory_is_what_was_estimated_and_does_not_grow() {
+    the_estimate_is_near_what_a_step_allocates();
+    steps_leave_nothing_behind();
+}
+
+/// 3,000 steps, with evaluations between, on batches of different lengths: what is allocated afterwards, and the peak of a
+/// step, are what they were near the beginning.
+fn steps_leave_nothing_behind() {
+    let device = Device::flex().autodiff();
+    let mut config = LlamaConfig::new(50, 16, 2).with_heads(2, 1);
+    config.intermediate_size = 24;
+    let mut model = config.init(&device);
+    let lora = LoraConfig::new(2).with_lora_dropout(0.1).with_target_modules(TargetModules::AllLinear);
+    model.add_adapter("default", &lora).unwrap();
+    let mut all: Vec<Example> = (2..10).flat_map(|length| examples(3, [length, 1, 1])).collect();
+    all.iter_mut().for_each(|example| example.input_ids.iter_mut().for_each(|id| *id %= 50));
+    all.iter_mut().for_each(|example| example.labels.iter_mut().for_each(|label| *label = (*label).min(49)));
+    let training = TrainingConfig::new().with_max_steps(Some(3_000)).with_batch_size(4);
+    let mut trainer = Trainer::new(&training, all.clone(), &Collator::new(0)).unwrap();
+    let mut marks = vec![];
+    ALLOCATOR.reset_peak_usage();
+    while let Some(report) = trainer.step(&mut model).unwrap() {
+        if report.step % 100 == 0 {
+            trainer.evaluate(&model, &all).unwrap();
+        }
+        if report.step % 600 == 0 {
+            marks.push((ALLOCATOR.current_usage(), ALLOCATOR.peak_usage()));
+            ALLOCATOR.reset_peak_usage();
+        }
+    }
+    println!("allocated, and at the peak, every 600 steps: {marks:?}");
+    let (begin, end) = (marks[0], marks[4]);
+    // Of one leaked number a step there would be 10 KB more.
+    assert!(end.0 < begin.0 + 8_000 && end.1 < begin.1 + 8_000, "{marks:?}");
+}
+
+/// `BURN_PEFT_SMOLLM2` names the directory of SmolLM2-135M-Instruct, which is measured as well then.
 fn the_estimate_is_near_what_a_step_allocates() {
     let device = Device::flex().autodiff();
     let all = || LoraConfig::new(8).with_target_modules(TargetModules::AllLinear);

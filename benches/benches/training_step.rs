@@ -22,12 +22,18 @@ const WARM_UP: usize = 2;
 
 #[derive(Parser)]
 struct Options {
-    /// One case: a shape, with `-dora` behind it for DoRA
+    /// One case: a shape, with `-dora` behind it for DoRA, or `-apply-lora` for Burn's own adapters
     #[arg(long)]
     case: Option<String>,
     /// Steps that are measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    /// Tokens of each sequence, instead of those of the shape
+    #[arg(long)]
+    tokens: Option<usize>,
+    /// Rank of the adapters, instead of that of the shape
+    #[arg(long)]
+    rank: Option<usize>,
     /// How the frozen weights are stored
     #[arg(long, default_value = "f32", value_parser = dtype)]
     dtype: FloatDType,
@@ -46,7 +52,7 @@ fn main() -> ExitCode {
             print(&json!(SHAPES).to_string());
             Ok(())
         }
-        Some(case) => measure(case, options.dtype, options.steps).map(|found| print(&found.to_string())),
+        Some(case) => measure(case, &options).map(|found| print(&found.to_string())),
         None => table(options.steps),
     };
     match run {
@@ -63,16 +69,18 @@ fn print(text: &str) {
     println!("{text}");
 }
 
-fn measure(case: &str, dtype: FloatDType, steps: u32) -> Result<Value> {
-    let (name, kind) = match case.strip_suffix("-dora") {
-        Some(name) => (name, Kind::Dora),
-        None => (case, Kind::Lora),
-    };
+fn measure(case: &str, options: &Options) -> Result<Value> {
+    let ends = [("-dora", Kind::Dora), ("-apply-lora", Kind::ApplyLora)];
+    let mut of_end = ends.iter().filter_map(|(end, kind)| Some((case.strip_suffix(end)?, *kind)));
+    let (name, kind) = of_end.next().unwrap_or((case, Kind::Lora));
     let Some(shape) = SHAPES.iter().find(|shape| shape.name == name) else {
         let names: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
         bail!("there is no case `{name}`; there are {}", names.join(", "));
     };
-    let mut training = Training::new(*shape, kind, dtype);
+    let mut shape = *shape;
+    shape.batch[1] = options.tokens.unwrap_or(shape.batch[1]).max(2);
+    shape.rank = options.rank.unwrap_or(shape.rank).max(1);
+    let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
     let weights = Process::now();
     Process::forget_peak();
     for _ in 0..WARM_UP {
@@ -101,14 +109,16 @@ fn measure(case: &str, dtype: FloatDType, steps: u32) -> Result<Value> {
 fn table(steps: u32) -> Result<()> {
     let program = std::env::current_exe().context("the path of this program")?;
     print("case               s/step  tokens/s  MiB above weights  page faults/step");
-    for case in SHAPES.iter().map(|shape| shape.name).chain(["mid-dora"]) {
+    for case in SHAPES.iter().map(|shape| shape.name).chain(["mid-dora", "mid-apply-lora"]) {
         let output = Command::new(&program)
             .args(["--case", case, "--steps", &steps.to_string()])
             .output()
             .with_context(|| format!("starting {}", program.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let found: Value = serde_json::from_str(&text).with_context(|| format!("`{case}` gave: {text}"))?;
-        let shape = SHAPES.iter().find(|shape| shape.name == case.trim_end_matches("-dora"));
+        let shape = SHAPES
+            .iter()
+            .find(|shape| shape.name == case.trim_end_matches("-dora").trim_end_matches("-apply-lora"));
         let tokens = shape.map_or(0, |shape| shape.batch[0] * shape.batch[1]);
         let number = |name: &str| found[name].as_f64().unwrap_or(f64::NAN);
         print(&format!(

@@ -1,14 +1,11 @@
 //! Training steps of LLaMAs with random weights, of the shapes that `benches/python/compare.py` gives to torch and peft.
 
-use burn::module::Module;
+use burn::module::{Lora, Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, FloatDType};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
 use serde::Serialize;
-
-/// Rank of the adapters; `lora_alpha` is twice as much, `lora_dropout` 0.05.
-const RANK: usize = 16;
 
 /// The sizes of a model and of a batch. The output layer is tied to the embedding.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -31,6 +28,8 @@ pub struct Shape {
     pub prefix: usize,
     /// How many tokens at the end of each sequence are learnt.
     pub labelled: usize,
+    /// Rank of the adapters; `lora_alpha` is twice as much, `lora_dropout` 0.05.
+    pub rank: usize,
     /// Whether every linear layer has an adapter, or `q_proj` and `v_proj` alone.
     pub is_all_linear: bool,
 }
@@ -48,6 +47,7 @@ pub const SHAPES: [Shape; 6] = [
         batch: [16, 64],
         prefix: 0,
         labelled: 12,
+        rank: 16,
         is_all_linear: false,
     },
     MID,
@@ -62,6 +62,7 @@ pub const SHAPES: [Shape; 6] = [
         batch: [4, 64],
         prefix: 0,
         labelled: 12,
+        rank: 16,
         is_all_linear: false,
     },
     SMOL,
@@ -78,6 +79,7 @@ const SMOL: Shape = Shape {
     batch: [16, 92],
     prefix: 0,
     labelled: 5,
+    rank: 16,
     is_all_linear: true,
 };
 
@@ -91,6 +93,7 @@ const MID: Shape = Shape {
     batch: [4, 128],
     prefix: 0,
     labelled: 25,
+    rank: 16,
     is_all_linear: false,
 };
 
@@ -130,13 +133,15 @@ pub fn dtype(name: &str) -> Result<FloatDType, String> {
     }
 }
 
-/// What an adapter is beside its factors.
+/// What kind of adapter a model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// LoRA.
     Lora,
     /// DoRA: LoRA with a magnitude for each output.
     Dora,
+    /// Burn's own, which works on the weights, on the same layers. It has no dropout.
+    ApplyLora,
 }
 
 /// What a step works on.
@@ -155,16 +160,23 @@ impl Training {
     pub fn new(shape: Shape, kind: Kind, dtype: FloatDType) -> Self {
         let mut model = shape.model(dtype);
         let device = model.devices()[0].clone();
-        let targets = match shape.is_all_linear {
-            true => TargetModules::AllLinear,
-            false => ["q_proj", "v_proj"].into(),
-        };
-        let adapter = LoraConfig::new(RANK)
-            .with_lora_alpha(2.0 * RANK as f64)
-            .with_lora_dropout(0.05)
-            .with_use_dora(kind == Kind::Dora)
-            .with_target_modules(targets);
-        model.add_adapter("default", adapter).expect("the model takes the adapter");
+        let alpha = 2.0 * shape.rank as f64;
+        if kind == Kind::ApplyLora {
+            let paths = if shape.is_all_linear { vec!["_proj.weight"] } else { vec!["q_proj", "v_proj"] };
+            let lora = Lora::new(shape.rank, alpha).set_param_group(ParamGroup::from_any_predicates(paths));
+            model = model.apply_lora(lora);
+        } else {
+            let targets = match shape.is_all_linear {
+                true => TargetModules::AllLinear,
+                false => ["q_proj", "v_proj"].into(),
+            };
+            let adapter = LoraConfig::new(shape.rank)
+                .with_lora_alpha(alpha)
+                .with_lora_dropout(0.05)
+                .with_use_dora(kind == Kind::Dora)
+                .with_target_modules(targets);
+            model.add_adapter("default", adapter).expect("the model takes the adapter");
+        }
         let [sequences, length] = shape.batch;
         let example = |row: usize| {
             let id = |i: usize| {
