@@ -4,7 +4,7 @@ use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
 use crate::conversation::{Example, IGNORE_INDEX};
 use crate::error::LlamaError;
-use crate::packing::{PackedBatch, Packing, Row};
+use crate::packing::{PackedBatch, Packing, Row, pays};
 
 /// A padded batch of token sequences together with the positions the loss is computed at.
 ///
@@ -22,7 +22,7 @@ pub struct Batch {
     pub positions: Tensor<1, Int>,
     /// The labelled tokens, in the order of `positions`, `[n]`.
     pub targets: Tensor<1, Int>,
-    /// The same tokens in one row, if that has less of them, and nobody wished otherwise ([`Packing`]).
+    /// The same tokens in one row, if that has a tenth less of them, and nobody wished otherwise ([`Packing`]).
     pub packed: Option<PackedBatch>,
     /// Number of tokens that are not padding.
     pub num_tokens: usize,
@@ -182,7 +182,7 @@ impl Collator {
         }
 
         let n = targets.len();
-        let pays = self.packing != Packing::Padded && one_row.len() < b * s;
+        let pays = self.packing != Packing::Padded && pays(one_row.len(), [b, s]);
         Ok(Batch {
             input_ids: Tensor::from_data(TensorData::new(input_ids, [b, s]), device),
             attention_mask: Tensor::from_data(TensorData::new(mask, [b, s]), device),
@@ -212,19 +212,6 @@ impl Collator {
             return Err(LlamaError::NoLabels { index });
         }
         Ok(())
-    }
-
-    /// Number of positions that the model computes for a batch of these.
-    pub(crate) fn num_positions(&self, examples: &[&Example]) -> usize {
-        let padded = examples.len() * examples.iter().map(|example| self.kept(example)).max().unwrap_or(0);
-        if self.packing == Packing::Padded {
-            return padded;
-        }
-        let mut row = Row::new(self.packing);
-        for example in examples {
-            row.add(&example.input_ids[..self.kept(example)]);
-        }
-        row.len()
     }
 
     /// Number of tokens of `example` that remain after truncation.
@@ -288,10 +275,6 @@ mod tests {
         let of = |packing| {
             let collator = Collator::new(0).with_side(PaddingSide::Left).with_packing(packing);
             let batch = collator.collate(&rows, &Device::flex()).unwrap();
-            assert_eq!(
-                collator.num_positions(&rows.each_ref()),
-                batch.packed.as_ref().map_or(6, |of| of.tree.len())
-            );
             batch.packed
         };
         let shared = of(Packing::SharedPrefix).unwrap();

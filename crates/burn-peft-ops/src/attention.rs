@@ -41,7 +41,7 @@ pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) ->
     }
     if let Some(tree) = mask.tree() {
         let places = mask.places(tree, &q.device());
-        return of_tree(q, k, v, places);
+        return if tree.is_empty() { q } else { of_tree(q, k, v, places) };
     }
     // The query heads of a group become further rows of one matrix, so keys and values are never repeated.
     let scores = q.reshape([b, n, g * s, d]).matmul(k.swap_dims(2, 3));
@@ -55,11 +55,11 @@ pub fn attention(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, mask: &CausalMask) ->
 /// Attention in a row of tokens, `b` being 1: each segment of the tree gets a sequence of its own.
 fn of_tree(q: Tensor<5>, k: Tensor<4>, v: Tensor<4>, places: &Places) -> Tensor<5> {
     let dims @ [_, n, g, _, d] = q.dims();
-    let Places { dims: [rows, s], tokens, places } = places;
+    let Places { dims: [rows, s], tokens, places, mask } = places;
     let (rows, s) = (*rows, *s);
     let q = q.select(3, tokens.clone()).reshape([n, g, rows, s, d]).permute([2, 0, 1, 3, 4]);
     let [k, v] = [k, v].map(|x| x.select(2, tokens.clone()).reshape([n, rows, s, d]).swap_dims(0, 1));
-    let y = attention(q, k, v, &CausalMask::new(s, s));
+    let y = attention(q, k, v, mask);
     let y = y.permute([1, 2, 0, 3, 4]).reshape([n, g, rows * s, d]);
     y.select(2, places.clone()).reshape(dims)
 }

@@ -27,7 +27,7 @@ pub struct CausalMask {
     padding: Option<Tensor<2, Bool>>,
     /// Where tokens see their way back in it.
     tree: Option<TokenTree>,
-    /// All are made for the first operation that needs them.
+    /// What follows is made for the first operation that needs it.
     bias: OnceLock<Option<Tensor<5>>>,
     places: OnceLock<Places>,
     #[cfg(feature = "flex")]

@@ -6,12 +6,12 @@
 //!
 //! | function | what | paper or origin |
 //! |---|---|---|
-//! | [`linear`] | `x W + b`, made for a `W` that is not trained | |
+//! | [`linear`] | `x W + b`, made for a `W` that is not trained, also of one in 16 bits | |
 //! | [`zero_some`], [`dropped_product`] | dropout, and dropout before a product | Srivastava et al. 2014 |
 //! | [`rms_norm`] | `x / sqrt(mean(x²) + ε) * weight` | Zhang and Sennrich 2019 |
 //! | [`swiglu`] | `silu(gate) * up` | Shazeer 2020 |
 //! | [`rotate`] | rotary position embeddings | Su et al. 2021 |
-//! | [`attention`] | causal attention with shared key and value heads | Vaswani et al. 2017, Ainslie et al. 2023 |
+//! | [`attention`] | causal attention with shared key and value heads; [`CausalMask`] and [`TokenTree`] say what is seen | Vaswani et al. 2017, Ainslie et al. 2023 |
 //! | [`cross_entropy`], [`cross_entropy_of_frozen`] | the loss of the next token | |
 //! | [`sum_all`], [`RunningSum`] | long sums in f32 | |
 //!
@@ -48,15 +48,23 @@ pub use attention::attention;
 pub use causal_mask::CausalMask;
 pub use cross_entropy::{cross_entropy, cross_entropy_of_frozen};
 pub use dropout::{dropped_product, zero_some};
-pub use linear::{WIDENED, activation_dtype, linear};
+pub use linear::{WIDENED_AT_ONCE, activation_dtype, linear};
 pub use rms_norm::rms_norm;
 pub use rope::rotate;
 pub use sum::{RunningSum, sum_all};
 pub use swiglu::swiglu;
 pub use token_tree::TokenTree;
 
-/// Whether tensors in f32 on Flex take kernels: the feature `flex`.
-pub const HAS_KERNELS: bool = cfg!(feature = "flex");
+/// Whether the device of a tensor has kernels: Flex, Burn's CPU backend, with the feature `flex`.
+pub fn has_kernels<const D: usize>(tensor: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    return flex::is_on_flex(tensor);
+    #[cfg(not(feature = "flex"))]
+    return {
+        let _ = tensor;
+        false
+    };
+}
 
 /// The tensor in another floating-point type. Costs nothing if it has that type. A tensor that is quantized, or a type
 /// that has no fractions, leaves it as it is.

@@ -67,8 +67,8 @@ pub fn activation_dtype<const D: usize>(weight: &Tensor<D>) -> DType {
     weight.dtype()
 }
 
-/// How many numbers of a weight in 16 bits [`linear`] widens at a time: so many stay in a processor's cache.
-pub const WIDENED: usize = 1 << 20;
+/// The most numbers of a weight in 16 bits that [`linear`] widens at a time: so many stay in a processor's cache.
+pub const WIDENED_AT_ONCE: usize = 1 << 20;
 
 #[cfg(feature = "flex")]
 fn is_half(dtype: DType) -> bool {
@@ -131,9 +131,15 @@ mod tests {
     fn a_weight_in_16_bits_is_as_exact_as_its_numbers() {
         let burns = |x, w| burn::tensor::module::linear(x, w, None);
         for dtype in [DType::BF16, DType::F16] {
-            for (n, d_in, d_out) in
-                [(1, 1, 1), (1, 70, 33), (5, 64, 48), (130, 3000, 400), (1, 576, 1536), (3, 64, 49_152)]
-            {
+            for (n, d_in, d_out) in [
+                (1, 1, 1),
+                (1, 70, 33),
+                (5, 64, 48),
+                (130, 3000, 400),
+                (1, 576, 1536),
+                (3, 64, 49_152),
+                (20, 300, 9_000),
+            ] {
                 let random = |shape: [usize; 2], seed| normal(shape, 0.5, seed);
                 let (x, dy) = (random([n, d_in], 1).unsqueeze::<3>(), random([n, d_out], 2).unsqueeze());
                 let dense = random([d_in, d_out], 3).cast(dtype);

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use crate::CausalMask;
+
 /// Tokens in one row, each of which begins a sequence or stands behind an earlier one. A token sees itself and those before
 /// it on its way back to the beginning.
 ///
@@ -44,6 +46,8 @@ pub(crate) struct Places {
     pub(crate) tokens: Tensor<1, Int>,
     /// The place of each token in the sequence of its segment, `[n]`.
     pub(crate) places: Tensor<1, Int>,
+    /// Of those sequences.
+    pub(crate) mask: Box<CausalMask>,
 }
 
 impl TokenTree {
@@ -130,7 +134,8 @@ impl TokenTree {
             let count = numbers.len();
             Tensor::from_data(TensorData::new(numbers, [count]), &device.clone().inner())
         };
-        Places { dims, tokens: upload(tokens), places: upload(places) }
+        let mask = Box::new(CausalMask::new(longest, longest));
+        Places { dims, tokens: upload(tokens), places: upload(places), mask }
     }
 }
 
@@ -165,7 +170,7 @@ mod tests {
         assert_eq!(tree.position_ids(), positions);
 
         let device = Device::flex();
-        let Places { dims, tokens, places } = tree.places(&device);
+        let Places { dims, tokens, places, .. } = tree.places(&device);
         let ints = |tensor: &Tensor<1, Int>| tensor.to_data().iter::<i64>().collect::<Vec<_>>();
         let (tokens, places) = (ints(&tokens), ints(&places));
         assert_eq!(dims[0] * dims[1], tokens.len());

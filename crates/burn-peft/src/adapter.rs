@@ -7,7 +7,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::module::embedding;
 use burn::tensor::{DType, Int, Tensor};
-use burn_peft_ops::{cast, linear};
+use burn_peft_ops::{activation_dtype, cast, linear};
 
 use crate::config::PeftConfig;
 use crate::layer::Site;
@@ -237,6 +237,9 @@ impl Adapters {
     pub(crate) fn embedding(&self, weight: &Param<Tensor<2>>, ids: Tensor<2, Int>) -> Tensor<3> {
         let weight = self.weight(weight.base());
         let output = embedding(weight.start.clone(), ids.clone());
+        // What is added to a row in 16 bits is not rounded to them.
+        let dtype = activation_dtype(&output);
+        let output = cast(output, dtype);
         let [batch, sequence] = ids.dims();
         let input = Input::Ids(ids.reshape([batch * sequence]));
         self.add_to(output, self.merged.is_none(), input, &weight, None)

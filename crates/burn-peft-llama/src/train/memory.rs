@@ -1,18 +1,18 @@
 //! How much memory a training needs, before it has any.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use burn::tensor::{DType, FloatDType};
 use burn_peft::PeftModel;
-use burn_peft_ops::{HAS_KERNELS, WIDENED};
+use burn_peft_ops::{WIDENED_AT_ONCE, has_kernels};
 
 use crate::batch::Collator;
 use crate::config::LlamaConfig;
 use crate::conversation::Example;
 use crate::loss::CHUNK;
 use crate::model::LlamaForCausalLm;
+use crate::packing::{Packing, pays};
 use crate::parameters::{Parameter, parameters};
 
 /// What the graph keeps about the operations of a block, beside their tensors.
@@ -54,17 +54,26 @@ impl MemoryEstimate {
         collator: &Collator,
         batch_size: usize,
     ) -> Self {
-        // Batches are of examples of like length.
-        let mut by_length: Vec<&Example> = examples.iter().collect();
-        by_length.sort_by_key(|example| Reverse((example.input_ids.len(), example.num_targets())));
-        let batch = |examples: &[&Example]| Positions {
-            count: collator.num_positions(examples),
-            sequences: examples.len(),
-            length: examples.iter().map(|example| collator.kept(example)).max().unwrap_or(0),
-            labelled: examples.iter().map(|example| example.num_targets()).sum(),
+        // Batches are of examples of like length, so the longest may well be together. They share what all examples begin with;
+        // two of them may have more in common.
+        let mut lengths: Vec<(usize, usize)> =
+            examples.iter().map(|of| (collator.kept(of), of.num_targets())).collect();
+        lengths.sort_unstable_by(|one, other| other.cmp(one));
+        lengths.truncate(batch_size);
+        let shared = match collator.packing {
+            Packing::SharedPrefix => common_prefix(examples).min(lengths.last().map_or(0, |last| last.0)),
+            Packing::Packed | Packing::Padded => 0,
         };
-        let largest = by_length.chunks(batch_size.max(1)).map(batch).max_by_key(|batch| batch.count);
-        Self::of_positions(model, dtype, largest.unwrap_or_default())
+        let (sequences, length) = (lengths.len(), lengths.first().map_or(0, |longest| longest.0));
+        let packed = shared + lengths.iter().map(|(length, _)| length - shared).sum::<usize>();
+        let is_packed = collator.packing != Packing::Padded && pays(packed, [sequences, length]);
+        let batch = Positions {
+            count: if is_packed { packed } else { sequences * length },
+            sequences,
+            length,
+            labelled: lengths.iter().map(|length| length.1).sum(),
+        };
+        Self::of_positions(model, dtype, batch)
     }
 
     /// As [`new`](Self::new), on padded batches of `[sequences, tokens]` with so many labelled tokens.
@@ -81,7 +90,8 @@ impl MemoryEstimate {
     fn of_positions(model: &LlamaForCausalLm, dtype: FloatDType, batch: Positions) -> Self {
         let of_weights = DType::from(dtype).size();
         // Kernels compute in f32 with weights in 16 bits.
-        let element = if HAS_KERNELS { of_weights.max(DType::F32.size()) } else { of_weights };
+        let has_kernels = has_kernels(&model.model.embed_tokens.weight.base());
+        let element = if has_kernels { of_weights.max(DType::F32.size()) } else { of_weights };
         let parameters = parameters(model);
         let size = |parameter: &Parameter| {
             let element = if parameter.adapter { parameter.dtype.size() } else { of_weights };
@@ -96,18 +106,23 @@ impl MemoryEstimate {
         let (d, f) = (config.hidden_size, config.intermediate_size);
         let logits = batch.labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
         // A part of a weight in 16 bits, while a product reads it.
-        let widened =
-            if of_weights < element { WIDENED.min(d * f.max(config.vocab_size)) * element } else { 0 };
+        let widened = if of_weights < element {
+            WIDENED_AT_ONCE.min(d * f.max(config.vocab_size)) * element
+        } else {
+            0
+        };
         Self {
             weights: bytes(|parameter| !parameter.trained),
             trained,
             gradients: trained,
             optimizer: 2 * trained,
-            activations: blocks.iter().map(|block| block.activations(config, batch, element)).sum(),
+            activations: blocks
+                .iter()
+                .map(|block| block.activations(config, batch, element, has_kernels))
+                .sum(),
             // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
             temporary: widened
-                + (batch.count * element * (2 * f).max(3 * d))
-                    .max(if has_kernels(element) { 4 } else { 8 } * logits),
+                + (batch.count * element * (2 * f).max(3 * d)).max(if has_kernels { 4 } else { 8 } * logits),
         }
     }
 
@@ -118,9 +133,13 @@ impl MemoryEstimate {
     }
 }
 
-/// Whether numbers of so many bytes take the kernels of `burn_peft_ops`.
-fn has_kernels(element: usize) -> bool {
-    HAS_KERNELS && element == DType::F32.size()
+/// How many tokens all examples begin with in common.
+fn common_prefix(examples: &[Example]) -> usize {
+    let [first, others @ ..] = examples else { return 0 };
+    let common = |a: &[u32], b: &[u32]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    others
+        .iter()
+        .fold(first.input_ids.len(), |prefix, other| common(&first.input_ids[..prefix], &other.input_ids))
 }
 
 /// The positions of a batch.
@@ -183,8 +202,13 @@ impl Adapted {
     }
 
     /// Bytes that the forward pass of the block keeps: see `burn_peft_ops` for what each operation does.
-    fn activations(&self, config: &LlamaConfig, batch: Positions, element: usize) -> usize {
-        let has_kernels = has_kernels(element);
+    fn activations(
+        &self,
+        config: &LlamaConfig,
+        batch: Positions,
+        element: usize,
+        has_kernels: bool,
+    ) -> usize {
         let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let (q, kv) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
         let count = |names: &[&str]| names.iter().filter(|name| self.modules.contains(**name)).count();

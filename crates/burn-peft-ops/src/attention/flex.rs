@@ -24,6 +24,8 @@ use crate::token_tree::Segment;
 const BLOCK: usize = 64;
 /// Fewer tasks than that are made smaller.
 const FEW_TASKS: usize = 8;
+/// And in backward, where the largest task has the whole beginning that sequences share.
+const FEW_TASKS_OF_BACKWARD: usize = 16;
 
 /// Whether [`attention`] is for these.
 pub(super) fn has_kernel(q: &Tensor<5>, k: &Tensor<4>, v: &Tensor<4>) -> bool {
@@ -199,7 +201,7 @@ impl Inputs {
         // of keys and values are added up; how many depends on shapes alone, so that results do not on threads.
         let blocks: Vec<Block<'_>> = self.blocks(BLOCK).collect();
         let blocks_of_sequence = blocks.len() / b;
-        let parts = FEW_TASKS.div_ceil(b * n).min(blocks_of_sequence);
+        let parts = FEW_TASKS_OF_BACKWARD.div_ceil(b * n).min(blocks_of_sequence);
         let mut to_q = vec![0.0; b * n * g * s * d];
         let [mut to_k, mut to_v] = [(); 2].map(|()| vec![0.0; parts * b * n * t * d]);
         let mut tasks: Vec<_> = to_k.chunks_exact_mut(t * d).zip(to_v.chunks_exact_mut(t * d)).collect();

@@ -8,7 +8,7 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{DType, Tensor, bf16, f16};
+use burn::tensor::{DType, FloatDType, Tensor, bf16, f16};
 
 use super::is_half;
 use super::stored::{FEW_ROWS, Number, Stored};
@@ -22,7 +22,7 @@ const MANY_RESULTS: usize = 1 << 20;
 
 /// Whether [`product`] is for these two.
 pub(super) fn has_kernel<const D: usize>(x: &Tensor<D>, weight: &Tensor<2>) -> bool {
-    let is_stored = x.dtype() == DType::F32 && is_half(weight.dtype()) && !weight.is_tracked();
+    let is_stored = x.dtype() == DType::F32 && is_half(weight.dtype());
     weight.dtype().is_float()
         && (x.dtype() == weight.dtype() || is_stored)
         && D > 1
@@ -106,7 +106,13 @@ impl Backward<Flex, 2> for ProductBackward {
         let (x, weight) = ops.state;
         let [of_x, of_weight] = ops.parents;
         if let (Some(node), Some(x)) = (of_weight, x) {
-            gradients.register::<Flex>(node.id, turned_product(x, dy.clone()));
+            let gradient = turned_product(x, dy.clone());
+            let gradient = match weight.dtype() {
+                DType::F16 => Flex::float_cast(gradient, FloatDType::F16),
+                DType::BF16 => Flex::float_cast(gradient, FloatDType::BF16),
+                _ => gradient,
+            };
+            gradients.register::<Flex>(node.id, gradient);
         }
         if let Some(node) = of_x {
             let turned = Flex::float_swap_dims(weight, 0, 1);

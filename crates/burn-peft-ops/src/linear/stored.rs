@@ -1,18 +1,27 @@
 //! Products with a weight that is constant, read as it lies in memory.
 
+use std::ops::Range;
+
 use burn::tensor::{bf16, f16};
 use gemmkit::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::WIDENED;
+use super::WIDENED_AT_ONCE;
 use crate::flex::{Matrix, rows_of_task, vectorised};
 
 /// Rows of activations so few that reading the weight takes longer than multiplying.
 pub(super) const FEW_ROWS: usize = 16;
-/// Numbers of a weight that a task reads then, if that makes no more tasks than [`MOST_PIECES`].
-const PIECE: usize = 1 << 16;
-const MOST_PIECES: usize = 32;
+
+/// How much of a line is read at a time, so that a part of a weight is neither too thin nor too long.
+const WIDTH: usize = 4096;
+
+/// For few rows, a task makes so many results if lines are columns.
+const COLUMNS_OF_TASK: usize = 32;
+/// And there are no more tasks than that if each adds to all results.
+const MOST_TASKS: usize = 32;
+/// A task reads so many numbers at a time.
+const READ_AT_ONCE: usize = 1 << 16;
 
 /// A weight whose rows, or whose columns, lie in one piece each: its lines.
 #[derive(Clone, Copy)]
@@ -26,28 +35,35 @@ pub(super) struct Stored<'a, E> {
     pub(super) is_by_row: bool,
 }
 
+/// A part of a weight: some lines, and which of their numbers.
+pub(super) struct Part {
+    lines: Range<usize>,
+    of_line: Range<usize>,
+}
+
 /// A type that weights are stored in.
 pub(super) trait Number: Copy + Sync {
-    /// Some lines of a weight in f32, each behind the other in `buffer` if they are not already.
-    fn lines<'a>(of: Stored<'a, Self>, first: usize, count: usize, buffer: &'a mut Vec<f32>) -> Matrix<'a>;
+    /// A part of a weight in f32, line by line: in `buffer`, if it is stored in another type.
+    fn read<'a>(of: Stored<'a, Self>, part: Part, buffer: &'a mut Vec<f32>) -> Matrix<'a>;
 }
 
 impl Number for f32 {
-    fn lines<'a>(of: Stored<'a, Self>, first: usize, count: usize, _: &'a mut Vec<f32>) -> Matrix<'a> {
+    fn read<'a>(of: Stored<'a, Self>, part: Part, _: &'a mut Vec<f32>) -> Matrix<'a> {
+        let numbers = &of.numbers[part.lines.start * of.apart + part.of_line.start..];
         let strides = [of.apart as isize, 1];
-        Matrix { numbers: &of.numbers[first * of.apart..], rows: count, columns: of.length, strides }
+        Matrix { numbers, rows: part.lines.len(), columns: part.of_line.len(), strides }
     }
 }
 
 impl Number for f16 {
-    fn lines<'a>(of: Stored<'a, Self>, first: usize, count: usize, buffer: &'a mut Vec<f32>) -> Matrix<'a> {
-        of.widened(first, count, buffer, |stored, numbers| stored.convert_to_f32_slice(numbers))
+    fn read<'a>(of: Stored<'a, Self>, part: Part, buffer: &'a mut Vec<f32>) -> Matrix<'a> {
+        of.widened(part, buffer, |stored, numbers| stored.convert_to_f32_slice(numbers))
     }
 }
 
 impl Number for bf16 {
-    fn lines<'a>(of: Stored<'a, Self>, first: usize, count: usize, buffer: &'a mut Vec<f32>) -> Matrix<'a> {
-        of.widened(first, count, buffer, |stored, numbers| {
+    fn read<'a>(of: Stored<'a, Self>, part: Part, buffer: &'a mut Vec<f32>) -> Matrix<'a> {
+        of.widened(part, buffer, |stored, numbers| {
             vectorised(|| {
                 for (number, stored) in numbers.iter_mut().zip(stored) {
                     // bf16 is the upper half of f32.
@@ -59,65 +75,94 @@ impl Number for bf16 {
 }
 
 impl<E: Number> Stored<'_, E> {
+    /// By all threads, if that is more than one task.
     fn widened<'a>(
         self,
-        first: usize,
-        count: usize,
+        part: Part,
         buffer: &'a mut Vec<f32>,
         widen: impl Fn(&[E], &mut [f32]) + Sync,
     ) -> Matrix<'a> {
-        buffer.resize(count * self.length, 0.0);
-        let lines = buffer.par_chunks_exact_mut(self.length).with_min_len(rows_of_task(self.length));
-        lines.enumerate().for_each(|(i, numbers)| {
-            let start = (first + i) * self.apart;
-            widen(&self.numbers[start..start + self.length], numbers);
-        });
-        Matrix::new(buffer, count, self.length)
+        let (count, width) = (part.lines.len(), part.of_line.len());
+        buffer.resize(count * width, 0.0);
+        let line = |(i, numbers): (usize, &mut [f32])| {
+            let start = (part.lines.start + i) * self.apart + part.of_line.start;
+            widen(&self.numbers[start..start + width], numbers);
+        };
+        if count * width <= READ_AT_ONCE {
+            buffer.chunks_exact_mut(width).enumerate().for_each(line);
+        } else {
+            let lines = buffer.par_chunks_exact_mut(width).with_min_len(rows_of_task(width));
+            lines.enumerate().for_each(line);
+        }
+        Matrix::new(buffer, count, width)
     }
 
     /// `x W`, row by row.
     pub(super) fn product(self, x: Matrix<'_>) -> Vec<f32> {
+        if x.rows <= FEW_ROWS { self.product_of_few(x) } else { self.product_of_many(x) }
+    }
+
+    /// Part after part, each multiplied by all threads.
+    fn product_of_many(self, x: Matrix<'_>) -> Vec<f32> {
         let d_out = if self.is_by_row { self.length } else { self.lines };
         let mut y = vec![0.0; x.rows * d_out];
-        let is_few = x.rows <= FEW_ROWS;
-        let count = match is_few {
-            true => (PIECE / self.length).max(self.lines.div_ceil(MOST_PIECES)),
-            false => WIDENED / self.length,
-        };
-        let count = count.max(1);
-        let firsts = (0..self.lines).step_by(count);
-        let pieces: Vec<(usize, usize)> =
-            firsts.map(|first| (first, count.min(self.lines - first))).collect();
-        if !is_few {
-            let mut buffer = vec![];
-            for (first, count) in pieces {
-                let piece = E::lines(self, first, count, &mut buffer);
-                match self.is_by_row {
-                    true => {
-                        let beta = if first == 0 { 0.0 } else { 1.0 };
-                        x.columns(first, count).times(piece, beta, &mut y, d_out, Parallelism::Rayon(0));
-                    }
-                    false => x.times(piece.turned(), 0.0, &mut y[first..], d_out, Parallelism::Rayon(0)),
-                }
-            }
-            return y;
-        }
-        let products = pieces.into_par_iter().map(|(first, count)| {
-            let mut buffer = vec![];
-            let piece = E::lines(self, first, count, &mut buffer);
-            let (x, piece, start) = match self.is_by_row {
-                true => (x.columns(first, count), piece, 0),
-                false => (x, piece.turned(), first),
-            };
-            let mut y = vec![0.0; x.rows * piece.columns];
-            x.times(piece, 0.0, &mut y, piece.columns, Parallelism::Serial);
-            (start, piece.columns, y)
-        });
-        for (start, columns, product) in products.collect::<Vec<_>>() {
-            for (y, product) in y.chunks_exact_mut(d_out).zip(product.chunks_exact(columns)) {
-                y[start..][..columns].iter_mut().zip(product).for_each(|(y, product)| *y += product);
+        let mut buffer = vec![];
+        for of_line in ranges(self.length, WIDTH) {
+            for lines in ranges(self.lines, (WIDENED_AT_ONCE / of_line.len()).max(1)) {
+                let (inputs, outputs, is_first) = match self.is_by_row {
+                    true => (lines.clone(), of_line.start, lines.start == 0),
+                    false => (of_line.clone(), lines.start, of_line.start == 0),
+                };
+                let part = E::read(self, Part { lines, of_line: of_line.clone() }, &mut buffer);
+                let part = if self.is_by_row { part } else { part.turned() };
+                let beta = if is_first { 0.0 } else { 1.0 };
+                let x = x.columns(inputs.start, inputs.len());
+                x.times(part, beta, &mut y[outputs..], d_out, Parallelism::Rayon(0));
             }
         }
         y
     }
+
+    /// Each task reads a part of the weight, in the order of memory, which is what such a product waits for.
+    fn product_of_few(self, x: Matrix<'_>) -> Vec<f32> {
+        let (d_in, d_out) =
+            if self.is_by_row { (self.lines, self.length) } else { (self.length, self.lines) };
+        // Of many columns, a task makes some; of fewer, what some of the inputs add to all of them.
+        let (inputs, outputs) = match self.is_by_row {
+            false => (d_in, COLUMNS_OF_TASK),
+            true if d_out > 2 * WIDTH => (d_in, WIDTH),
+            true => ((READ_AT_ONCE / d_out).max(d_in.div_ceil(MOST_TASKS)), d_out),
+        };
+        let pairs = |outputs: Range<usize>| ranges(d_in, inputs).map(move |inputs| (inputs, outputs.clone()));
+        let tasks: Vec<_> = ranges(d_out, outputs).flat_map(pairs).collect();
+        let products = tasks.into_par_iter().map(|(inputs, outputs)| {
+            let mut sum = vec![0.0; x.rows * outputs.len()];
+            let (mut product, mut buffer) = (sum.clone(), vec![]);
+            for some in ranges(inputs.len(), (READ_AT_ONCE / outputs.len()).max(1)) {
+                let some = inputs.start + some.start..inputs.start + some.end;
+                let (lines, of_line) = match self.is_by_row {
+                    true => (some.clone(), outputs.clone()),
+                    false => (outputs.clone(), some.clone()),
+                };
+                let part = E::read(self, Part { lines, of_line }, &mut buffer);
+                let part = if self.is_by_row { part } else { part.turned() };
+                let x = x.columns(some.start, some.len());
+                x.times(part, 0.0, &mut product, outputs.len(), Parallelism::Serial);
+                sum.iter_mut().zip(&product).for_each(|(sum, product)| *sum += product);
+            }
+            (outputs, sum)
+        });
+        let mut y = vec![0.0; x.rows * d_out];
+        for (outputs, product) in products.collect::<Vec<_>>() {
+            for (y, product) in y.chunks_exact_mut(d_out).zip(product.chunks_exact(outputs.len())) {
+                y[outputs.clone()].iter_mut().zip(product).for_each(|(y, product)| *y += product);
+            }
+        }
+        y
+    }
+}
+
+/// `0..end` in ranges of at most `count`.
+fn ranges(end: usize, count: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..end).step_by(count).map(move |start| start..end.min(start + count))
 }
