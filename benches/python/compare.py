@@ -45,7 +45,7 @@ def torch_step(shape, dtype, steps, threads):
                          intermediate_size=shape["feed_forward"], num_attention_heads=heads, num_key_value_heads=heads_of_keys,
                          tie_word_embeddings=True, max_position_embeddings=2048)
     model = LlamaForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets,
+    model = get_peft_model(model, LoraConfig(r=shape["rank"], lora_alpha=2 * shape["rank"], lora_dropout=0.05, target_modules=targets,
                                              task_type="CAUSAL_LM"))
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
