@@ -79,7 +79,7 @@ fn a_packed_batch_has_the_loss_and_gradients_of_padded_rows() {
                 loss - expected_loss
             );
             // Both are rounded at each step: in f64, gradients agree within 1e-12 (`packing.rs`).
-            assert!((loss / expected_loss - 1.0).abs() < 1e-6 && off < 1e-5);
+            assert!((loss / expected_loss - 1.0).abs() < 5e-6 && off < 3e-5);
         }
     }
 }
