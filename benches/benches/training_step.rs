@@ -29,11 +29,11 @@ struct Options {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Tokens of each sequence, instead of those of the shape
-    #[arg(long)]
-    tokens: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
+    tokens: Option<u32>,
     /// Rank of the adapters, instead of that of the shape
-    #[arg(long)]
-    rank: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    rank: Option<u32>,
     /// How the frozen weights are stored
     #[arg(long, default_value = "f32", value_parser = dtype)]
     dtype: FloatDType,
@@ -78,8 +78,8 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         bail!("there is no case `{name}`; there are {}", names.join(", "));
     };
     let mut shape = *shape;
-    shape.batch[1] = options.tokens.unwrap_or(shape.batch[1]).max(2);
-    shape.rank = options.rank.unwrap_or(shape.rank).max(1);
+    shape.batch[1] = options.tokens.map_or(shape.batch[1], |tokens| tokens as usize);
+    shape.rank = options.rank.map_or(shape.rank, |rank| rank as usize);
     let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
     let weights = Process::now();
     Process::forget_peak();

@@ -1,7 +1,6 @@
 //! The tokens of a batch in one row.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft_ops::TokenTree;
@@ -60,7 +59,7 @@ pub(crate) struct Row {
     ids: Vec<u32>,
     /// The token that each stands behind.
     behind: Vec<Option<usize>>,
-    /// The first token with this id behind another.
+    /// The token with this id behind another, if sequences share.
     places: HashMap<(Option<usize>, u32), usize>,
 }
 
@@ -74,15 +73,11 @@ impl Row {
         let mut behind = None;
         let place = |&id: &u32| {
             let next = self.ids.len();
-            let place = match self.places.entry((behind, id)) {
-                Entry::Occupied(found) if self.shares => *found.get(),
-                entry => {
-                    entry.insert_entry(next);
-                    self.ids.push(id);
-                    self.behind.push(behind);
-                    next
-                }
-            };
+            let place = if self.shares { *self.places.entry((behind, id)).or_insert(next) } else { next };
+            if place == next {
+                self.ids.push(id);
+                self.behind.push(behind);
+            }
             behind = Some(place);
             place
         };

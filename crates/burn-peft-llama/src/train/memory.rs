@@ -143,7 +143,7 @@ fn common_prefix(examples: &[Example]) -> usize {
 }
 
 /// The positions of a batch.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Positions {
     /// Those that are computed.
     count: usize,
