@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
 //! of JSON, which is what `benches/python/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
-//! settings of the environment.
+//! settings of the environment. `BURN_DEVICE` selects the device of those whose features the benchmark was built with.
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -109,7 +109,8 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
 fn table(steps: u32) -> Result<()> {
     let program = std::env::current_exe().context("the path of this program")?;
     print("case               s/step  tokens/s  MiB above weights  page faults/step");
-    for case in SHAPES.iter().map(|shape| shape.name).chain(["mid-dora", "mid-apply-lora"]) {
+    let shapes = SHAPES.iter().filter(|shape| !shape.is_for_gpus).map(|shape| shape.name);
+    for case in shapes.chain(["mid-dora", "mid-apply-lora"]) {
         let output = Command::new(&program)
             .args(["--case", case, "--steps", &steps.to_string()])
             .output()

@@ -1,11 +1,12 @@
 """Puts training steps of this project beside those of torch and peft, in turns on the same machine, and prints a table.
 
 usage: python compare.py [--cases tiny mid ..] [--rounds 5] [--steps 5] [--dtypes f32 bf16] [--history FILE] [--plot FILE]
+       python compare.py --device cuda [--cases llama-1b ..] --dtypes bf16
 
 Each measurement has a process of its own: LLaMAs with random weights, tied embeddings, LoRA of rank 16 with dropout 0.05,
 AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users call it: `model(input_ids=..,
 labels=..)`, `loss.backward()`, `optimizer.step()`. Memory is the peak of resident memory above what was resident before the
-first step. `--history` appends one line of JSON with commit, machine and medians.
+first step; on a GPU, what `nvidia-smi` says is used at most, weights included. `--history` appends one line of JSON with commit, machine and medians.
 """
 import argparse
 import datetime
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +32,31 @@ def status(name):
     return 0
 
 
-def torch_step(shape, dtype, steps, threads):
+class GpuMemory:
+    """The most memory of the GPU that is used while this runs, in MiB, above what was used before."""
+
+    def __init__(self):
+        self.before = self.peak = self.used()
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+
+    @staticmethod
+    def used():
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0])
+
+    def watch(self):
+        while not self.is_over.wait(0.1):
+            self.peak = max(self.peak, self.used())
+
+    def end(self):
+        self.is_over.set()
+        self.thread.join()
+        return self.peak - self.before
+
+
+def torch_step(shape, dtype, steps, threads, device):
     """Measures steps of torch and peft in this process."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -44,13 +70,13 @@ def torch_step(shape, dtype, steps, threads):
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=shape["hidden"], num_hidden_layers=shape["blocks"],
                          intermediate_size=shape["feed_forward"], num_attention_heads=heads, num_key_value_heads=heads_of_keys,
                          tie_word_embeddings=True, max_position_embeddings=2048)
-    model = LlamaForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    model = LlamaForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype]).to(device)
     model = get_peft_model(model, LoraConfig(r=shape["rank"], lora_alpha=2 * shape["rank"], lora_dropout=0.05, target_modules=targets,
                                              task_type="CAUSAL_LM"))
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
     ids = torch.tensor([[((row if i >= prefix else 0) * 7919 + i * 104729) % vocabulary for i in range(length)]
-                        for row in range(sequences)])
+                        for row in range(sequences)], device=device)
     labels = ids.clone()
     labels[:, : length - shape["labelled"]] = -100
     weights = status("VmRSS")
@@ -69,20 +95,22 @@ def torch_step(shape, dtype, steps, threads):
                       "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
 
 
-def build():
+def build(device):
     """Builds the benchmark and returns its path."""
     command = ["cargo", "bench", "-p", "burn-peft-benches", "--bench", "training_step", "--no-run",
-               "--message-format=json"]
+               "--message-format=json", *([] if device == "cpu" else ["--features", device])]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "training_step")
 
 
-def run(command, **environment):
+def run(command, device="cpu", **environment):
     """The JSON of the last line that a command prints; mimalloc keeps what is freed, unless the environment says otherwise."""
+    memory = None if device == "cpu" else GpuMemory()
     found = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True,
                            env={"MIMALLOC_PURGE_DELAY": "-1", **os.environ, **environment}).stdout
-    return json.loads(found.splitlines()[-1])
+    found = json.loads(found.splitlines()[-1])
+    return found if memory is None else found | {"peak_mib": memory.end()}
 
 
 def commit():
@@ -91,7 +119,10 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def machine():
+def machine(device):
+    if device != "cpu":
+        return subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=True, stdout=subprocess.PIPE,
+                              text=True).stdout.strip()
     info = pathlib.Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.machine())
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in info]
@@ -127,22 +158,25 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"],
                         help="types of the frozen weights, on both sides")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--binary", type=pathlib.Path,
+                        help="the benchmark, if it is built already: `training_step-..` in `target/release/deps`")
     parser.add_argument("--history", type=pathlib.Path, help="file to append the medians to")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw the ratios to")
     parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch:
-        return torch_step(args.torch, args.dtypes[0], args.steps, args.threads)
+        return torch_step(args.torch, args.dtypes[0], args.steps, args.threads, args.device)
 
-    ours, of_commit = build(), commit()
+    ours, of_commit = args.binary or build(args.device), commit()
     shapes = {shape["name"]: shape for shape in run([ours, "--shapes"])}
-    cases = args.cases or list(shapes)
+    cases = args.cases or [name for name in shapes if shapes[name]["is_for_gpus"] == (args.device != "cpu")]
     if unknown := set(cases) - set(shapes):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
     steps = ["--steps", args.steps]
-    torchs = [sys.executable, __file__, "--threads", args.threads, *steps]
-    threads = {"RAYON_NUM_THREADS": str(args.threads)}
-    print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
+    torchs = [sys.executable, __file__, "--threads", args.threads, "--device", args.device, *steps]
+    settings = {"RAYON_NUM_THREADS": str(args.threads), "BURN_DEVICE": "flex" if args.device == "cpu" else args.device}
+    print(f"{machine(args.device)}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
     print("| case | type | ours s | torch s | ratio | ours MiB | torch MiB | ratio | page faults a step |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
@@ -150,8 +184,8 @@ def main():
         found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
             for dtype in args.dtypes:
-                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], **threads))
-                found["torch", dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype]))
+                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], args.device, **settings))
+                found["torch", dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype], args.device))
 
         results[case] = {}
         for dtype in args.dtypes:
@@ -167,7 +201,7 @@ def main():
                   f"| {ratio('seconds'):.2f} | {middle('ours', 'peak_mib'):.0f} | {middle('torch', 'peak_mib'):.0f} "
                   f"| {ratio('peak_mib'):.2f} | {middle('ours', 'faults_per_step'):.0f} |", flush=True)
     if args.history:
-        line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(),
+        line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(args.device),
                 "threads": args.threads, "cases": results}
         with args.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

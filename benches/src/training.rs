@@ -32,11 +32,14 @@ pub struct Shape {
     pub rank: usize,
     /// Whether every linear layer has an adapter, or `q_proj` and `v_proj` alone.
     pub is_all_linear: bool,
+    /// Whether it is too large for the CPUs that most people have.
+    pub is_for_gpus: bool,
 }
 
 /// `smol` is SmolLM2-135M on batches of the size of the Pokémon experiment, `smol-prompt` with the prompt that the questions
-/// of the experiment begin with; `wide` is a quarter of Llama-3.2-1B.
-pub const SHAPES: [Shape; 6] = [
+/// of the experiment begin with; `wide` is a quarter of Llama-3.2-1B, `llama-1b` is
+/// all of it.
+pub const SHAPES: [Shape; 8] = [
     Shape {
         name: "tiny",
         vocabulary: 4096,
@@ -49,6 +52,7 @@ pub const SHAPES: [Shape; 6] = [
         labelled: 12,
         rank: 16,
         is_all_linear: false,
+        is_for_gpus: false,
     },
     MID,
     Shape { name: "mid-all-labelled", labelled: 128, ..MID },
@@ -64,10 +68,28 @@ pub const SHAPES: [Shape; 6] = [
         labelled: 12,
         rank: 16,
         is_all_linear: false,
+        is_for_gpus: false,
     },
     SMOL,
     Shape { name: "smol-prompt", batch: [16, 91], prefix: 70, ..SMOL },
+    LLAMA_1B,
+    Shape { name: "llama-1b-all-labelled", labelled: 512, ..LLAMA_1B },
 ];
+
+const LLAMA_1B: Shape = Shape {
+    name: "llama-1b",
+    vocabulary: 128_256,
+    hidden: 2048,
+    feed_forward: 8192,
+    blocks: 16,
+    heads: [32, 8],
+    batch: [8, 512],
+    prefix: 0,
+    labelled: 102,
+    rank: 16,
+    is_all_linear: true,
+    is_for_gpus: true,
+};
 
 const SMOL: Shape = Shape {
     name: "smol",
@@ -81,6 +103,7 @@ const SMOL: Shape = Shape {
     labelled: 5,
     rank: 16,
     is_all_linear: true,
+    is_for_gpus: false,
 };
 
 const MID: Shape = Shape {
@@ -95,6 +118,7 @@ const MID: Shape = Shape {
     labelled: 25,
     rank: 16,
     is_all_linear: false,
+    is_for_gpus: false,
 };
 
 impl Shape {

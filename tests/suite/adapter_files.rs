@@ -28,7 +28,7 @@ fn config(directory: &Path) -> Value {
 fn what_peft_wrote_is_written_again_with_the_same_tensors_and_the_same_configuration() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [Device::default(), Device::default().autodiff()] {
             let model = load_adapted(&fixture, &device);
             let directory = tempfile::tempdir().unwrap();
             model.save_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
@@ -49,7 +49,7 @@ fn what_peft_wrote_is_written_again_with_the_same_tensors_and_the_same_configura
 
 #[test]
 fn a_saved_adapter_comes_back_with_the_same_bits_under_any_name() {
-    let device = Device::flex();
+    let device = Device::default();
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
         let batch = fixture.batch(PaddingSide::Left, &device);
@@ -81,7 +81,7 @@ fn every_tensor_that_does_not_fit_is_named_and_the_model_stays_as_it_was() {
     let directory = tempfile::tempdir().unwrap();
     write_adapter(directory.path(), &config(&fixture.directory), &broken);
 
-    let mut model = load_base("gqa-tied", &Device::flex());
+    let mut model = load_base("gqa-tied", &Device::default());
     let before = parameters(&model);
     let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
     let PeftError::IncompatibleAdapter { problems, .. } = &error else { panic!("{error}") };
@@ -121,7 +121,7 @@ fn the_adapted_weight_in_a_file_must_be_the_models_up_to_rounding() {
             changed.insert(key.into(), weight);
             let directory = tempfile::tempdir().unwrap();
             write_adapter(directory.path(), &config(&fixture.directory), &changed);
-            let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
+            let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::default());
             model.load_adapter(DEFAULT_ADAPTER, directory.path())
         };
         // To the nearest bfloat16.
@@ -134,7 +134,7 @@ fn the_adapted_weight_in_a_file_must_be_the_models_up_to_rounding() {
 
 #[test]
 fn an_adapter_for_another_model_is_refused() {
-    let mut model = load_base("rope-scaled", &Device::flex());
+    let mut model = load_base("rope-scaled", &Device::default());
     let error = model.load_adapter(DEFAULT_ADAPTER, Fixture::open("gqa-tied-qv").directory).unwrap_err();
     assert!(matches!(error, PeftError::IncompatibleAdapter { .. }), "{error}");
 }
@@ -169,7 +169,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
         }
         let directory = tempfile::tempdir().unwrap();
         write_adapter(directory.path(), &changed, &fixture.adapter_tensors());
-        let mut model = load_base("gqa-tied", &Device::flex());
+        let mut model = load_base("gqa-tied", &Device::default());
         let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
         assert!(model.adapters().is_empty());
         let PeftError::UnsupportedConfig { problems, .. } = &error else { panic!("{changes:?}: {error}") };
@@ -192,7 +192,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
 fn weights_of_the_base_in_a_file_are_taken_for_what_they_are() {
     // As `save_embedding_layers=True` writes them.
     let fixture = Fixture::open("mha-biased-qv-rslora");
-    let mut base = load_base("mha-biased", &Device::flex());
+    let mut base = load_base("mha-biased", &Device::default());
     let table = parameters(&base)["model.embed_tokens.weight"].clone();
     let key = "base_model.model.model.embed_tokens.weight";
     let mut tensors = fixture.adapter_tensors();
@@ -212,7 +212,7 @@ fn weights_of_the_base_in_a_file_are_taken_for_what_they_are() {
 
 #[test]
 fn patterns_whose_order_matters_are_written_so_that_they_mean_the_same() {
-    let mut model = load_base("gqa-tied", &Device::flex());
+    let mut model = load_base("gqa-tied", &Device::default());
     // In alphabetical order the second one would count everywhere.
     let config = LoraConfig::new(3)
         .with_target_modules(["q_proj", "v_proj"])
@@ -220,7 +220,7 @@ fn patterns_whose_order_matters_are_written_so_that_they_mean_the_same() {
     model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
     let directory = tempfile::tempdir().unwrap();
     model.save_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
-    let mut again = load_base("gqa-tied", &Device::flex());
+    let mut again = load_base("gqa-tied", &Device::default());
     let report = again.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
     let ranks: Vec<usize> = report.injection.modules.iter().filter_map(|module| module.r).collect();
     assert_eq!(ranks, [2, 2, 5, 2]);
@@ -234,7 +234,7 @@ struct OtherConfigs {
 
 #[test]
 fn configurations_of_old_releases_and_flags_without_effect_mean_the_same() {
-    let device = Device::flex();
+    let device = Device::default();
     for case in ["old", "fan-in-fan-out"] {
         let others: OtherConfigs = read_facts(&directory(case));
         let fixture = Fixture::open(&others.tensors);
@@ -277,7 +277,7 @@ fn lenient_loading_reports_the_same_problems_and_loads_what_fits() {
     let directory = tempfile::tempdir().unwrap();
     write_adapter(directory.path(), &fixture.config(), &broken);
 
-    let mut model = load_base("gqa-tied", &Device::flex());
+    let mut model = load_base("gqa-tied", &Device::default());
     let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
     let PeftError::IncompatibleAdapter { problems, .. } = error else { panic!("{error}") };
     assert_eq!(problems.len(), 3, "{problems:?}");
@@ -317,7 +317,7 @@ fn biases_that_old_releases_misplaced_are_missed() {
     for (tensors, unexpected) in [(without, 0), (misplaced, biases)] {
         let directory = tempfile::tempdir().unwrap();
         write_adapter(directory.path(), &fixture.config(), &tensors);
-        let mut model = load_base("mha-biased", &Device::flex());
+        let mut model = load_base("mha-biased", &Device::default());
         let base = parameters(&model);
         let error = model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap_err();
         let PeftError::IncompatibleAdapter { problems, .. } = &error else { panic!("{error}") };
@@ -343,7 +343,7 @@ fn the_least_configuration_that_peft_reads_is_read() {
     let directory = tempfile::tempdir().unwrap();
     let least = json!({"peft_type": "LORA", "target_modules": ["v_proj", "q_proj"], "r": 3});
     write_adapter(directory.path(), &least, &tensors(&fixture.directory));
-    let mut model = load_base("gqa-tied", &Device::flex());
+    let mut model = load_base("gqa-tied", &Device::default());
     model.load_adapter(DEFAULT_ADAPTER, directory.path()).unwrap();
     let again = tempfile::tempdir().unwrap();
     model.save_adapter(DEFAULT_ADAPTER, again.path()).unwrap();

@@ -27,12 +27,12 @@ fn case(name: &str) -> PathBuf {
 }
 
 fn base(name: &str) -> LlamaForCausalLm {
-    LlamaForCausalLm::from_pretrained(case(name), &Device::flex()).unwrap()
+    LlamaForCausalLm::from_pretrained(case(name), &Device::default()).unwrap()
 }
 
 /// The logits of the sequence that `expected.json` is about.
 fn logits(model: &LlamaForCausalLm) -> TensorData {
-    let ids = Tensor::<2, Int>::from_data([[1, 5, 9, 33, 70, 4, 12, 90]], &Device::flex());
+    let ids = Tensor::<2, Int>::from_data([[1, 5, 9, 33, 70, 4, 12, 90]], &Device::default());
     model.forward(ids, None).into_data()
 }
 
@@ -149,7 +149,7 @@ mod values {
 
         let directory = tempfile::tempdir().unwrap();
         merged.save_pretrained(directory.path()).unwrap();
-        let loaded = LlamaForCausalLm::from_pretrained(directory.path(), &Device::flex()).unwrap();
+        let loaded = LlamaForCausalLm::from_pretrained(directory.path(), &Device::default()).unwrap();
         assert_close("saved and loaded", &logits(&loaded), &expected(name), FORWARD);
 
         let mut for_now = model;
@@ -352,7 +352,7 @@ mod refusals {
 
     #[test]
     fn what_does_not_fit_a_large_model_is_told_in_some_twenty_lines() {
-        let device = Device::flex();
+        let device = Device::default();
         let config = LlamaConfig::new(32, 16, 32).with_heads(2, 2);
         let mut model = config.init(&device);
         model
@@ -473,7 +473,7 @@ mod reports {
     #[test]
     fn layers_without_a_target_and_patterns_without_a_module_are_told() {
         let directory = tempfile::tempdir().unwrap();
-        let mut model = LlamaConfig::new(32, 16, 12).with_heads(2, 2).init(&Device::flex());
+        let mut model = LlamaConfig::new(32, 16, 12).with_heads(2, 2).init(&Device::default());
         let config = LoraConfig::new(2)
             .with_target_modules(TargetModules::Regex(r".*\.(q_proj|\d*[02468]\.self_attn\.v_proj)".into()))
             .with_rank_pattern([("q_proj", 4), ("k_proj", 3)])
@@ -507,7 +507,7 @@ mod reports {
         struct Net {
             layers: Vec<Layer>,
         }
-        let device = Device::flex();
+        let device = Device::default();
         let linear = || LinearConfig::new(4, 4).init(&device);
         let lacks = |i: usize| [5, 7, 8, 9, 29].contains(&i);
         let layer = |i| Layer { q_proj: linear().into(), v_proj: (!lacks(i)).then(linear) };
@@ -548,7 +548,7 @@ mod reports {
             let of_layer = |i| modules.iter().map(move |module| format!("model.layers.{i}.{module}"));
             (0..10).flat_map(of_layer).collect()
         };
-        let base = || LlamaConfig::new(32, 16, 10).with_heads(2, 2).init(&Device::flex());
+        let base = || LlamaConfig::new(32, 16, 10).with_heads(2, 2).init(&Device::default());
         let check = |config: LoraConfig, expected: Value| {
             let mut model = base();
             model.add_adapter("default", &config).unwrap();

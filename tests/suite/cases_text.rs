@@ -162,7 +162,7 @@ fn a_head_that_differs_from_tied_embeddings_is_kept_as_in_transformers() {
     for config in [text, newer] {
         let dir = tied_with_other_head(&config);
         assert!(LlamaConfig::load(dir.path()).unwrap().tie_word_embeddings);
-        let device = Device::flex();
+        let device = Device::default();
         let model = LlamaForCausalLm::from_pretrained(dir.path(), &device).unwrap();
         assert!(!model.config().tie_word_embeddings);
         let ids = Tensor::<1, Int>::from_data(expected.input_ids.as_slice(), &device).unsqueeze::<2>();
@@ -227,13 +227,13 @@ fn files_of_a_model_that_are_not_what_their_names_say() {
         for (name, text) in *files {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
         note(&mut messages, title, &error, dir.path());
     }
     let dir = tempfile::tempdir().unwrap();
     for (title, path) in [("no such directory", "none"), ("a file instead of its directory", "config.json")] {
         fs::write(dir.path().join("config.json"), config).unwrap();
-        let error = LlamaForCausalLm::from_pretrained(dir.path().join(path), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path().join(path), &Device::default()).unwrap_err();
         note(&mut messages, title, &error, dir.path());
     }
     for (title, files) in [

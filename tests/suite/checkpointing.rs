@@ -16,7 +16,7 @@ use burn_peft_tests::tolerance::{GRADIENT, REORDERED, TRAINED, assert_close, ass
 use crate::common::{load_base, masked_logits};
 
 fn devices() -> [Device; 2] {
-    [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()]
+    [Device::default().autodiff(), Device::default().autodiff().gradient_checkpointing()]
 }
 
 fn config<const N: usize>(targets: [&str; N]) -> LoraConfig {
@@ -45,7 +45,7 @@ fn kinds() -> Vec<(&'static str, Option<LoraConfig>)> {
 /// An adapter on disk, drawn once: the generator is shared with tests that run at the same time.
 fn drawn(base: &str, config: &LoraConfig) -> tempfile::TempDir {
     let files = tempfile::tempdir().unwrap();
-    let mut model = load_base(base, &Device::flex());
+    let mut model = load_base(base, &Device::default());
     model.add_adapter("default", config).unwrap();
     model.save_adapter("default", files.path()).unwrap();
     files

@@ -23,7 +23,7 @@ struct Net {
 }
 
 fn net() -> Net {
-    let layer = |_| LinearConfig::new(64, 64).init(&Device::flex()).into();
+    let layer = |_| LinearConfig::new(64, 64).init(&Device::default()).into();
     Net { layers: (0..8).map(layer).collect() }
 }
 

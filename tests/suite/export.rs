@@ -25,7 +25,7 @@ fn export_for_python() {
         println!("skipped: `{EXPORT}` names no directory to export to");
         return;
     };
-    let (root, device) = (Path::new(&root), Device::flex());
+    let (root, device) = (Path::new(&root), Device::default());
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
         let model = load_adapted(&fixture, &device);
@@ -41,7 +41,7 @@ fn export_for_python() {
 /// Two adapters in directories of their names.
 fn export_named(root: &Path) {
     let fixture = Fixture::open("gqa-tied");
-    let mut model = load_base("gqa-tied", &Device::flex());
+    let mut model = load_base("gqa-tied", &Device::default());
     for name in ["one", "two"] {
         model.load_adapter(name, directory("two-adapters").join(name)).unwrap();
     }
@@ -104,7 +104,7 @@ fn export_trained(root: &Path) {
     ];
     for (name, base, config) in adapters {
         let fixture = Fixture::open(base);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = load_base(base, &device);
         let named =
             |config: LoraConfig| config.with_base_model_name_or_path(base).with_task_type("CAUSAL_LM");
@@ -144,7 +144,7 @@ impl Expected {
                 PaddingSide::Right => "right.",
                 PaddingSide::Left => "left.",
             };
-            (prefix, fixture.batch(side, &Device::flex()))
+            (prefix, fixture.batch(side, &Device::default()))
         });
         let mut entries = Map::new();
         for (side, batch) in &batches {
@@ -193,14 +193,14 @@ fn export_any_adapter_for_python() {
         println!("skipped: no base and adapter to export");
         return;
     };
-    let mut model = LlamaForCausalLm::from_pretrained(Path::new(&base), &Device::flex()).unwrap();
+    let mut model = LlamaForCausalLm::from_pretrained(Path::new(&base), &Device::default()).unwrap();
     model.load_adapter(DEFAULT_ADAPTER, &adapter).unwrap();
     let tokenizer = Tokenizer::load(Path::new(&base)).unwrap();
     let examples: Vec<Example> = ["Pikachu is an Electric-type Pokémon.", "Types:"]
         .map(|text| tokenizer.encode_document(text).unwrap())
         .into();
     let collator = Collator::new(0).with_side(PaddingSide::Left);
-    let batch = collator.collate(&examples, &Device::flex()).unwrap();
+    let batch = collator.collate(&examples, &Device::default()).unwrap();
     let expected = json!({
         "input_ids": rows(&batch.input_ids.to_data()),
         "attention_mask": rows(&batch.attention_mask.clone().int().into_data()),

@@ -77,7 +77,7 @@ fn models_are_those_of_the_reference_writer() {
         let dtype = if dtype == "f16" { GgufType::F16 } else { GgufType::F32 };
         let directory = place.path().join(base);
         let directory = if directory.exists() { directory } else { with_tokenizer(place.path(), base) };
-        let model = GgufModel::open(directory, &Device::flex()).unwrap();
+        let model = GgufModel::open(directory, &Device::default()).unwrap();
         assert!(model.notes().is_empty(), "{:?}", model.notes());
         let path = place.path().join("model.gguf");
         let mut seen = 0;

@@ -29,7 +29,7 @@ fn bert() -> KeyMapping {
 
 /// Two layers of width 8, 12 inside.
 fn encoder() -> TransformerEncoder {
-    TransformerEncoderConfig::new(8, 12, 2, 2).with_dropout(0.0).init(&Device::flex())
+    TransformerEncoderConfig::new(8, 12, 2, 2).with_dropout(0.0).init(&Device::default())
 }
 
 fn config() -> LoraConfig {
@@ -40,7 +40,7 @@ fn config() -> LoraConfig {
 }
 
 fn output(model: &TransformerEncoder) -> TensorData {
-    let wave = |i: i64| Tensor::<1, burn::tensor::Int>::arange(i..i + 48, &Device::flex()).float().sin();
+    let wave = |i: i64| Tensor::<1, burn::tensor::Int>::arange(i..i + 48, &Device::default()).float().sin();
     model.forward(TransformerEncoderInput::new(wave(3).reshape([2, 3, 8]))).into_data()
 }
 

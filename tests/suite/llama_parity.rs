@@ -42,7 +42,7 @@ fn configurations_of_both_generations_are_read() {
 fn parameters_have_the_names_and_the_number_of_transformers() {
     for case in BASES {
         let fixture = Fixture::open(case);
-        let model = load_base(case, &Device::flex());
+        let model = load_base(case, &Device::default());
         let names: Vec<String> = parameters(&model).into_keys().collect();
         let expected: Vec<String> = fixture.with_prefix("grad.").into_keys().collect();
         assert_eq!(names, expected, "{case}");
@@ -54,9 +54,9 @@ fn parameters_have_the_names_and_the_number_of_transformers() {
 fn logits_are_those_of_transformers_on_either_side_of_padding() {
     for case in BASES {
         let fixture = Fixture::open(case);
-        let model = load_base(case, &Device::flex());
+        let model = load_base(case, &Device::default());
         for side in SIDES {
-            let batch = fixture.batch(side, &Device::flex());
+            let batch = fixture.batch(side, &Device::default());
             let logits = masked_logits(&model, &batch);
             let deviation = assert_close(&format!("{case} logits"), &logits, fixture.logits(side), FORWARD);
             println!("{case}, {side:?} padding: logits deviate by {deviation:.1e}");
@@ -68,7 +68,7 @@ fn logits_are_those_of_transformers_on_either_side_of_padding() {
 fn loss_and_gradients_of_all_parameters_are_those_of_torch() {
     for case in BASES {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let model = load_base(case, &device);
         for side in SIDES {
             let loss = model.loss(&fixture.batch(side, &device));
@@ -97,7 +97,7 @@ fn greedy_answers_are_those_of_transformers_together_and_alone() {
     for case in BASES {
         let greedy = Fixture::open(case).facts.greedy.unwrap();
         let options = GenerateOptions::new().with_max_new_tokens(greedy.max_new_tokens);
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [Device::default(), Device::default().autodiff()] {
             let model = load_base(case, &device);
             assert_eq!(model.generate(&greedy.prompts, &options).unwrap(), greedy.answers, "{case}");
             for (prompt, answer) in greedy.prompts.iter().zip(&greedy.answers) {
@@ -111,12 +111,12 @@ fn greedy_answers_are_those_of_transformers_together_and_alone() {
 #[test]
 fn a_saved_model_comes_back_with_the_same_bits() {
     for case in BASES {
-        let model = load_base(case, &Device::flex());
+        let model = load_base(case, &Device::default());
         let directory = tempfile::tempdir().unwrap();
         model.save_pretrained(directory.path()).unwrap();
-        let again = LlamaForCausalLm::from_pretrained(directory.path(), &Device::flex()).unwrap();
+        let again = LlamaForCausalLm::from_pretrained(directory.path(), &Device::default()).unwrap();
         assert_eq!(parameters(&again), parameters(&model), "{case}");
-        let batch = Fixture::open(case).batch(PaddingSide::Left, &Device::flex());
+        let batch = Fixture::open(case).batch(PaddingSide::Left, &Device::default());
         assert_eq!(masked_logits(&again, &batch), masked_logits(&model, &batch), "{case}");
     }
 }

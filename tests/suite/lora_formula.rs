@@ -99,7 +99,7 @@ proptest! {
 
     #[test]
     fn the_layer_computes_the_formula(problem in Problem::any()) {
-        let device = Device::flex();
+        let device = Device::default();
         let mut model = problem.layer(&device);
         let x = Tensor::<2>::random([problem.rows, problem.d_in], Distribution::Normal(0.0, 1.0), &device);
         let (base, adapted, magnitude) = problem.naive(&model, &x.to_data());
@@ -126,7 +126,7 @@ proptest! {
 #[test]
 fn the_update_matters() {
     let problem = Problem { rows: 3, d_in: 7, d_out: 5, r: 2, alpha: 3.0, rslora: false, bias: true };
-    let device = Device::flex();
+    let device = Device::default();
     let model = problem.layer(&device);
     let x = Tensor::<2>::random([3, 7], Distribution::Normal(0.0, 1.0), &device);
     let (base, adapted, _) = problem.naive(&model, &x.to_data());

@@ -18,7 +18,7 @@ use crate::common::{SIDES, load_adapted, load_base, masked_logits};
 fn the_same_modules_are_adapted_with_the_same_ranks_and_the_same_parameters_trained_in_full() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
+        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::default());
         let base = parameters(&model);
         let injection = model.load_adapter(DEFAULT_ADAPTER, &fixture.directory).unwrap().injection;
         let found: BTreeMap<String, usize> =
@@ -41,7 +41,7 @@ fn the_same_modules_are_adapted_with_the_same_ranks_and_the_same_parameters_trai
 fn the_same_parameters_are_counted() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
+        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::default());
         let injection = model.load_adapter(DEFAULT_ADAPTER, &fixture.directory).unwrap().injection;
         // peft trains biases of the base in place. Here a copy is trained, and counted beside the base's; what is saved
         // whole is a copy there too.
@@ -63,7 +63,7 @@ fn the_same_parameters_are_counted() {
 fn all_linear_is_what_peft_takes_it_for() {
     for case in ["gqa-tied-rslora", "mha-biased-all-linear", "mha-biased-patterns"] {
         let fixture = Fixture::open(case);
-        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
+        let mut model = load_base(fixture.facts.base.as_ref().unwrap(), &Device::default());
         let config = LoraConfig::new(2).with_target_modules(TargetModules::AllLinear);
         let report = model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
         let found = names(report.modules.iter().map(|module| &module.path));
@@ -75,10 +75,10 @@ fn all_linear_is_what_peft_takes_it_for() {
 fn logits_are_those_of_peft() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        let model = load_adapted(&fixture, &Device::flex());
-        let base = load_base(fixture.facts.base.as_ref().unwrap(), &Device::flex());
+        let model = load_adapted(&fixture, &Device::default());
+        let base = load_base(fixture.facts.base.as_ref().unwrap(), &Device::default());
         for side in SIDES {
-            let batch = fixture.batch(side, &Device::flex());
+            let batch = fixture.batch(side, &Device::default());
             let logits = masked_logits(&model, &batch);
             let deviation = assert_close(&format!("{case} logits"), &logits, fixture.logits(side), FORWARD);
             assert_different(case, &logits, &masked_logits(&base, &batch));
@@ -91,7 +91,7 @@ fn logits_are_those_of_peft() {
 fn loss_and_gradients_of_all_adapter_tensors_are_those_of_peft() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let model = load_adapted(&fixture, &device);
         for side in SIDES {
             let loss = model.loss(&fixture.batch(side, &device));
@@ -123,7 +123,7 @@ fn merged_logits_are_those_of_peft_and_not_those_of_the_base() {
             assert_ne!(fixture.facts.merge_error.is_some(), is_tied, "{case}");
             continue;
         }
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [Device::default(), Device::default().autodiff()] {
             let batch = fixture.batch(PaddingSide::Right, &device);
             let base = load_base(fixture.facts.base.as_ref().unwrap(), &device);
             let mut model = load_adapted(&fixture, &device);
@@ -146,7 +146,7 @@ fn what_peft_cannot_merge_is_refused_and_the_model_stays_as_it_was() {
     assert_eq!(cases, ["gqa-tied-lora-bias"]);
     for case in cases {
         let fixture = Fixture::open(case);
-        let device = Device::flex();
+        let device = Device::default();
         let batch = fixture.batch(PaddingSide::Right, &device);
         let mut model = load_adapted(&fixture, &device);
         let before = (parameters(&model), masked_logits(&model, &batch), model.adapters());
@@ -162,7 +162,7 @@ fn what_peft_cannot_merge_is_refused_and_the_model_stays_as_it_was() {
 fn merging_for_now_changes_no_logits_and_unmerging_no_bits() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [Device::default(), Device::default().autodiff()] {
             let mut model = load_adapted(&fixture, &device);
             let logits = |model: &_| SIDES.map(|side| masked_logits(model, &fixture.batch(side, &device)));
             let (before, adapted) = (parameters(&model), logits(&model));
@@ -194,7 +194,7 @@ fn merged_parameters_are_the_formula_in_double_precision() {
         if fixture.facts.merge_error.is_some() {
             continue;
         }
-        let mut model = load_adapted(&fixture, &Device::flex());
+        let mut model = load_adapted(&fixture, &Device::default());
         let base = base_parameters(&model);
         model.merge_and_unload().unwrap();
         let stored = fixture.adapter_tensors();

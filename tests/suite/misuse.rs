@@ -38,7 +38,7 @@ struct Net {
 
 impl Net {
     fn new() -> Self {
-        let device = Device::flex();
+        let device = Device::default();
         let layer = |_| Layer {
             query: LinearConfig::new(4, 4).init(&device).into(),
             value: LinearConfig::new(4, 4).init(&device),
@@ -229,7 +229,7 @@ fn configurations() {
         InvalidPattern { .. }
     );
 
-    let tied = || load_base("gqa-tied", &Device::flex());
+    let tied = || load_base("gqa-tied", &Device::default());
     misuse!(
         messages,
         "a tied output layer as a target",

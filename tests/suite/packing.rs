@@ -59,7 +59,7 @@ fn a_packed_batch_has_the_loss_and_gradients_of_padded_rows() {
         None => println!("SmolLM2 skipped: `BURN_PEFT_SMOLLM2` is not set"),
     }
     for base in bases {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = LlamaForCausalLm::from_pretrained(&base, &device).unwrap();
         let config = LoraConfig::new(8)
             .with_lora_alpha(2.0)

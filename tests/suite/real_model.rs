@@ -39,7 +39,7 @@ fn real_model() -> Option<(PathBuf, Vec<Conversation>)> {
 }
 
 fn load(directory: &Path) -> LlamaForCausalLm {
-    LlamaForCausalLm::from_pretrained(directory, &Device::flex()).unwrap()
+    LlamaForCausalLm::from_pretrained(directory, &Device::default()).unwrap()
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn logits_of_the_next_token_are_those_of_transformers() {
     let model = load(&directory);
     let mut worst = 0.0_f64;
     for conversation in &conversations {
-        let ids = Tensor::<1, Int>::from_data(conversation.input_ids.as_slice(), &Device::flex());
+        let ids = Tensor::<1, Int>::from_data(conversation.input_ids.as_slice(), &Device::default());
         let hidden = model.hidden_states(ids.unsqueeze(), None);
         let [_, s, h] = hidden.dims();
         let logits = model.logits(hidden.slice([0..1, s - 1..s]).reshape([1, h]));

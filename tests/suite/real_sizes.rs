@@ -57,7 +57,7 @@ impl Vocabulary {
         let norm: Vec<f32> = numbers(d, 2, 0.5).iter().map(|x| 1.0 + x).collect();
         model.model.embed_tokens = Embedding { weight: Param::from_data(matrix(1), device) }.into();
         model.model.norm.weight = Param::from_data(TensorData::new(norm, [d]), device);
-        let plain = Device::flex();
+        let plain = Device::default();
         let head = Tensor::<2>::from_data(matrix(3), &plain).transpose().into_data();
         model.lm_head = Some(Linear { weight: Param::from_data(head, device), bias: None }.into());
         model
@@ -77,7 +77,7 @@ fn data(values: &[f64]) -> TensorData {
 #[test]
 fn losses_of_real_vocabularies_are_those_of_float64() {
     let facts: Vocabularies = read_facts(&directory("vocabulary"));
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     for size in &facts.sizes {
         let (vocab, d) = (size.vocab_size, facts.hidden_size);
         assert!(size.spread > 1.0, "the exponentials must differ");
@@ -107,7 +107,7 @@ fn losses_of_real_vocabularies_are_those_of_float64() {
             println!("{name}: loss {loss_off:.1e}, norm {norm:.1e}, embedding {embedding:.1e}");
             assert_eq!(found.contains_key("lm_head.weight"), trained == "everything");
             if let Some(head) = found.get("lm_head.weight") {
-                let head = Tensor::<2>::from_data(head.clone(), &Device::flex()).transpose().into_data();
+                let head = Tensor::<2>::from_data(head.clone(), &Device::default()).transpose().into_data();
                 let head = rows(&head, &mut size.tokens.iter().copied());
                 println!("head {:.1e}", assert_close(&name, &head, &data(&size.head), GRADIENT_F64));
             }
@@ -154,7 +154,7 @@ fn gradients_of_a_real_model_are_those_of_float64() {
         })
         .collect();
 
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = LlamaForCausalLm::from_pretrained(base, &device).unwrap();
     model.load_adapter(DEFAULT_ADAPTER, &adapter).unwrap();
     let batch = Collator::new(0).collate(&examples, &device).unwrap();

@@ -47,7 +47,7 @@ fn is_zero(data: &TensorData) -> bool {
 
 #[test]
 fn only_adapters_get_gradients_and_every_one_of_them_does() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = load_base(BASE, &device);
     model.add_adapter("default", all_linear().with_lora_dropout(0.1)).unwrap();
     let (batch, mut optimizer) = (batch(&device), adamw(0.0));
@@ -65,7 +65,7 @@ fn only_adapters_get_gradients_and_every_one_of_them_does() {
 
 #[test]
 fn training_leaves_every_bit_of_the_base() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = load_base(BASE, &device);
     let before = parameters(&model);
     model.add_adapter("default", all_linear().with_lora_dropout(0.2)).unwrap();
@@ -85,7 +85,7 @@ fn training_leaves_every_bit_of_the_base() {
 
 #[test]
 fn a_fresh_adapter_changes_nothing() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut model = load_base(BASE, &device);
     let before = masked_logits(&model, &batch(&device));
     model.add_adapter("default", all_linear()).unwrap();
@@ -94,23 +94,23 @@ fn a_fresh_adapter_changes_nothing() {
 
 #[test]
 fn dropout_acts_in_training_and_not_in_validation() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = load_base(BASE, &device);
     let config = random(["q_proj", "up_proj"]).with_lora_dropout(0.5);
     model.add_adapter("default", &config).unwrap();
     let batch = batch(&device);
     assert_different("two passes", &masked_logits(&model, &batch), &masked_logits(&model, &batch));
 
-    let (valid, batch) = (model.valid(), self::batch(&Device::flex()));
+    let (valid, batch) = (model.valid(), self::batch(&Device::default()));
     assert_eq!(masked_logits(&valid, &batch), masked_logits(&valid, &batch));
 }
 
 #[test]
 fn validation_and_back_keeps_values_and_what_is_trained() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = load_base(BASE, &device);
     model.add_adapter("default", random(["q_proj", "down_proj"])).unwrap();
-    let plain = batch(&Device::flex());
+    let plain = batch(&Device::default());
     let valid = model.valid();
     assert_close("valid", &masked_logits(&valid, &plain), &masked_logits(&model, &batch(&device)), REORDERED);
     assert_eq!(valid.trainable_parameters(), model.trainable_parameters());
@@ -125,7 +125,7 @@ fn validation_and_back_keeps_values_and_what_is_trained() {
 
 #[test]
 fn records_carry_adapters_into_a_model_of_the_same_structure() {
-    let device = Device::flex();
+    let device = Device::default();
     let adapted = || {
         let mut model = load_base(BASE, &device);
         model.add_adapter("default", random(["q_proj", "gate_proj"])).unwrap();
@@ -144,7 +144,7 @@ fn records_carry_adapters_into_a_model_of_the_same_structure() {
 
 #[test]
 fn adapters_are_switched_summed_and_disabled() {
-    let device = Device::flex();
+    let device = Device::default();
     let batch = batch(&device);
     let mut model = load_base(BASE, &device);
     let base = masked_logits(&model, &batch);
@@ -184,7 +184,7 @@ fn adapters_are_switched_summed_and_disabled() {
 
 #[test]
 fn only_the_active_adapter_is_trained() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let batch = batch(&device);
     let mut model = load_base(BASE, &device);
     model.add_adapter("one", random(["q_proj", "up_proj"])).unwrap();
@@ -209,7 +209,7 @@ fn encoder(device: &Device) -> TransformerEncoder {
 
 #[test]
 fn a_plain_burn_module_is_adapted_through_its_weights() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut model = encoder(&device);
     let x = Tensor::<3>::random([2, 5, 16], Distribution::Normal(0.0, 1.0), &device);
     let forward = |model: &TransformerEncoder| model.forward(TransformerEncoderInput::new(x.clone()));
@@ -244,7 +244,7 @@ fn weight_space_and_activation_space_agree_in_values_and_gradients() {
         down: L,
     }
 
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let layer = |d_in, d_out| burn::nn::LinearConfig::new(d_in, d_out).init(&device);
     let mut plain = Block { up: layer(12, 20), down: layer(20, 12) };
     plain.add_adapter("default", random(["up", "down"])).unwrap();

@@ -117,7 +117,7 @@ fn layers_are_chosen_as_peft_chooses_them() {
             Some(Names::List(patterns)) => config.with_layers_pattern(patterns),
         };
         let key = [row.key.clone()];
-        let answer = match Tree::new(&key, &Device::flex()).add_adapter(DEFAULT_ADAPTER, &config) {
+        let answer = match Tree::new(&key, &Device::default()).add_adapter(DEFAULT_ADAPTER, &config) {
             Ok(report) => {
                 assert_eq!(paths(&report), key.into(), "{row:?}");
                 Ok(true)
@@ -142,7 +142,7 @@ fn the_pattern_that_decides_is_the_one_that_decides_in_peft() {
         let rank_of = |pattern: &String| 10 + row.patterns.iter().position(|other| other == pattern).unwrap();
         let ranks = row.patterns.iter().map(|pattern| (pattern, rank_of(pattern)));
         let config = LoraConfig::new(DEFAULT).with_target_modules([&row.key]).with_rank_pattern(ranks);
-        let mut tree = Tree::new(std::slice::from_ref(&row.key), &Device::flex());
+        let mut tree = Tree::new(std::slice::from_ref(&row.key), &Device::default());
         let report = tree.add_adapter(DEFAULT_ADAPTER, &config).unwrap();
         assert_eq!(report.modules[0].r, Some(row.found.as_ref().map_or(DEFAULT, rank_of)), "{row:?}");
     }
@@ -157,7 +157,7 @@ fn modules_are_saved_as_peft_saves_them() {
         let config = LoraConfig::new(2)
             .with_target_modules(row.target_modules.clone())
             .with_modules_to_save(&row.modules_to_save);
-        let mut tree = Tree::new(&truth.keys, &Device::flex());
+        let mut tree = Tree::new(&truth.keys, &Device::default());
         let base = parameters(&tree);
         match tree.add_adapter(DEFAULT_ADAPTER, &config) {
             Ok(report) => {
@@ -254,7 +254,7 @@ fn adapted(
 ) -> Result<BTreeSet<String>, PeftError> {
     let mut config = LoraConfig::new(2).with_target_modules(targets);
     config.targeting.exclude_modules = exclusions;
-    let mut tree = Tree::new(keys, &Device::flex());
+    let mut tree = Tree::new(keys, &Device::default());
     let report = tree.add_adapter(DEFAULT_ADAPTER, &config)?;
     Ok(paths(&report))
 }

@@ -143,7 +143,7 @@ fn outputs_of_base_adapted_and_merged_model_are_those_of_peft() {
 fn check_outputs<M: ToyModel>() {
     for case in Case::all() {
         let name = case.name;
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [Device::default(), Device::default().autodiff()] {
             let base = case.output(&case.base::<M>(&device), &device);
             let worst_base = assert_close(name, &base, &case.expected["base.output"], FORWARD);
             let mut toy: M = case.adapted(&device);
@@ -181,7 +181,7 @@ fn gradients_are_those_of_peft_and_the_base_has_none() {
 fn check_gradients<M: ToyModel>() {
     for case in Case::all() {
         let name = case.name;
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let toy: M = case.adapted(&device);
         let loss = toy.forward(case.ids(&device)).square().sum();
         let value = f64::from(loss.clone().into_scalar::<f32>());
@@ -212,7 +212,7 @@ fn files_are_written_as_peft_wrote_them() {
 
 fn check_files<M: ToyModel>() {
     for case in Case::all() {
-        let toy: M = case.adapted(&Device::flex());
+        let toy: M = case.adapted(&Device::default());
         let (written, there) = (tempfile::tempdir().unwrap(), directory(case.name));
         toy.save_adapter(DEFAULT_ADAPTER, written.path()).unwrap();
         let both = |file: &str| [written.path().join(file), there.join(file)];
@@ -232,7 +232,7 @@ fn dropout_is_refused_on_plain_layers_that_do_not_show_their_input() {
         config["lora_dropout"] = 0.1.into();
         let changed = tempfile::tempdir().unwrap();
         write_adapter(changed.path(), &config, &read_file(&there.join("adapter_model.safetensors")));
-        let mut toy: Toy = case.base(&Device::flex());
+        let mut toy: Toy = case.base(&Device::default());
         let error = toy.load_adapter(DEFAULT_ADAPTER, changed.path()).unwrap_err();
         let PeftError::DropoutNeedsLoraLinear { modules } = &error else { panic!("{error}") };
         let mut expected = case.facts.adapted_modules.clone();
@@ -246,7 +246,7 @@ fn dropout_is_refused_on_plain_layers_that_do_not_show_their_input() {
 /// Writes the case as `check_in_python.py` reads it.
 pub(crate) fn export(root: &Path) {
     for case in Case::all() {
-        let device = Device::flex();
+        let device = Device::default();
         let directory = root.join(case.name);
         let adapter = directory.join("adapter");
         std::fs::create_dir_all(directory.join("base")).unwrap();

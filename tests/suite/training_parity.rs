@@ -12,7 +12,7 @@ use crate::common::{load_adapted, load_base, masked_logits, train};
 fn lora_training_follows_peft() {
     for case in ADAPTERS {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let batch = fixture.batch(PaddingSide::Right, &device);
         let (model, losses) = train(load_adapted(&fixture, &device), &batch, &fixture.facts.training);
         let loss = assert_losses(case, &losses, &fixture.facts.training.losses);
@@ -38,7 +38,7 @@ fn lora_training_follows_peft() {
 fn full_fine_tuning_follows_torch() {
     for case in BASES {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let batch = fixture.batch(PaddingSide::Right, &device);
         let (_, losses) = train(load_base(case, &device), &batch, &fixture.facts.training);
         let loss = assert_losses(case, &losses, &fixture.facts.training.losses);

@@ -179,14 +179,14 @@ fn check<M: PeftModel>(model: M, label: &str) {
 
 #[test]
 fn combinations_in_activation_space_are_those_of_peft() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         check(wrapped(&device), "activation space");
     }
 }
 
 #[test]
 fn combinations_in_weight_space_are_those_of_peft() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         check(plain(&device), "weight space");
     }
 }
@@ -202,7 +202,7 @@ fn unequal_ranks_are_refused_by_every_kind_that_merges_factors() {
         CombinationType::DareTies { density: 0.4, majority_sign },
         CombinationType::MagnitudePrune { density: 0.4 },
     ] {
-        let mut model = with_sources(wrapped(&Device::flex()), &facts, &tensors);
+        let mut model = with_sources(wrapped(&Device::default()), &facts, &tensors);
         let before = (parameters(&model), model.adapters());
         let sources = [("first", -0.6), ("narrow", 1.2)];
         let error = model.add_weighted_adapter("mixed", &sources, kind).unwrap_err();
@@ -223,7 +223,7 @@ fn only_modules_of_the_sources_are_adapted_whatever_their_names_end_with() {
         q: LoraLinear,
         z: Inner,
     }
-    let device = Device::flex();
+    let device = Device::default();
     let layer = || LoraLinear::from(LinearConfig::new(4, 3).init(&device));
     let mut model = Outer { q: layer(), z: Inner { q: layer() } };
     let config = LoraConfig::new(2)

@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn grouped_heads_equal_attention_computed_head_by_head() {
-        let device = Device::flex();
+        let device = Device::default();
         device.seed(3);
         let (b, s, hidden, n, g, d) = (2, 3, 10, 2, 3, 4);
         let config = LlamaConfig::new(5, hidden, 1).with_heads(n * g, n);

@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn right_padding_masks_the_end_and_keeps_labels_equal_to_the_padding_token() {
-        let batch = Collator::new(2).collate(&two(), &Device::flex()).unwrap();
+        let batch = Collator::new(2).collate(&two(), &Device::default()).unwrap();
         assert_eq!(ints(&batch.input_ids), [5, 6, 2, 2, 7, 9, 2, 2]);
         assert_eq!(bools(&batch.attention_mask), [true, true, true, true, true, true, false, false]);
         assert_eq!(ints(&batch.positions), [1, 2, 4]);
@@ -274,7 +274,7 @@ mod tests {
         let rows = [example(&[5, 6, 7], &[-100, 6, 7]), example(&[5, 6, 8], &[-100, 6, 8])];
         let of = |packing| {
             let collator = Collator::new(0).with_side(PaddingSide::Left).with_packing(packing);
-            let batch = collator.collate(&rows, &Device::flex()).unwrap();
+            let batch = collator.collate(&rows, &Device::default()).unwrap();
             batch.packed
         };
         let shared = of(Packing::SharedPrefix).unwrap();
@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn left_padding_moves_the_positions_with_the_tokens() {
         let collator = Collator::new(0).with_side(PaddingSide::Left);
-        let batch = collator.collate(&two(), &Device::flex()).unwrap();
+        let batch = collator.collate(&two(), &Device::default()).unwrap();
         assert_eq!(ints(&batch.input_ids), [5, 6, 2, 2, 0, 0, 7, 9]);
         assert_eq!(bools(&batch.attention_mask)[4..], [false, false, true, true]);
         assert_eq!(ints(&batch.positions), [1, 2, 6]);
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn a_label_of_the_first_token_is_dropped_and_does_not_leak_into_the_row_before() {
         let rows = [example(&[3, 4], &[3, 4]), example(&[5, 6], &[5, 6])];
-        let batch = Collator::new(0).collate(&rows, &Device::flex()).unwrap();
+        let batch = Collator::new(0).collate(&rows, &Device::default()).unwrap();
         assert_eq!(ints(&batch.positions), [0, 2]);
         assert_eq!(ints(&batch.targets), [4, 6]);
     }
@@ -304,14 +304,14 @@ mod tests {
     #[test]
     fn truncation_keeps_the_start() {
         let rows = [example(&[1, 2, 3, 4], &[-100, 2, 3, 4])];
-        let batch = Collator::new(0).with_truncation(3).collate(&rows, &Device::flex()).unwrap();
+        let batch = Collator::new(0).with_truncation(3).collate(&rows, &Device::default()).unwrap();
         assert_eq!(ints(&batch.input_ids), [1, 2, 3]);
         assert_eq!(ints(&batch.targets), [2, 3]);
     }
 
     #[test]
     fn what_cannot_be_learnt_from_is_an_error_that_names_the_example() {
-        let device = Device::flex();
+        let device = Device::default();
         let good = example(&[1, 2], &[-100, 2]);
         let collate =
             |collator: Collator, bad: Example| collator.collate(&[good.clone(), bad], &device).unwrap_err();
@@ -343,7 +343,7 @@ mod tests {
     #[test]
     fn the_batcher_gives_what_collate_gives() {
         use burn::data::dataloader::batcher::Batcher;
-        let device = Device::flex();
+        let device = Device::default();
         let batch: Batch = Collator::new(2).batch(two().to_vec(), &device);
         assert_eq!(ints(&batch.positions), [1, 2, 4]);
     }

@@ -62,7 +62,7 @@ mod tests {
 
     /// A block with norms that differ, and what it reads beside its input.
     fn block() -> (LlamaBlock, Context) {
-        let device = Device::flex();
+        let device = Device::default();
         let model = model(&device, false);
         let tables =
             Rope::new(&model.config().rope, model.config().head_dim).tables(0..SHAPE[1], &device, DType::F32);
@@ -71,7 +71,7 @@ mod tests {
     }
 
     fn tensor(values: Vec<f32>) -> Tensor<3> {
-        Tensor::from_data(TensorData::new(values, SHAPE), &Device::flex())
+        Tensor::from_data(TensorData::new(values, SHAPE), &Device::default())
     }
 
     fn input() -> Vec<f32> {
@@ -80,7 +80,7 @@ mod tests {
 
     /// A layer of the same shape that answers nothing.
     fn silenced(layer: &LoraLinear) -> LoraLinear {
-        let weight = Param::from_tensor(Tensor::zeros(layer.weight.dims(), &Device::flex()));
+        let weight = Param::from_tensor(Tensor::zeros(layer.weight.dims(), &Device::default()));
         Linear { weight, bias: None }.into()
     }
 

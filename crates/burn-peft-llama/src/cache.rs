@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn appended_rows_stand_in_order_and_rows_can_be_dropped() {
-        let device = Device::flex();
+        let device = Device::default();
         let row = |values: [f32; 4]| Tensor::<1>::from_data(values, &device).reshape([2, 1, 2, 1]);
         let mut cache = KvCache::new(1, 3);
         let [layer] = cache.layers.as_mut_slice() else { panic!() };
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn buffers_grow_up_to_the_maximum_and_keep_their_rows() {
-        let device = Device::flex();
+        let device = Device::default();
         let mut cache = KvCache::with_headroom(1, 1, 20);
         let (mut rows, mut capacities) = (vec![100.0_f32, 200.0], vec![]);
         for i in 0..20 {
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_large_maximum_takes_no_memory_and_a_small_one_no_more_than_it_needs() {
-        let rows = |s: usize| Tensor::<4>::ones([1, 1, s, 1], &Device::flex());
+        let rows = |s: usize| Tensor::<4>::ones([1, 1, s, 1], &Device::default());
         for (maximum, expected) in [(usize::MAX, 3 + HEADROOM), (5, 5), (3, 3)] {
             let mut cache = KvCache::new(1, maximum);
             cache.layers[0].append(rows(3), rows(3));

@@ -200,7 +200,7 @@ mod tests {
         let mut ids: Vec<i64> = prompt.iter().map(|&id| i64::from(id)).collect();
         for _ in 0..count {
             let s = ids.len();
-            let input = ints(ids.clone(), &Device::flex()).reshape([1, s]);
+            let input = ints(ids.clone(), &Device::default()).reshape([1, s]);
             let logits = model.forward(input, None).narrow(1, s - 1, 1);
             ids.push(logits.argmax(2).into_scalar::<i64>());
         }
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn the_cache_and_left_padding_change_no_token() {
-        let model = endless(&Device::flex());
+        let model = endless(&Device::default());
         let found = model.generate(&prompts(), &greedy(8)).unwrap();
         let expected: Vec<_> = prompts().iter().map(|prompt| reference(&model, prompt, 8)).collect();
         assert_eq!(found, expected);
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn each_row_stops_at_its_own_stop_token_and_the_others_go_on() {
-        let mut model = endless(&Device::flex());
+        let mut model = endless(&Device::default());
         let free = model.generate(&prompts(), &greedy(8)).unwrap();
         let (of_config, of_options) = (free[0][2], free[1][3]);
         model.config_mut().eos_token_ids.push(of_config);
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn tokens_are_told_as_they_come_until_somebody_ends_it() {
-        let model = endless(&Device::flex());
+        let model = endless(&Device::default());
         let mut told = vec![vec![]; 3];
         let found = model.generate_with(&prompts(), &greedy(5), |prompt, id| {
             told[prompt].push(id);
@@ -266,10 +266,10 @@ mod tests {
     #[test]
     fn an_autodiff_model_and_its_adapter_generate_without_a_graph() {
         use burn_peft::{LoraConfig, PeftModel};
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = endless(&device);
         let bare = model.generate(&prompts(), &greedy(6)).unwrap();
-        assert_eq!(bare, endless(&Device::flex()).generate(&prompts(), &greedy(6)).unwrap());
+        assert_eq!(bare, endless(&Device::default()).generate(&prompts(), &greedy(6)).unwrap());
         let config = LoraConfig::new(2).with_lora_alpha(8.0).with_target_modules(["v_proj", "up_proj"]);
         model.add_adapter("default", &config).unwrap();
         struct Fill;
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn an_early_end_needs_little_whatever_the_maximum() {
-        let model = endless(&Device::flex());
+        let model = endless(&Device::default());
         let free = model.generate(&prompts(), &greedy(8)).unwrap();
         let stop = free[0][4];
         let options = greedy(usize::MAX).with_stop_token_ids(vec![stop]);
@@ -311,7 +311,7 @@ mod tests {
 
     /// The most probable tokens behind a prompt of 3, and all the logits.
     fn continued(model: &LlamaForCausalLm, mut cache: KvCache, count: usize) -> (Vec<i64>, Vec<f32>) {
-        let device = Device::flex();
+        let device = Device::default();
         let mut ids = ints(vec![3, 1, 4], &device).reshape([1, 3]);
         let mut mask = CausalMask::new(3, 3);
         let (mut tokens, mut all) = (vec![], vec![]);
@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_cache_that_grows_changes_no_bit() {
-        let model = endless(&Device::flex());
+        let model = endless(&Device::default());
         let layers = model.model.layers.len();
         // One has room for 4 positions, then 8, 16, 32 and 64; the other for 64 from the start.
         let grown = continued(&model, KvCache::with_headroom(layers, 1, usize::MAX), 50);
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn limits_and_senseless_prompts() {
-        let model = endless(&Device::flex());
+        let model = endless(&Device::default());
         assert_eq!(model.generate(&prompts(), &greedy(0)).unwrap(), vec![Vec::<u32>::new(); 3]);
         assert_eq!(model.generate(&[], &greedy(4)).unwrap(), Vec::<Vec<u32>>::new());
         assert_eq!(model.generate(&prompts(), &greedy(1)).unwrap()[2].len(), 1);

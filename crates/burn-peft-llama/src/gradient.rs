@@ -110,7 +110,7 @@ mod tests {
 
     /// Gradients [[3, 0], [0, 4]] of the weight and [12, 0] of the bias: a norm of 13.
     fn grads(module: &Linear, dtype: FloatDType) -> GradientsParams {
-        let device = Device::flex();
+        let device = Device::default();
         let mut grads = GradientsParams::new();
         let weight = Tensor::<2>::from_floats([[3.0, 0.0], [0.0, 4.0]], &device).cast(dtype);
         grads.register(module.weight.id, weight);
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn the_norm_is_over_all_tensors_and_the_direction_stays() {
-        let module = linear(&Device::flex().autodiff());
+        let module = linear(&Device::default().autodiff());
         let (clipped, norm) = clip_grad_norm(&module, grads(&module, FloatDType::F32), 1.3);
         assert!((norm.unwrap().into_scalar::<f32>() - 13.0).abs() < 1e-5);
         for (value, expected) in values(&module, &clipped).iter().zip([0.3, 0.0, 0.0, 0.4, 1.2, 0.0]) {
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn small_gradients_stay_as_they_are() {
-        let module = linear(&Device::flex().autodiff());
+        let module = linear(&Device::default().autodiff());
         let (clipped, norm) = clip_grad_norm(&module, grads(&module, FloatDType::F32), 20.0);
         assert_eq!(values(&module, &clipped), [3.0, 0.0, 0.0, 4.0, 12.0, 0.0]);
         norm.unwrap().into_data().assert_approx_eq::<f32>(&[13.0f32].into(), Tolerance::absolute(1e-5));
@@ -146,9 +146,9 @@ mod tests {
 
     #[test]
     fn f16_gradients_do_not_overflow_and_keep_their_type() {
-        let module = linear(&Device::flex().autodiff());
+        let module = linear(&Device::default().autodiff());
         let mut large = GradientsParams::new();
-        let value = Tensor::<2>::full([2, 2], 30000.0, &Device::flex()).cast(FloatDType::F16);
+        let value = Tensor::<2>::full([2, 2], 30000.0, &Device::default()).cast(FloatDType::F16);
         large.register(module.weight.id, value);
         let (clipped, norm) = clip_grad_norm(&module, large, 1.0);
         assert!((norm.unwrap().into_scalar::<f32>() - 60000.0).abs() < 40.0);
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn the_norm_of_a_large_tensor_is_that_in_f64() {
-        let device = Device::flex();
+        let device = Device::default();
         for (rows, columns) in [(4_000, 1_000), (3, 700_001), (9_000_001, 1)] {
             let weight = Tensor::<2>::full([rows, columns], 0.01, &device);
             let linear = Linear { weight: Param::from_tensor(weight.clone()), bias: None };
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn no_gradients_have_no_norm() {
-        let module = linear(&Device::flex().autodiff());
+        let module = linear(&Device::default().autodiff());
         assert!(clip_grad_norm(&module, GradientsParams::new(), 1.0).1.is_none());
     }
 }

@@ -3,6 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, PeftModel};
+use burn_peft_ops::in_full_precision;
 
 /// The output layer of a model.
 #[derive(Clone, Copy)]
@@ -35,7 +36,7 @@ impl Picked {
 impl Head<'_> {
     /// `[.., hidden_size]` to `[.., vocab_size]`.
     pub(crate) fn logits<const D: usize>(self, hidden: Tensor<D>) -> Tensor<D> {
-        match self {
+        in_full_precision(|| match self {
             Self::Own(layer) => layer.forward(hidden),
             Self::Tied(embedding) => {
                 let mut shape = hidden.dims();
@@ -44,13 +45,13 @@ impl Head<'_> {
                 shape[D - 1] = vocab_size;
                 embedding.tied_output(hidden.reshape([n, d])).reshape(shape)
             }
-        }
+        })
     }
 
     /// The logits of hidden states that were picked from a batch. `[n, vocab_size]`
     pub(crate) fn logits_of(self, picked: Picked) -> Tensor<2> {
         match self {
-            Self::Own(layer) => layer.forward_rows(picked.hidden, &picked.rows),
+            Self::Own(layer) => in_full_precision(|| layer.forward_rows(picked.hidden, &picked.rows)),
             Self::Tied(_) => self.logits(picked.hidden),
         }
     }

@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_training_step_has_the_loss_and_a_gradient_of_each_parameter() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let model = model(&device);
         let expected = model.loss(&batch(&device)).into_scalar::<f32>();
         let output = TrainStep::step(&model, batch(&device));
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_validation_step_has_the_loss_and_the_greedy_accuracy() {
-        let device = Device::flex();
+        let device = Device::default();
         let model = model(&device);
         let batch = batch(&device);
         let output = InferenceStep::step(&model, batch.clone());
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_mixed_batch_is_validated_with_the_adapter_of_each_row() {
-        let device = Device::flex();
+        let device = Device::default();
         let rows = [Some("default"), None, None, Some("default")];
         let model = adapted(&device);
         let mixed = model.for_rows(&rows).unwrap();
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "the adapters are merged; call `unmerge_adapter`")]
     fn a_training_step_on_merged_adapters_names_the_cause() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = adapted(&device);
         TrainStep::step(&model, batch(&device));
         model.merge_adapter().unwrap();
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn burns_learner_trains_it() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let model = model(&device);
         let loader = |device: Device| {
             let builder = DataLoaderBuilder::new(Collator::new(10)).batch_size(4).set_device(device);
@@ -220,7 +220,7 @@ mod tests {
         let schedule = LrSchedule::new(Schedule::Linear, 0.02, 2, 24);
         let learner = Learner::new(model, AdamWConfig::new().with_epsilon(1e-8).init(), schedule);
         let dir = tempfile::tempdir().unwrap();
-        let valid: Arc<_> = loader(Device::flex());
+        let valid: Arc<_> = loader(Device::default());
         let result = SupervisedTraining::new(dir.path(), loader(device.clone()), valid)
             .metric_train_numeric(LossMetric::new())
             .metric_valid_numeric(LossMetric::new())
@@ -229,7 +229,7 @@ mod tests {
             .with_application_logger(None)
             .num_epochs(4)
             .launch(learner);
-        let after = result.model.loss(&batch(&Device::flex())).into_scalar::<f32>();
+        let after = result.model.loss(&batch(&Device::default())).into_scalar::<f32>();
         assert!(after < 0.7 * before, "{before} to {after}");
     }
 }

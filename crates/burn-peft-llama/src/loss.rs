@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_loss_is_that_of_all_logits_at_the_labelled_positions() {
-        for (tied, device) in [(true, Device::flex()), (false, Device::flex().autodiff())] {
+        for (tied, device) in [(true, Device::default()), (false, Device::default().autodiff())] {
             let model = model(&device, tied);
             let batch = batch(&device);
             let found = model.loss(&batch);
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn gradients_are_those_of_autodiff_whether_the_head_is_trained_or_not() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         for tied in [true, false] {
             for adapted in [false, true] {
                 let mut model = model(&device, tied);
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn an_adapted_head_is_trained() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = model(&device, true);
         model.untie_lm_head();
         let config = LoraConfig::new(2).with_target_modules(["lm_head"]);
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn chunks_add_up() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let model = model(&device, true);
         let hidden = Tensor::<2>::random([5, 16], burn::tensor::Distribution::Normal(0.0, 1.0), &device);
         let targets = Tensor::<1, Int>::from_data([0, 3, 12, 3, 7], &device);
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn loss_and_gradients_of_a_real_vocabulary_are_those_in_f64() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let (n, d) = (5, 16);
         for vocab in REAL_VOCABULARIES {
             let config = LlamaConfig::new(vocab, d, 0).with_heads(2, 1).with_tie_word_embeddings(false);
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_loss_that_is_only_read_takes_no_longer_the_two_hundredth_time() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = model(&device, true);
         let config = LoraConfig::new(2).with_target_modules(["q_proj", "v_proj", "down_proj"]);
         model.add_adapter("default", &config).unwrap();
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn a_quantized_output_layer_has_the_gradient_of_the_numbers_it_stands_for() {
         use burn::tensor::quantization::QuantScheme;
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = model(&device, false);
         model
             .add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]))
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_frozen_output_layer_counts_with_whatever_adapter_works_in_it() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let mut model = model(&device, false);
         let config = LoraConfig::new(2)
             .with_lora_alpha(6.0)

@@ -269,7 +269,7 @@ mod tests {
     fn a_merged_directory_holds_the_adapted_model_in_the_type_that_was_asked_for() {
         let parent = tempfile::tempdir().unwrap();
         let place = |name: &str| parent.path().join(name);
-        let mut adapted = model(&Device::flex(), true);
+        let mut adapted = model(&Device::default(), true);
         adapted.save_pretrained(place("base")).unwrap();
         fs::write(place("base").join("tokenizer.json"), "{}").unwrap();
         let config = LoraConfig::new(2)
@@ -278,30 +278,30 @@ mod tests {
             .with_target_modules(["embed_tokens", "q_proj"]);
         adapted.add_adapter("default", &config).unwrap();
         adapted.save_adapter("default", place("adapter")).unwrap();
-        let ids = || Tensor::from_data([[1, 5, 9, 2]], &Device::flex());
+        let ids = || Tensor::from_data([[1, 5, 9, 2]], &Device::default());
         let expected = values(adapted.forward(ids(), None));
 
         for (dtype, name, tolerance) in [(None, "float32", 1e-4), (Some(FloatDType::F16), "float16", 0.3)] {
             let out = place(name);
             let adapters = [(place("adapter"), 1.0)];
-            let merged = merge_directory(place("base"), &adapters, dtype, &out, &Device::flex()).unwrap();
+            let merged = merge_directory(place("base"), &adapters, dtype, &out, &Device::default()).unwrap();
             assert_eq!(merged.report.largest_error > 0.0, dtype.is_some());
             assert_eq!(stored_dtype(&out).unwrap(), dtype.unwrap_or(FloatDType::F32));
             let text = fs::read_to_string(out.join(CONFIG_FILE)).unwrap();
             assert!(text.contains(name) && text.contains("\"tie_word_embeddings\": false"), "{text}");
             assert!(out.join("tokenizer.json").exists());
-            let found = LlamaForCausalLm::from_pretrained(&out, &Device::flex()).unwrap();
+            let found = LlamaForCausalLm::from_pretrained(&out, &Device::default()).unwrap();
             assert_close(&values(found.forward(ids(), None)), &expected, tolerance);
-            let again = merge_directory(place("base"), &adapters, dtype, &out, &Device::flex());
+            let again = merge_directory(place("base"), &adapters, dtype, &out, &Device::default());
             assert!(matches!(again, Err(LlamaError::WriteFile { .. })), "{again:?}");
         }
-        let bare = model(&Device::flex(), true).forward(ids(), None);
+        let bare = model(&Device::default(), true).forward(ids(), None);
         assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
     }
 
     #[test]
     fn a_value_that_is_too_large_for_a_type_is_named() {
-        let mut model = model(&Device::flex(), true);
+        let mut model = model(&Device::default(), true);
         let norm = model.model.norm.weight.clone();
         model.model.norm.weight = norm.map(|weight| weight * 1e6);
         let wide = model.clone().to_dtype(FloatDType::BF16).unwrap();

@@ -80,7 +80,7 @@ mod tests {
         let gate = Layer { weight: &[0.5, -1.0, 2.0, 1.5, 0.25, -0.75], bias: &[0.1, -0.2, 0.3] };
         let up = Layer { weight: &[1.0, 0.5, -0.5, -2.0, 1.25, 0.75], bias: &[0.0, 0.4, -0.6] };
         let down = Layer { weight: &[1.0, -1.0, 0.5, 2.0, -1.5, 0.25], bias: &[0.7, -0.7] };
-        let device = Device::flex();
+        let device = Device::default();
         let mlp =
             LlamaMlp { gate_proj: gate.on(&device), up_proj: up.on(&device), down_proj: down.on(&device) };
         let positions = [[1.0, 2.0], [-3.0, 0.5], [0.0, 0.0], [4.0, -6.0]];

@@ -277,16 +277,16 @@ mod tests {
     use crate::testing::{assert_close, model, values};
 
     fn mask<const S: usize>(rows: [[bool; S]; 2]) -> Option<Tensor<2, Bool>> {
-        Some(Tensor::from_data(rows, &Device::flex()))
+        Some(Tensor::from_data(rows, &Device::default()))
     }
 
     fn ids<const B: usize, const S: usize>(rows: [[i64; S]; B]) -> Tensor<2, Int> {
-        Tensor::from_data(rows, &Device::flex())
+        Tensor::from_data(rows, &Device::default())
     }
 
     #[test]
     fn a_later_token_changes_nothing_before_it() {
-        let model = model(&Device::flex(), false);
+        let model = model(&Device::default(), false);
         let a = model.forward(ids([[1, 2, 3, 4, 5]]), None);
         let b = model.forward(ids([[1, 2, 3, 9, 5]]), None);
         assert_eq!(a.dims(), [1, 5, 13]);
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn padding_on_either_side_changes_no_token() {
-        let model = model(&Device::flex(), true);
+        let model = model(&Device::default(), true);
         let alone = values(model.forward(ids([[7, 3, 5]]), None));
         let right = mask([[true; 5], [true, true, true, false, false]]);
         let left = mask([[true; 5], [false, false, true, true, true]]);
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn the_mask_matters() {
-        let model = model(&Device::flex(), true);
+        let model = model(&Device::default(), true);
         let input = ids([[1, 2, 3], [1, 2, 3]]);
         let logits = model.forward(input, mask([[true, true, true], [false, true, true]]));
         let change = (logits.clone().narrow(0, 0, 1) - logits.narrow(0, 1, 1)).narrow(1, 2, 1).abs().max();
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn untying_copies_the_table_and_keeps_the_logits() {
-        let mut model = model(&Device::flex(), true);
+        let mut model = model(&Device::default(), true);
         let before = values(model.forward(ids([[1, 2, 3]]), None));
         let parameters = list_param_ids(&model).len();
         model.untie_lm_head();
@@ -347,7 +347,7 @@ mod tests {
             }
         }
         let mut paths = Paths::default();
-        model(&Device::flex(), false).visit(&mut paths);
+        model(&Device::default(), false).visit(&mut paths);
         let of_layer = paths.1.iter().filter_map(|path| path.strip_prefix("model.layers.1."));
         let mut of_layer: Vec<_> = of_layer.collect();
         of_layer.sort_unstable();

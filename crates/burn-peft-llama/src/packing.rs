@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn loss_and_gradients_are_those_of_padded_rows() {
-        let plain = Device::flex().autodiff();
+        let plain = Device::default().autodiff();
         for device in [plain.clone(), plain.gradient_checkpointing()] {
             for (tied, is_adapted) in [(true, true), (false, true), (false, false)] {
                 let mut model = model(&device, tied);
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn rows_that_name_their_adapters_stay_rows() {
-        let device = Device::flex();
+        let device = Device::default();
         let mut model = model(&device, false);
         let config = LoraConfig::new(2)
             .with_target_modules(["q_proj", "lm_head"])

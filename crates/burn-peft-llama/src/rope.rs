@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn the_halves_of_a_head_rotate_together() {
         // Width 4 and base 100: frequencies 1 and 0.1. Pairs are (x0, x2) and (x1, x3).
-        let device = Device::flex();
+        let device = Device::default();
         let rope = Rope::new(&RopeConfig::new(100.0), 4);
         let tables = rope.tables(2..4, &device, DType::F32);
         let x = Tensor::<2>::from_data([[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.25, 2.0]], &device);
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn heads_come_before_positions() {
-        let device = Device::flex();
+        let device = Device::default();
         let tables = Rope::new(&RopeConfig::default(), 2).tables(0..3, &device, DType::F32);
         let x = Tensor::<1>::from_data([0.0, 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11.], &device);
         let x = x.reshape([1, 3, 2, 1, 2]);
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn scores_depend_on_the_distance_alone() {
-        let device = Device::flex();
+        let device = Device::default();
         let rope = Rope::new(&RopeConfig::default(), 8);
         let x = Tensor::<1>::from_data([0.3, -1., 2., 0.7, 1.1, -0.4, 0.9, 1.3], &device);
         let x = x.reshape([1, 1, 1, 1, 8]);

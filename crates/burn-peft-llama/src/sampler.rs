@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn the_seed_decides_and_greedy_takes_the_largest() {
-        let row = Tensor::<1>::from_data(logits().as_slice(), &Device::flex()).unsqueeze::<2>();
+        let row = Tensor::<1>::from_data(logits().as_slice(), &Device::default()).unsqueeze::<2>();
         let rows = row.repeat_dim(0, 64);
         let draw = |seed| {
             let sampling = Sampling::TopP { temperature: 1.0, top_p: 1.0, top_k: None, seed };

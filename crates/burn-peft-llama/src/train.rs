@@ -93,7 +93,7 @@ mod tests {
     }
 
     pub(super) fn autodiff() -> Device {
-        Device::flex().autodiff()
+        Device::default().autodiff()
     }
 
     /// Each token is followed by the next one; lengths from 2 to 6, so that means of batches weigh differently.
@@ -274,7 +274,7 @@ mod tests {
     fn a_base_in_half_precision_takes_an_adapter_but_in_f16_no_full_training() {
         use burn_peft::{LoraConfig, PeftModel};
         let dir = tempfile::tempdir().unwrap();
-        model(&Device::flex(), false).save_pretrained(dir.path()).unwrap();
+        model(&Device::default(), false).save_pretrained(dir.path()).unwrap();
         // All examples in each batch, so that the losses of the steps compare.
         let config = config().with_batch_size(21).with_max_steps(Some(12)).with_log_every(1);
         let train = |mut model: LlamaForCausalLm| -> Result<Vec<f64>, LlamaError> {

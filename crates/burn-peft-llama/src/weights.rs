@@ -137,13 +137,13 @@ mod tests {
 
     pub(super) fn saved(config: &LlamaConfig) -> (tempfile::TempDir, LlamaForCausalLm) {
         let dir = tempfile::tempdir().unwrap();
-        let model = config.init(&Device::flex());
+        let model = config.init(&Device::default());
         model.save_pretrained(dir.path()).unwrap();
         (dir, model)
     }
 
     pub(super) fn logits(model: &LlamaForCausalLm) -> Vec<f32> {
-        let ids = Tensor::<2, Int>::from_data([[1, 5, 10, 2]], &Device::flex());
+        let ids = Tensor::<2, Int>::from_data([[1, 5, 10, 2]], &Device::default());
         model.forward(ids, None).cast(DType::F32).into_data().iter::<f32>().collect()
     }
 
@@ -151,7 +151,7 @@ mod tests {
     fn a_saved_model_loads_equal_tied_and_untied() {
         for tied in [false, true] {
             let (dir, model) = saved(&config().with_tie_word_embeddings(tied));
-            let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
+            let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap();
             assert_eq!(loaded.config(), model.config());
             assert_eq!(logits(&loaded), logits(&model));
             let names: Vec<_> =
@@ -176,13 +176,14 @@ mod tests {
             [(Dtype::F16, FloatDType::F16, 0.02), (Dtype::BF16, FloatDType::BF16, 0.1)]
         {
             write(&dir.path().join(WEIGHTS_FILE), &tensors, dtype);
-            close(&LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap(), tolerance);
-            let half = LlamaForCausalLm::from_pretrained_as(dir.path(), &Device::flex(), float).unwrap();
+            close(&LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap(), tolerance);
+            let half = LlamaForCausalLm::from_pretrained_as(dir.path(), &Device::default(), float).unwrap();
             assert_eq!(half.model.norm.weight.base().dtype(), DType::from(float));
             close(&half, 2.0 * tolerance);
             let again = tempfile::tempdir().unwrap();
             half.save_pretrained(again.path()).unwrap();
-            let loaded = LlamaForCausalLm::from_pretrained_as(again.path(), &Device::flex(), float).unwrap();
+            let loaded =
+                LlamaForCausalLm::from_pretrained_as(again.path(), &Device::default(), float).unwrap();
             assert_eq!(logits(&loaded), logits(&half));
             let text = fs::read_to_string(again.path().join(CONFIG_FILE)).unwrap();
             let name = if dtype == Dtype::F16 { "\"float16\"" } else { "\"bfloat16\"" };
@@ -206,7 +207,7 @@ mod tests {
         // A directory in the place of the weights cannot be replaced.
         fs::remove_file(dir.path().join(WEIGHTS_FILE)).unwrap();
         fs::create_dir_all(dir.path().join(WEIGHTS_FILE).join("x")).unwrap();
-        let other = config().with_tie_word_embeddings(true).init(&Device::flex());
+        let other = config().with_tie_word_embeddings(true).init(&Device::default());
         assert!(matches!(other.save_pretrained(dir.path()), Err(LlamaError::WriteFile { .. })));
         assert!(!names().iter().any(|name| name.to_string_lossy().starts_with(".staged-")));
         assert!(!names().contains(&CONFIG_FILE.into()), "no configuration stands beside other weights");
@@ -217,7 +218,7 @@ mod tests {
         let small = config();
         let wide = LlamaConfig { mlp_bias: true, ..config() };
         let (dir, one) = saved(&small);
-        let two = wide.init(&Device::flex());
+        let two = wide.init(&Device::default());
         let done = std::sync::atomic::AtomicBool::new(false);
         let mut seen = [0; 2];
         std::thread::scope(|scope| {
@@ -228,7 +229,7 @@ mod tests {
                 }
             });
             for _ in 0..100 {
-                let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex());
+                let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default());
                 match loaded {
                     Ok(model) => seen[usize::from(model.config().mlp_bias)] += 1,
                     Err(error) => {
@@ -245,7 +246,7 @@ mod tests {
     #[test]
     fn adapters_are_not_lost_in_silence() {
         use burn_peft::{LoraConfig, PeftModel};
-        let mut model = config().init(&Device::flex());
+        let mut model = config().init(&Device::default());
         model.add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj"])).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let error = model.save_pretrained(dir.path()).unwrap_err();
@@ -277,13 +278,13 @@ mod tests {
             fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
         };
         index(&map);
-        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
+        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap();
         assert_eq!(logits(&loaded), logits(&model));
 
         for name in ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "..", ""] {
             map["model.norm.weight"] = json!(name);
             index(&map);
-            let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+            let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
             assert!(
                 matches!(&error, LlamaError::WeightsFile(TensorFileError::ShardName { name: found, .. }) if found == name),
                 "{error}"
@@ -291,7 +292,7 @@ mod tests {
         }
         map["model.norm.weight"] = json!("c.safetensors");
         index(&map);
-        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
         assert!(error.to_string().contains("c.safetensors"), "{error}");
     }
 }

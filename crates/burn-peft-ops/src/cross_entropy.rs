@@ -6,7 +6,7 @@ mod flex;
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
-use crate::{activation_dtype, cast, linear, on_kind_of, sum_all};
+use crate::{activation_dtype, cast, in_full_precision, linear, on_kind_of, sum_all};
 
 /// `Σ (log Σ exp(logits) - logits[target])`, the outer sum over the rows, in f32.
 ///
@@ -54,7 +54,8 @@ pub fn cross_entropy_of_frozen(
     let (loss, slope) = loss_and_slope(cast(logits, DType::F32), targets.inner());
     let to_logits = cast(slope.numbers, activation_dtype(&weight));
     // Divided where there is less to divide.
-    let gradient = cast(linear(to_logits, weight.transpose(), None), DType::F32) / slope.total;
+    let gradient = in_full_precision(|| linear(to_logits, weight.transpose(), None));
+    let gradient = cast(gradient, DType::F32) / slope.total;
     with_gradient(loss, hidden, gradient)
 }
 

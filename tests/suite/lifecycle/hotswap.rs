@@ -15,7 +15,7 @@ use super::{Net, base, random, stir};
 
 /// An adapter of its own in a directory.
 fn stored(config: &LoraConfig) -> TempDir {
-    let mut net = Net::new(&Device::flex());
+    let mut net = Net::new(&Device::default());
     net.add_adapter("x", config).unwrap();
     let directory = tempfile::tempdir().unwrap();
     stir(net).save_adapter("x", directory.path()).unwrap();
@@ -36,7 +36,7 @@ fn rank_and_targets_may_change_and_the_active_stay_active() {
     let new =
         stored(&random(5, ["down", "token", "up"]).with_modules_to_save(["norm"]).with_use_rslora(true));
     let other = stored(&random(2, ["up", "position"]));
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         for active in [&["one"][..], &["two"], &["one", "two"], &[]] {
             let mut net = loaded(&[("one", old.path()), ("two", other.path())], &device);
             net.set_adapter(active).unwrap();
@@ -71,7 +71,7 @@ fn the_old_adapter_stays_if_the_new_one_cannot_come() {
     let (old, other) = (stored(&random(2, ["up", "conv"])), stored(&copying()));
     let (conflicting, broken) = (stored(&copying()), stored(&random(2, ["up"])));
     std::fs::write(broken.path().join("adapter_model.safetensors"), b"").unwrap();
-    let mut net = loaded(&[("one", old.path()), ("two", other.path())], &Device::flex());
+    let mut net = loaded(&[("one", old.path()), ("two", other.path())], &Device::default());
     net.set_adapter(&["one", "two"]).unwrap();
     let state = |net: &Net| (parameters(net), net.adapters(), net.output());
     let before = state(&net);
@@ -94,7 +94,7 @@ fn the_old_adapter_stays_if_the_new_one_cannot_come() {
 fn the_names_in_files_are_those_of_the_adapter_that_is_replaced() {
     let names = KeyMapping::new([(r"^up\.", "encoder.dense.")]);
     let [old, new] = [2, 3].map(|r| stored(&random(r, ["dense"]).with_key_mapping(names.clone())));
-    let mut net = Net::new(&Device::flex());
+    let mut net = Net::new(&Device::default());
     net.load_adapter_with("one", old.path(), &LoadOptions::new().with_key_mapping(names)).unwrap();
     net.hotswap_adapter("one", new.path()).unwrap();
     let report = net.hotswap_adapter("one", old.path()).unwrap();
@@ -119,7 +119,7 @@ struct Blocks {
 #[ignore = "measures, and needs 340 MB"]
 fn hotswap_time() {
     const SWAPS: u32 = 20;
-    let device = Device::flex();
+    let device = Device::default();
     let linear = |d_in, d_out| -> LoraLinear {
         let weight = Tensor::<2>::zeros([d_in, d_out], &device);
         Linear { weight: Param::from_tensor(weight), bias: None }.into()

@@ -83,7 +83,7 @@ proptest! {
         scale in Scale::any(),
         ids in prop::collection::vec(0..1000_usize, 1..8),
     ) {
-        let device = Device::flex();
+        let device = Device::default();
         let layer = EmbeddingConfig::new(entries, width).init(&device);
         let mut model = Wrapper { layer: LoraEmbedding::from(layer) };
         model.add_adapter(DEFAULT_ADAPTER, scale.config()).unwrap();
@@ -120,7 +120,7 @@ proptest! {
         scale in Scale::any(),
         bias in any::<bool>(),
     ) {
-        let device = Device::flex();
+        let device = Device::default();
         let ((c_in, c_out), (height, width)) = (channels, kernel);
         let layer = Conv2dConfig::new([c_in, c_out], [height, width])
             .with_stride([stride, stride])
@@ -177,7 +177,7 @@ proptest! {
         scale in Scale::any(),
         bias in any::<bool>(),
     ) {
-        let device = Device::flex();
+        let device = Device::default();
         let layer = || LinearConfig::new(d_in, d_out).with_bias(bias).init(&device);
         let config = scale.config().with_lora_bias(true);
         let mut fast = Wrapper { layer: LoraLinear::from(layer()) };

@@ -51,7 +51,7 @@ fn values(data: &TensorData) -> Vec<f32> {
 
 #[test]
 fn unmerging_gives_every_bit_of_the_base_back() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         for dtype in [FloatDType::F32, FloatDType::BF16, FloatDType::F16] {
             let mut net = in_type(adapted(&device), dtype);
             let (bits, all) = (base(&net), parameters(&net));
@@ -70,7 +70,7 @@ fn unmerging_gives_every_bit_of_the_base_back() {
 
 #[test]
 fn a_merged_model_computes_what_the_adapted_one_does_and_merging_again_changes_nothing() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let mut net = adapted(&device);
         let (before, bare) = (net.output(), net.without_adapters().unwrap().output());
         net.merge_adapter().unwrap();
@@ -93,7 +93,7 @@ fn a_merged_model_computes_what_the_adapted_one_does_and_merging_again_changes_n
 #[test]
 fn a_merged_weight_of_16_bits_is_the_sum_in_f32_rounded_once() {
     for dtype in [DType::BF16, DType::F16] {
-        let mut net = in_type(adapted(&Device::flex()), FloatDType::from(dtype));
+        let mut net = in_type(adapted(&Device::default()), FloatDType::from(dtype));
         let before = parameters(&net);
         let sums = sums(&before);
         let report = net.merge_and_unload().unwrap();
@@ -121,7 +121,7 @@ fn a_merged_weight_of_16_bits_is_the_sum_in_f32_rounded_once() {
 /// What the adapters of [`adapted`] make of the weights, `W + Σ scaling * A B`, as the crate sums it: in f32, adapters by
 /// name.
 fn sums(parameters: &std::collections::BTreeMap<String, TensorData>) -> Vec<(String, Vec<f32>)> {
-    let device = Device::flex();
+    let device = Device::default();
     let weights = ["token", "position", "up", "down", "conv"].map(|module| format!("{module}.weight"));
     weights
         .into_iter()
@@ -146,7 +146,7 @@ fn sums(parameters: &std::collections::BTreeMap<String, TensorData>) -> Vec<(Str
 
 #[test]
 fn merged_adapters_cannot_be_deleted_and_others_can() {
-    let mut net = adapted(&Device::flex());
+    let mut net = adapted(&Device::default());
     net.set_adapter(&["one"]).unwrap();
     net.merge_adapter().unwrap();
     let merged = net.output();
@@ -157,7 +157,7 @@ fn merged_adapters_cannot_be_deleted_and_others_can() {
     assert_eq!(net.output(), merged);
     net.unmerge_adapter().unwrap();
     net.delete_adapter("one").unwrap();
-    assert_eq!(net.output(), Net::new(&Device::flex()).output());
+    assert_eq!(net.output(), Net::new(&Device::default()).output());
 }
 
 /// Puts a number into every parameter whose path ends so.
@@ -185,14 +185,14 @@ fn poisoned(net: Net, end: &str, number: f32) -> Net {
 #[test]
 fn what_is_not_finite_is_never_merged() {
     let biased = || {
-        let mut net = Net::new(&Device::flex());
+        let mut net = Net::new(&Device::default());
         net.add_adapter("one", random(2, ["up"]).with_lora_bias(true)).unwrap();
         stir(net)
     };
     let cases = [
-        (poisoned(adapted(&Device::flex()), "up.weight.peft.two.a", f32::NAN), "up"),
-        (poisoned(adapted(&Device::flex()), "conv.weight.peft.one.b", f32::INFINITY), "conv"),
-        (poisoned(adapted(&Device::flex()), "norm.gamma.peft.one.copy", f32::NAN), "norm.gamma"),
+        (poisoned(adapted(&Device::default()), "up.weight.peft.two.a", f32::NAN), "up"),
+        (poisoned(adapted(&Device::default()), "conv.weight.peft.one.b", f32::INFINITY), "conv"),
+        (poisoned(adapted(&Device::default()), "norm.gamma.peft.one.copy", f32::NAN), "norm.gamma"),
         (poisoned(biased(), "up.weight.peft.one.bias", f32::NAN), "up.bias"),
         // In range for the sum and not for the weight.
         (poisoned(in_type(biased(), FloatDType::F16), "up.weight.peft.one.a", 1e6), "up"),
@@ -223,7 +223,7 @@ fn what_is_not_finite_is_never_merged() {
 
 #[test]
 fn nothing_stale_is_left_after_a_step_or_a_record() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut net = adapted(&device).unfreeze();
     net.set_adapter(&["two"]).unwrap();
     net.merge_adapter().unwrap();
@@ -261,7 +261,7 @@ struct Layer {
 
 #[test]
 fn a_bias_of_the_update_is_merged_into_the_bias_of_the_layer_or_stays_beside_it() {
-    let device = Device::flex();
+    let device = Device::default();
     for with_bias in [true, false] {
         let linear = LinearConfig::new(4, 3).with_bias(with_bias).init(&device);
         let mut layer = Layer { proj: linear.into() };
@@ -294,7 +294,7 @@ fn a_bias_of_the_update_is_merged_into_the_bias_of_the_layer_or_stays_beside_it(
 
 #[test]
 fn trained_biases_are_merged_and_unloaded() {
-    let mut net = Net::new(&Device::flex());
+    let mut net = Net::new(&Device::default());
     let bare = net.output();
     net.add_adapter("one", random(2, ["up"]).with_bias(Bias::All)).unwrap();
     let mut net = stir(net);
@@ -308,7 +308,7 @@ fn trained_biases_are_merged_and_unloaded() {
 
 #[test]
 fn the_lora_bias_of_a_merged_adapter_is_not_trained() {
-    let mut net = Net::new(&Device::flex().autodiff());
+    let mut net = Net::new(&Device::default().autodiff());
     net.add_adapter("one", random(3, ["up"]).with_lora_bias(true)).unwrap();
     let gradients = |net: &Net| {
         let loss = net.forward(ids(&net.devices()[0])).powi_scalar(2).mean();

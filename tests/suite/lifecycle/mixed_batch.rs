@@ -28,7 +28,7 @@ fn net(device: &Device) -> Net {
 
 #[test]
 fn every_row_is_what_its_adapter_makes_of_it_alone() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let mut net = net(&device);
         let bare = net.without_adapters().unwrap().output();
         let mut alone = |name: &str| {
@@ -62,11 +62,11 @@ fn every_row_is_what_its_adapter_makes_of_it_alone() {
 
 #[test]
 fn other_models_of_the_rows_keep_them_and_switching_ends_them() {
-    let net = net(&Device::flex().autodiff());
+    let net = net(&Device::default().autodiff());
     let rows = [Some("wide"), None, Some("biased")];
     let mut mixed = net.for_rows(&rows).unwrap();
     assert_eq!(mixed.valid().output(), net.valid().for_rows(&rows).unwrap().output());
-    assert_eq!(mixed.clone().fork(&Device::flex().autodiff()).output(), mixed.output());
+    assert_eq!(mixed.clone().fork(&Device::default().autodiff()).output(), mixed.output());
     mixed.set_adapter(&["biased"]).unwrap();
     assert_eq!(mixed.output(), net.output());
     assert_eq!(parameters(&mixed), parameters(&net));
@@ -75,14 +75,14 @@ fn other_models_of_the_rows_keep_them_and_switching_ends_them() {
 #[test]
 #[should_panic(expected = "the batch has 3 rows, adapters were named for 2")]
 fn another_number_of_rows_panics() {
-    net(&Device::flex()).for_rows(&[Some("biased"), None]).unwrap().output();
+    net(&Device::default()).for_rows(&[Some("biased"), None]).unwrap().output();
 }
 
 #[test]
 #[should_panic(expected = "the batch has 3 rows, adapters were named for 4")]
 fn another_number_of_rows_panics_in_an_embedding() {
-    let mixed = net(&Device::flex()).for_rows(&[Some("wide"), None, None, None]).unwrap();
-    mixed.token.forward(ids(&Device::flex()));
+    let mixed = net(&Device::default()).for_rows(&[Some("wide"), None, None, None]).unwrap();
+    mixed.token.forward(ids(&Device::default()));
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn what_all_rows_share_cannot_be_named() {
         Err(PeftError::MixedBatch { name, reason }) => format!("{name}: {reason}"),
         other => panic!("{other:?}"),
     };
-    let mut net = net(&Device::flex());
+    let mut net = net(&Device::default());
     net.add_adapter("plain", random(2, ["up", "down"])).unwrap();
     net.add_adapter("copies", random(2, ["up"]).with_bias(Bias::LoraOnly)).unwrap();
     let rows = [Some("biased"), Some("plain"), None];
@@ -109,7 +109,7 @@ fn what_all_rows_share_cannot_be_named() {
 
 #[test]
 fn prompts_are_answered_together_as_apart() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut model = load_base("gqa-tied", &device);
     for name in ["one", "two"] {
         model.load_adapter(name, directory("two-adapters").join(name)).unwrap();
@@ -135,7 +135,7 @@ fn prompts_are_answered_together_as_apart() {
 
 #[test]
 fn what_a_broken_adapter_gives_stays_in_its_rows() {
-    let mut net = net(&Device::flex());
+    let mut net = net(&Device::default());
     net.add_adapter("broken", random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
     let bare = net.without_adapters().unwrap().output();
     let mixed = net.for_rows(&[Some("broken"), None, None]).unwrap().output();
@@ -145,7 +145,7 @@ fn what_a_broken_adapter_gives_stays_in_its_rows() {
 
 #[test]
 fn rows_forget_an_adapter_that_was_deleted() {
-    let net = net(&Device::flex());
+    let net = net(&Device::default());
     let bare = net.without_adapters().unwrap().output();
     let mut mixed = net.for_rows(&[Some("wide"), None, None]).unwrap();
     assert_different("wide", &mixed.output(), &bare);
@@ -156,7 +156,7 @@ fn rows_forget_an_adapter_that_was_deleted() {
 
 #[test]
 fn a_model_whose_rows_name_adapters_is_not_merged() {
-    let mut mixed = net(&Device::flex()).for_rows(&[Some("wide"), None, None]).unwrap();
+    let mut mixed = net(&Device::default()).for_rows(&[Some("wide"), None, None]).unwrap();
     let before = mixed.output();
     for error in [mixed.merge_adapter().unwrap_err(), mixed.merge_and_unload().unwrap_err()] {
         assert!(matches!(&error, PeftError::RowsNameAdapters { name } if name == "wide"), "{error}");
@@ -166,7 +166,7 @@ fn a_model_whose_rows_name_adapters_is_not_merged() {
 
 #[test]
 fn dropout_does_not_act_on_a_mixed_batch() {
-    let mut net = Net::new(&Device::flex().autodiff());
+    let mut net = Net::new(&Device::default().autodiff());
     net.add_adapter("one", random(3, ["up"]).with_lora_dropout(0.5)).unwrap();
     let mixed = net.for_rows(&[Some("one"), Some("one"), None]).unwrap();
     assert_eq!(mixed.output(), mixed.output());
@@ -198,7 +198,7 @@ fn alone(model: &LlamaForCausalLm, name: Option<&str>) -> LlamaForCausalLm {
 
 #[test]
 fn an_adapted_output_layer_sees_the_rows_of_the_batch() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let (fixture, model) = with_adapted_head(&device);
         for side in [PaddingSide::Right, PaddingSide::Left] {
             let batch = fixture.batch(side, &device);
@@ -226,7 +226,7 @@ fn an_adapted_output_layer_sees_the_rows_of_the_batch() {
 
 #[test]
 fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let (fixture, model) = with_adapted_head(&device);
         let examples = fixture.examples();
         for rows in MIXED {
@@ -250,7 +250,7 @@ fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
 
 #[test]
 fn rows_that_end_leave_the_others_their_adapters() {
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let (_, mut model) = with_adapted_head(&device);
         model.config_mut().eos_token_ids.clear();
         let prompts = [vec![35, 20, 13, 25], vec![55, 60, 53, 17, 4, 77, 12], vec![8], vec![90, 1, 33]];
@@ -280,7 +280,7 @@ fn rows_that_end_leave_the_others_their_adapters() {
 
 #[test]
 fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
-    let (_, model) = with_adapted_head(&Device::flex());
+    let (_, model) = with_adapted_head(&Device::default());
     let mixed = model.for_rows(&[Some("peft"), None]).unwrap();
     let options = GenerateOptions::new().with_max_new_tokens(2);
     for count in [1, 3] {
@@ -295,7 +295,7 @@ fn prompts_without_a_row_and_rows_without_a_prompt_are_an_error() {
 
 #[test]
 fn selected_rows_have_the_adapters_of_the_rows_they_were() {
-    let net = net(&Device::flex().autodiff());
+    let net = net(&Device::default().autodiff());
     let mixed = net.for_rows(&[Some("biased"), None, Some("wide"), None]).unwrap();
     assert_eq!((mixed.batch_rows(), net.batch_rows()), (Some(4), None));
     let selected = mixed.select_rows(&[2, 0, 0]).unwrap();

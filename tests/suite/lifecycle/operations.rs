@@ -399,7 +399,7 @@ proptest! {
         operations in prop::collection::vec(Operation::any(), 1..24),
         autodiff in any::<bool>(),
     ) {
-        let device = if autodiff { Device::flex().autodiff() } else { Device::flex() };
+        let device = if autodiff { Device::default().autodiff() } else { Device::default() };
         let mut run = Run::new(&device);
         for (i, operation) in operations.iter().enumerate() {
             run.perform(operation);

@@ -31,7 +31,7 @@ fn train(mut net: Net) -> (Net, BTreeSet<String>) {
 }
 
 fn with(configs: &[(&str, LoraConfig)]) -> Net {
-    let mut net = Net::new(&Device::flex().autodiff());
+    let mut net = Net::new(&Device::default().autodiff());
     for (name, config) in configs {
         net.add_adapter(name, config).unwrap();
     }
@@ -70,7 +70,7 @@ fn copies_are_trained_and_the_base_keeps_its_bits() {
     ] {
         let net = with(&[("default", config)]);
         let (bits, fresh) = (base(&net), parameters(&net));
-        let bare = Net::new(&Device::flex().autodiff()).output();
+        let bare = Net::new(&Device::default().autodiff()).output();
         let (net, _) = train(net);
         assert_eq!(base(&net), bits);
         let trained = parameters(&net);
@@ -93,7 +93,7 @@ fn copies_are_trained_and_the_base_keeps_its_bits() {
 
 #[test]
 fn merged_adapters_are_not_trained_and_neither_are_the_weights_under_them() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let mut net = with(&[("one", random(2, ["up", "token"])), ("two", random(2, ["down"]))]).unfreeze();
     net.set_adapter(&["one"]).unwrap();
     net.merge_adapter().unwrap();

@@ -81,7 +81,7 @@ impl TwoAdapters {
 #[test]
 fn logits_of_each_of_both_and_of_none_are_those_of_peft() {
     let fixture = TwoAdapters::open();
-    for device in [Device::flex(), Device::flex().autodiff()] {
+    for device in [Device::default(), Device::default().autodiff()] {
         let batch = fixture.batch(PaddingSide::Right, &device);
         let mut model = fixture.model(&device);
         let base = masked_logits(&load_base(&fixture.facts.base, &device), &batch);
@@ -111,7 +111,7 @@ fn logits_of_each_of_both_and_of_none_are_those_of_peft() {
 #[test]
 fn losses_and_gradients_are_those_of_peft_and_land_on_the_active_alone() {
     let fixture = TwoAdapters::open();
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let batch = fixture.batch(PaddingSide::Right, &device);
     let mut model = fixture.model(&device);
     for (which, names) in SETS {
@@ -147,22 +147,22 @@ fn path_of(key: &str, adapter: &str) -> String {
 #[test]
 fn rows_with_adapters_of_their_own_are_those_of_peft() {
     let fixture = TwoAdapters::open();
-    let model = fixture.model(&Device::flex());
+    let model = fixture.model(&Device::default());
     let before = parameters(&model);
     let mixed = model.for_rows(&fixture.rows()).unwrap();
     for (side, prefix) in SIDES.into_iter().zip(["right", "left"]) {
-        let batch = fixture.batch(side, &Device::flex());
+        let batch = fixture.batch(side, &Device::default());
         let logits = masked_logits(&mixed, &batch);
         assert_close(prefix, &logits, fixture.data(&format!("{prefix}.mixed.logits")), FORWARD);
     }
     assert_eq!(parameters(&model), before);
-    assert_eq!(model.adapters(), fixture.model(&Device::flex()).adapters());
+    assert_eq!(model.adapters(), fixture.model(&Device::default()).adapters());
 }
 
 #[test]
 fn every_adapter_is_saved_where_peft_looks_for_it() {
     let fixture = TwoAdapters::open();
-    let device = Device::flex();
+    let device = Device::default();
     let batch = fixture.batch(PaddingSide::Left, &device);
     let mut model = fixture.model(&device);
     model.load_adapter(DEFAULT_ADAPTER, directory("gqa-tied-rslora")).unwrap();

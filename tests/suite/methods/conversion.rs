@@ -25,7 +25,7 @@ fn the_closest_update_of_the_rank_is_that_of_peft() {
     let conversions = read_json(&directory("converted").join("expected.json"))["conversions"].clone();
     let conversions: Vec<Conversion> = serde_json::from_value(conversions).unwrap();
     let stored = read_file(&directory("converted").join("expected.safetensors"));
-    let device = Device::flex();
+    let device = Device::default();
     device.seed(2);
     for Conversion { name, case, rank, ranks } in conversions {
         let mut model = load_adapted(&Fixture::open(&case), &device);
@@ -62,7 +62,7 @@ fn the_closest_update_of_the_rank_is_that_of_peft() {
 
 #[test]
 fn a_conversion_of_full_rank_computes_what_the_adapter_does() {
-    let device = Device::flex();
+    let device = Device::default();
     for case in ["gqa-tied-dora", "mha-biased-tokens", "mha-biased-dora-embedding"] {
         let fixture = Fixture::open(case);
         let mut model = load_adapted(&fixture, &device);
@@ -79,12 +79,12 @@ fn a_conversion_of_full_rank_computes_what_the_adapter_does() {
 #[test]
 fn what_is_more_than_changes_of_weights_is_refused() {
     for case in ["mha-biased-bias-all", "mha-biased-save-head", "mha-biased-lora-bias", "gqa-tied-tokens"] {
-        let mut model = load_adapted(&Fixture::open(case), &Device::flex());
+        let mut model = load_adapted(&Fixture::open(case), &Device::default());
         let error = model.convert_to_lora("plain", "default", 2).unwrap_err();
         assert!(matches!(error, PeftError::CannotConvert { .. }), "{case}: {error}");
         assert_eq!(model.adapters().len(), 1);
     }
-    let mut model = load_adapted(&Fixture::open("gqa-tied-qv"), &Device::flex());
+    let mut model = load_adapted(&Fixture::open("gqa-tied-qv"), &Device::default());
     for rank in [LoraRank::Exactly(0), LoraRank::Share(0.0), LoraRank::Share(1.5)] {
         let error = model.convert_to_lora("plain", "default", rank).unwrap_err();
         assert!(matches!(error, PeftError::InvalidConfig { field: "rank", .. }), "{error}");
@@ -93,7 +93,7 @@ fn what_is_more_than_changes_of_weights_is_refused() {
 
 #[test]
 fn a_scale_multiplies_the_configured_scaling_once_and_is_saved() {
-    let device = Device::flex();
+    let device = Device::default();
     let fixture = Fixture::open("gqa-tied-dora");
     let batch = fixture.batch(PaddingSide::Right, &device);
     let mut model = load_adapted(&fixture, &device);
@@ -122,7 +122,7 @@ fn a_scale_multiplies_the_configured_scaling_once_and_is_saved() {
 
 #[test]
 fn tensors_can_be_reached_with_their_graph() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let model = load_adapted(&Fixture::open("gqa-tied-dora"), &device);
     let tensors = model.adapter_tensors("default").unwrap();
     assert_eq!(tensors.len(), 18);

@@ -15,7 +15,7 @@ fn identity() -> TensorData {
 /// `y = x W + (g - 1) x̃ W + g s (x̃ A) B`, with one `x̃` in both places, as in peft.
 #[test]
 fn dropout_acts_on_both_parts_alike() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     device.seed(9);
     let mut model = One::new(identity(), &device);
     let config = LoraConfig::new(2)
@@ -45,7 +45,7 @@ fn dropout_acts_on_both_parts_alike() {
 
 #[test]
 fn a_column_of_zeros_gives_no_nan() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut model = One::new(TensorData::new(vec![1.0f32, 0.0, 2.0, 0.0], [2, 2]), &device);
     let config = LoraConfig::new(2).with_lora_alpha(3.0).with_use_dora(true).with_target_modules(["layer"]);
     model.add_adapter("default", &config).unwrap();
@@ -57,7 +57,7 @@ fn a_column_of_zeros_gives_no_nan() {
 /// In peft the later one also scales what the earlier ones added, but not where dropout acts.
 #[test]
 fn several_adapters_add_up_whatever_is_merged() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut model = load_base("gqa-tied", &device);
     let case = directory("two-dora");
     let expected = read_file(&case.join("expected.safetensors"));
@@ -87,7 +87,7 @@ fn several_adapters_add_up_whatever_is_merged() {
 
 #[test]
 fn what_peft_refuses_is_refused_by_name() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut model = One::new(identity(), &device);
     let dora = LoraConfig::new(2).with_use_dora(true).with_target_modules(["layer"]);
     let error = model.add_adapter("default", dora.clone().with_lora_bias(true)).unwrap_err();

@@ -14,7 +14,7 @@ use crate::common::{load_adapted, load_base};
 fn training_follows_peft() {
     for case in LORA_PLUS {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let facts = read_json(&fixture.directory.join("expected.json"))["training"].clone();
         let mut plus = LoraPlus::new(facts["loraplus_lr_ratio"].as_f64().unwrap());
         if let Some(lr) = facts["loraplus_lr_embedding"].as_f64() {
@@ -46,7 +46,7 @@ fn training_follows_peft() {
 
 #[test]
 fn ratios_and_rates_are_checked() {
-    let model = load_base("gqa-tied", &Device::flex());
+    let model = load_base("gqa-tied", &Device::default());
     for plus in [LoraPlus::new(0.5), LoraPlus::new(f64::NAN), LoraPlus::new(2.0).with_lr_embedding(-1.0)] {
         assert!(matches!(plus.groups(&model), Err(PeftError::InvalidConfig { .. })), "{plus:?}");
     }

@@ -44,7 +44,7 @@ fn products_are_those_of_peft_and_nothing_changes_at_first() {
     let starts: Vec<Start> = serde_json::from_value(starts).unwrap();
     let stored = read_file(&directory("starts").join("expected.safetensors"));
     assert!(starts.len() >= 20);
-    let device = Device::flex();
+    let device = Device::default();
     device.seed(5);
     for start in starts.iter().filter(|start| start.changes_weight) {
         let kind = if start.use_rslora { "rslora" } else { "lora" };
@@ -86,7 +86,7 @@ fn an_embedding_starts_as_ever() {
     struct Net {
         embed: LoraEmbedding,
     }
-    let device = Device::flex();
+    let device = Device::default();
     for start in ["pissa", "olora"] {
         let mut net = Net { embed: EmbeddingConfig::new(7, 5).init(&device).into() };
         let config = LoraConfig::new(2).with_init_lora_weights(init(start)).with_target_modules(["embed"]);
@@ -112,7 +112,7 @@ fn an_embedding_starts_as_ever() {
 fn training_from_the_start_follows_peft() {
     for case in CASES {
         let fixture = Fixture::open(case);
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let facts = read_json(&fixture.directory.join("expected.json"))["start"].clone();
         let training: Training = serde_json::from_value(facts).unwrap();
         let batch = fixture.batch(PaddingSide::Right, &device);
@@ -146,7 +146,7 @@ fn training_from_the_start_follows_peft() {
 fn an_adapter_that_was_not_converted_is_the_one_that_was() {
     for case in CASES {
         let fixture = Fixture::open(case);
-        let device = Device::flex();
+        let device = Device::default();
         let batch = fixture.batch(PaddingSide::Right, &device);
         let mut model = load_base("gqa-tied", &device);
         model.load_adapter("default", fixture.directory.join("raw")).unwrap();
@@ -172,7 +172,7 @@ fn an_adapter_that_was_not_converted_is_the_one_that_was() {
 
 #[test]
 fn orthogonal_factors_have_no_product_and_are_not_zero() {
-    let device = Device::flex();
+    let device = Device::default();
     device.seed(11);
     let mut model = One::new(TensorData::new(vec![0.5f32; 40 * 24], [40, 24]), &device);
     let config = LoraConfig::new(6)
@@ -199,7 +199,7 @@ fn orthogonal_factors_have_no_product_and_are_not_zero() {
 /// At the size of a real layer: the product is the best approximation there is, by its own defining property.
 #[test]
 fn the_leading_triplets_of_a_large_weight_are_found() {
-    let device = Device::flex();
+    let device = Device::default();
     device.seed(3);
     let (d_in, d_out, r) = (512, 1536, 16);
     let weight = Tensor::<2>::random([d_in, d_out], Distribution::Normal(0.0, 0.02), &device);
@@ -221,7 +221,7 @@ fn the_leading_triplets_of_a_large_weight_are_found() {
 /// In peft the start is a part of the base, and dropout acts on the adapter's input alone.
 #[test]
 fn dropout_leaves_the_start_in_the_base() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     for use_dora in [false, true] {
         device.seed(4);
         let mut model = One::new(TensorData::new(vec![1.0f32, 0.0, 0.0, 1.0], [2, 2]), &device);
@@ -245,7 +245,7 @@ fn dropout_leaves_the_start_in_the_base() {
 
 #[test]
 fn a_model_made_trainable_does_not_train_the_start() {
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     for dora in [false, true] {
         let weight: Vec<f32> = (0..12).map(|i| (i as f32).sin()).collect();
         let mut model = One::new(TensorData::new(weight, [4, 3]), &device);
@@ -265,7 +265,7 @@ fn a_model_made_trainable_does_not_train_the_start() {
 
 #[test]
 fn dora_from_a_start_is_saved_and_loaded() {
-    let device = Device::flex();
+    let device = Device::default();
     device.seed(6);
     let weight = Tensor::<2>::random([9, 7], Distribution::Normal(0.0, 1.0), &device).into_data();
     let x = Tensor::<2>::random([4, 9], Distribution::Normal(0.0, 1.0), &device);
@@ -300,7 +300,7 @@ fn dora_from_a_start_is_saved_and_loaded() {
 
 #[test]
 fn weights_that_cannot_be_decomposed_are_refused() {
-    let device = Device::flex();
+    let device = Device::default();
     let mut values = vec![0.5f32; 12];
     values[5] = f32::NAN;
     for start in [InitLoraWeights::Pissa, InitLoraWeights::Olora, InitLoraWeights::PissaNiter(2)] {

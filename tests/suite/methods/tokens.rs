@@ -14,7 +14,7 @@ fn config(indices: impl Into<TokenIndices>) -> LoraConfig {
 
 #[test]
 fn what_cannot_be_is_refused_by_name() {
-    let mut model = load_base("mha-biased", &Device::flex());
+    let mut model = load_base("mha-biased", &Device::default());
     let mut message = |config: LoraConfig| {
         let error = model.add_adapter("default", &config).unwrap_err();
         assert!(
@@ -51,7 +51,7 @@ fn what_cannot_be_is_refused_by_name() {
 
 #[test]
 fn two_adapters_with_tokens_of_one_table_are_not_active_together() {
-    let mut model = load_base("mha-biased", &Device::flex());
+    let mut model = load_base("mha-biased", &Device::default());
     model.add_adapter("one", config([5])).unwrap();
     model.add_adapter("two", config([7])).unwrap();
     let error = model.set_adapter(&["one", "two"]).unwrap_err();
@@ -63,7 +63,7 @@ fn two_adapters_with_tokens_of_one_table_are_not_active_together() {
 
 #[test]
 fn rows_of_a_batch_can_have_tokens_of_their_own_where_the_output_layer_has_its_own_weight() {
-    let device = Device::flex();
+    let device = Device::default();
     let fixture = Fixture::open("mha-biased-tokens-both");
     let model = load_adapted(&fixture, &device);
     let batch = fixture.batch(PaddingSide::Right, &device);
@@ -89,7 +89,7 @@ fn rows_of_a_batch_can_have_tokens_of_their_own_where_the_output_layer_has_its_o
 
 #[test]
 fn merged_tokens_stay_tied() {
-    let device = Device::flex();
+    let device = Device::default();
     for case in ["gqa-tied-tokens", "gqa-tied-tokens-tied"] {
         let fixture = Fixture::open(case);
         let mut model = load_adapted(&fixture, &device);
@@ -104,7 +104,7 @@ fn merged_tokens_stay_tied() {
 fn merged_tokens_are_not_trained() {
     use burn::optim::GradientsParams;
     use burn_peft_tests::parameters::gradients;
-    let device = Device::flex().autodiff();
+    let device = Device::default().autodiff();
     let fixture = Fixture::open("gqa-tied-tokens");
     let mut model = load_adapted(&fixture, &device);
     model.add_adapter("other", LoraConfig::new(2).with_target_modules(["o_proj"])).unwrap();

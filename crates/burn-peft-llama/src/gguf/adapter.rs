@@ -283,7 +283,7 @@ mod tests {
         let (base, path) = (place.path().join("base"), place.path().join("it"));
         let sizes = LlamaConfig { attention_bias: true, ..LlamaConfig::new(11, 32, 2) };
         let sizes = sizes.with_heads(4, 2).with_tie_word_embeddings(tied);
-        let mut model = sizes.init(&Device::flex());
+        let mut model = sizes.init(&Device::default());
         model.save_pretrained(&base).unwrap();
         model.add_adapter("default", config.clone().with_init_lora_weights(InitLoraWeights::Random)).unwrap();
         model.save_adapter("default", &path).unwrap();
@@ -449,7 +449,7 @@ mod tests {
         let config = LoraConfig::new(2).with_target_modules(["k_proj"]);
         let (_place, _, adapter) = directories(false, &config);
         let other = tempfile::tempdir().unwrap();
-        let model = LlamaConfig::new(11, 32, 1).with_heads(4, 4).init(&Device::flex());
+        let model = LlamaConfig::new(11, 32, 1).with_heads(4, 4).init(&Device::default());
         model.save_pretrained(other.path()).unwrap();
         let text = GgufAdapter::new(other.path(), adapter).unwrap_err().to_string();
         let expected = "`model.layers.0.self_attn.k_proj`: expected 32 inputs and 32 outputs as in the model, found 32 and 16";

@@ -231,7 +231,7 @@ mod tests {
 
     fn directory(config: &LlamaConfig) -> tempfile::TempDir {
         let place = tempfile::tempdir().unwrap();
-        config.init(&Device::flex()).save_pretrained(place.path()).unwrap();
+        config.init(&Device::default()).save_pretrained(place.path()).unwrap();
         chatml().save(place.path()).unwrap();
         place
     }
@@ -242,7 +242,7 @@ mod tests {
         let scaled = sizes.clone().with_rope(RopeConfig::new(500.0).with_scaling(LLAMA3));
         for (config, scaled) in [(sizes.with_tie_word_embeddings(true), false), (scaled, true)] {
             let place = directory(&config);
-            let model = GgufModel::open(place.path(), &Device::flex()).unwrap();
+            let model = GgufModel::open(place.path(), &Device::default()).unwrap();
             let names: Vec<&str> = model.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
             assert_eq!(names.contains(&"output.weight"), !config.tie_word_embeddings, "{names:?}");
             assert_eq!(model.is_tied(), config.tie_word_embeddings);
@@ -264,25 +264,25 @@ mod tests {
         let base = directory(&LlamaConfig::new(300, 32, 1).with_heads(4, 2));
         let place = tempfile::tempdir().unwrap();
         let [adapter, merged] = ["adapter", "merged"].map(|name| place.path().join(name));
-        let mut model = LlamaForCausalLm::from_pretrained(base.path(), &Device::flex()).unwrap();
+        let mut model = LlamaForCausalLm::from_pretrained(base.path(), &Device::default()).unwrap();
         let config = LoraConfig::new(2)
             .with_init_lora_weights(InitLoraWeights::Random)
             .with_target_modules(["q_proj", "down_proj"]);
         model.add_adapter("default", &config).unwrap();
         model.save_adapter("default", &adapter).unwrap();
         let adapters = [(&adapter, 1.0)];
-        crate::merge_directory(base.path(), &adapters, None, &merged, &Device::flex()).unwrap();
+        crate::merge_directory(base.path(), &adapters, None, &merged, &Device::default()).unwrap();
         fs::rename(&merged, place.path().join("base")).unwrap();
         let files = ["one.gguf", "two.gguf"].map(|name| place.path().join(name));
-        let (mut one, report) = GgufModel::merged(base.path(), &adapters, &Device::flex()).unwrap();
+        let (mut one, report) = GgufModel::merged(base.path(), &adapters, &Device::default()).unwrap();
         assert_eq!(report.parameters.len(), 2);
         one.name = "base".to_string();
         one.write(&files[0], GgufType::F16, |_, _| {}).unwrap();
-        let two = GgufModel::open(place.path().join("base"), &Device::flex()).unwrap();
+        let two = GgufModel::open(place.path().join("base"), &Device::default()).unwrap();
         two.write(&files[1], GgufType::F16, |_, _| {}).unwrap();
         let [one, two] = files.map(|file| fs::read(file).unwrap());
         assert!(one == two);
-        let plain = GgufModel::open(base.path(), &Device::flex()).unwrap();
+        let plain = GgufModel::open(base.path(), &Device::default()).unwrap();
         let plain = plain.write(place.path().join("plain.gguf"), GgufType::F16, |_, _| {}).unwrap();
         assert!(plain.abs_diff(one.len() as u64) <= 32, "only the name is longer");
     }
@@ -293,7 +293,7 @@ mod tests {
         let scaled = qwen.clone().with_rope(RopeConfig::new(500.0).with_scaling(LLAMA3));
         let wide = LlamaConfig { head_dim: 10, ..qwen.clone() };
         let refused = |config: &LlamaConfig| {
-            GgufModel::open(directory(config).path(), &Device::flex()).err().map(|error| error.to_string())
+            GgufModel::open(directory(config).path(), &Device::default()).err().map(|error| error.to_string())
         };
         assert!(refused(&scaled).unwrap().contains("`rope_type`: expected `default`"));
         assert!(

@@ -69,7 +69,7 @@ mod tests {
         let config = LlamaConfig { attention_bias: true, mlp_bias: true, ..LlamaConfig::new(11, 32, 2) };
         let config = LlamaConfig { head_dim: 10, ..config.with_heads(4, 2) };
         let mut names = std::collections::BTreeSet::new();
-        for found in parameters(&config.init(&Device::flex())) {
+        for found in parameters(&config.init(&Device::default())) {
             let name = parameter(&found.name).unwrap();
             assert!(names.insert(name.clone()), "{name}");
             if let [rows, columns] = found.shape[..] {

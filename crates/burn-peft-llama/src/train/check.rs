@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(option(config().with_batch_size(0)), "batch_size");
         assert_eq!(option(config().with_epochs(0)), "epochs");
         assert_eq!(option(config().with_learning_rate(f64::NAN)), "learning_rate");
-        let plain = fit(Bigram::new(&Device::flex()), &examples(), config()).unwrap_err().to_string();
+        let plain = fit(Bigram::new(&Device::default()), &examples(), config()).unwrap_err().to_string();
         assert!(plain.contains("autodiff()"), "{plain}");
         let frozen = fit(model().no_grad(), &examples(), config()).unwrap_err().to_string();
         assert!(frozen.contains("frozen"), "{frozen}");

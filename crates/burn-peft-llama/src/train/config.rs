@@ -156,7 +156,7 @@ mod tests {
             let mut optimizer = config().with_weight_decay(decay).optimizer(None);
             for g in gradients {
                 let mut grads = GradientsParams::new();
-                let plain = Device::flex();
+                let plain = Device::default();
                 grads.register(model.head.weight.id, Tensor::<2>::full([6, 8], g, &plain));
                 grads.register(model.head.bias.as_ref().unwrap().id, Tensor::<1>::full([8], g, &plain));
                 model = optimizer.step(0.1, model, grads);

@@ -46,7 +46,7 @@ mod tests {
     fn the_mean_of_many_batches_is_that_in_f64() {
         let mut mean = MeanLoss::default();
         for _ in 0..5_000 {
-            mean.add((Tensor::from_data([0.1_f32], &Device::flex()), 2));
+            mean.add((Tensor::from_data([0.1_f32], &Device::default()), 2));
         }
         let found = mean.take().unwrap().unwrap();
         // One after the other, the sum would be 1.4e-5 off.

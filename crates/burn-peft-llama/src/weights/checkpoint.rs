@@ -161,7 +161,7 @@ pub(super) mod tests {
             }
         }
         write(&path, &tensors, Dtype::F32);
-        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
         let text = error.to_string();
         let LlamaError::Weights { problems, .. } = error else { panic!("{text}") };
         assert_eq!(problems.len(), 3, "{text}");
@@ -175,7 +175,7 @@ pub(super) mod tests {
         }
         tensors.retain(|tensor| tensor.0 == "model.norm.weight");
         write(&path, &tensors, Dtype::I32);
-        let text = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err().to_string();
+        let text = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err().to_string();
         assert!(text.contains("`model.norm.weight`: expected f32, f16 or bf16, found I32"), "{text}");
         assert!(text.contains("and ") && text.contains(" more"), "{text}");
     }
@@ -187,7 +187,7 @@ pub(super) mod tests {
         let mut tensors = read(&path);
         tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_string(), vec![1], vec![9.0]));
         write(&path, &tensors, Dtype::F32);
-        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap();
+        let loaded = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap();
         assert_eq!(logits(&loaded), logits(&model));
     }
 
@@ -197,7 +197,7 @@ pub(super) mod tests {
         let path = dir.path().join(WEIGHTS_FILE);
         let load = |tensors: &[(String, Vec<usize>, Vec<f32>)], dtype: Dtype| {
             write(&path, tensors, dtype);
-            LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex())
+            LlamaForCausalLm::from_pretrained(dir.path(), &Device::default())
         };
         let tensors = read(&path);
         let embedding = tensors.iter().position(|tensor| tensor.0 == EMBEDDING).unwrap();
@@ -231,7 +231,7 @@ pub(super) mod tests {
             }
             let again = tempfile::tempdir().unwrap();
             own.save_pretrained(again.path()).unwrap();
-            let again = LlamaForCausalLm::from_pretrained(again.path(), &Device::flex()).unwrap();
+            let again = LlamaForCausalLm::from_pretrained(again.path(), &Device::default()).unwrap();
             assert_eq!(logits(&again), logits(&own));
         }
 
@@ -255,7 +255,7 @@ pub(super) mod tests {
         let bytes = fs::read(&path).unwrap();
         let load = |bytes: &[u8]| {
             fs::write(&path, bytes).unwrap();
-            LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err()
+            LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err()
         };
         assert!(matches!(
             load(&bytes[..bytes.len() - 1]),
@@ -280,10 +280,10 @@ pub(super) mod tests {
             assert!(matches!(&error, LlamaError::WrongFile { found: it, .. } if *it == found), "{error}");
         }
         fs::remove_file(&path).unwrap();
-        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
         assert!(error.to_string().contains("hint: expected weights as"), "{error}");
         fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
-        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::flex()).unwrap_err();
+        let error = LlamaForCausalLm::from_pretrained(dir.path(), &Device::default()).unwrap_err();
         assert!(error.to_string().contains("hint: there are PyTorch's weights only"), "{error}");
     }
 }

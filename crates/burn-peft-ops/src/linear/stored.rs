@@ -63,15 +63,17 @@ impl Number for f16 {
 
 impl Number for bf16 {
     fn read<'a>(of: Stored<'a, Self>, part: Part, buffer: &'a mut Vec<f32>) -> Matrix<'a> {
-        of.widened(part, buffer, |stored, numbers| {
-            vectorised(|| {
-                for (number, stored) in numbers.iter_mut().zip(stored) {
-                    // bf16 is the upper half of f32.
-                    *number = f32::from_bits(u32::from(stored.to_bits()) << 16);
-                }
-            });
-        })
+        of.widened(part, buffer, widen)
     }
+}
+
+pub(super) fn widen(stored: &[bf16], numbers: &mut [f32]) {
+    vectorised(|| {
+        for (number, stored) in numbers.iter_mut().zip(stored) {
+            // bf16 is the upper half of f32.
+            *number = f32::from_bits(u32::from(stored.to_bits()) << 16);
+        }
+    });
 }
 
 impl<E: Number> Stored<'_, E> {
