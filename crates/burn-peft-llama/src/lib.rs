@@ -74,6 +74,7 @@ mod file;
 mod generate;
 mod gguf;
 mod gradient;
+mod gradient_checkpointing;
 mod head;
 #[cfg(feature = "hub")]
 mod hub;

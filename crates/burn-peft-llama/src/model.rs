@@ -11,9 +11,12 @@ use crate::batch::{Batch, PaddingSide};
 use crate::block::LlamaBlock;
 use crate::cache::KvCache;
 use crate::config::LlamaConfig;
+use crate::gradient_checkpointing;
 use crate::head::{Head, Picked};
 use crate::loss::mean_cross_entropy;
 use crate::norm::RmsNorm;
+use crate::packing::PackedBatch;
+use crate::parameters::parameters;
 use crate::rope::Rope;
 use crate::source::{Fresh, Kind, Source};
 
@@ -45,6 +48,8 @@ pub struct LlamaForCausalLm {
     pub lm_head: Option<LoraLinear>,
     #[module(skip)]
     config: LlamaConfig,
+    #[module(skip)]
+    is_gradient_checkpointing: bool,
 }
 
 impl LlamaConfig {
@@ -68,7 +73,7 @@ impl LlamaForCausalLm {
         let shape = [config.hidden_size, config.vocab_size];
         let lm_head =
             if config.tie_word_embeddings { None } else { Some(from.layer("lm_head", shape, false)?) };
-        Ok(Self { model, lm_head, config: config.clone() })
+        Ok(Self { model, lm_head, config: config.clone(), is_gradient_checkpointing: false })
     }
 
     /// The hyperparameters.
@@ -147,27 +152,38 @@ impl LlamaForCausalLm {
 
     /// The hidden states at the labelled positions of `batch`.
     pub(crate) fn labelled(&self, batch: &Batch) -> Picked {
-        // Adapters of rows need the rows.
-        let packed = batch.packed.as_ref().filter(|_| self.batch_rows().is_none());
-        let (hidden, positions) = match packed {
-            Some(packed) => {
-                let mask = CausalMask::of_tree(packed.tree.clone());
-                (self.model.forward(packed.input_ids.clone(), mask, None), &packed.positions)
-            }
-            None => {
-                let mask = match batch.padding_side {
-                    PaddingSide::Right => None,
-                    PaddingSide::Left => Some(batch.attention_mask.clone()),
-                };
-                (self.hidden_states(batch.input_ids.clone(), mask), &batch.positions)
-            }
-        };
+        let (ids, mask) = self.input_of(batch);
+        self.pick(self.model.forward(ids, mask, None), batch)
+    }
+
+    /// The tokens that are computed for a batch, and which of them see which.
+    pub(crate) fn input_of(&self, batch: &Batch) -> (Tensor<2, Int>, CausalMask) {
+        if let Some(packed) = self.packed(batch) {
+            return (packed.input_ids.clone(), CausalMask::of_tree(packed.tree.clone()));
+        }
         let [_, s] = batch.shape();
+        let mask = CausalMask::new(s, s);
+        let mask = match batch.padding_side {
+            PaddingSide::Right => mask,
+            PaddingSide::Left => mask.with_tokens(batch.attention_mask.clone()),
+        };
+        (batch.input_ids.clone(), mask)
+    }
+
+    /// The hidden states at the labelled positions, of those of [`input_of`](Self::input_of).
+    pub(crate) fn pick(&self, hidden: Tensor<3>, batch: &Batch) -> Picked {
+        let [_, s] = batch.shape();
+        let positions = self.packed(batch).map_or(&batch.positions, |packed| &packed.positions);
         let hidden: Tensor<2> = hidden.flatten(0, 1);
         Picked {
             hidden: hidden.select(0, positions.clone()),
             rows: batch.positions.clone().div_scalar(s as i64),
         }
+    }
+
+    /// The batch in one row, unless adapters of rows need the rows.
+    fn packed<'a>(&self, batch: &'a Batch) -> Option<&'a PackedBatch> {
+        batch.packed.as_ref().filter(|_| self.batch_rows().is_none())
     }
 
     /// Mean cross-entropy at the labelled positions, `mean(log Σ exp(logits) - logits[target])`, in nats.
@@ -187,7 +203,26 @@ impl LlamaForCausalLm {
     /// As [`forward`](Self::forward), if a position or target is out of range, and if the batch has no label.
     /// [`Collator::collate`](crate::Collator::collate) makes no such batch.
     pub fn loss(&self, batch: &Batch) -> Tensor<1> {
+        if self.is_gradient_checkpointing && parameters(self).iter().any(|parameter| parameter.trained) {
+            return gradient_checkpointing::loss(self, batch);
+        }
         mean_cross_entropy(self.head(), self.config.vocab_size, &self.labelled(batch), &batch.targets)
+    }
+
+    /// Lets [`loss`](Self::loss) keep the input of each block alone and compute everything else of a block again when its
+    /// gradients are needed (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): less memory for a second
+    /// forward pass. Off by default. transformers has `gradient_checkpointing_enable`.
+    ///
+    /// `loss` then computes the gradients as well, and what it returns has them ready for `backward`. Without dropout, loss
+    /// and gradients are the same to the last bit, as long as the loss is not scaled before `backward`. With dropout, the
+    /// masks are others, drawn from a seed that the device gives.
+    pub fn set_gradient_checkpointing(&mut self, enabled: bool) {
+        self.is_gradient_checkpointing = enabled;
+    }
+
+    /// Whether [`set_gradient_checkpointing`](Self::set_gradient_checkpointing) is on.
+    pub fn is_gradient_checkpointing(&self) -> bool {
+        self.is_gradient_checkpointing
     }
 
     /// Gives the output layer a weight of its own, a copy of the embedding table, if it has none. Adapting or
@@ -252,21 +287,31 @@ impl Llama {
         mask: CausalMask,
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let (s, device) = (input_ids.dims()[1], input_ids.device());
-        let x = self.embed_tokens.forward(input_ids);
-        let dtype = activation_dtype(&x);
-        let mut x = cast(x, dtype);
+        let mut x = embed(&self.embed_tokens, input_ids);
         let start = cache.as_ref().map_or(0, |cache| cache.length());
-        let tables = match mask.tree() {
-            Some(tree) => self.rope.tables(0..tree.longest(), &device, x.dtype()).of(tree.position_ids()),
-            None => self.rope.tables(start..start + s, &device, x.dtype()),
-        };
-        let context = Context { tables, mask };
+        let context = self.context(&x, start, mask);
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(x, &context, cache.as_mut().map(|cache| &mut cache.layers[i]));
         }
         self.norm.forward(x)
     }
+
+    /// What all blocks read beside their input `x`, whose first token is at the position `start`.
+    pub(crate) fn context(&self, x: &Tensor<3>, start: usize, mask: CausalMask) -> Context {
+        let ([_, s, _], device) = (x.dims(), x.device());
+        let tables = match mask.tree() {
+            Some(tree) => self.rope.tables(0..tree.longest(), &device, x.dtype()).of(tree.position_ids()),
+            None => self.rope.tables(start..start + s, &device, x.dtype()),
+        };
+        Context { tables, mask }
+    }
+}
+
+/// What the first block reads, `[b, s]` to `[b, s, hidden_size]`.
+pub(crate) fn embed(tokens: &LoraEmbedding, input_ids: Tensor<2, Int>) -> Tensor<3> {
+    let x = tokens.forward(input_ids);
+    let dtype = activation_dtype(&x);
+    cast(x, dtype)
 }
 
 #[cfg(test)]

@@ -3,9 +3,58 @@
 #[cfg(feature = "flex")]
 mod flex;
 
-use burn::tensor::{DType, Distribution, Tensor};
+use std::cell::Cell;
+
+use burn::tensor::{DType, Device, Distribution, Tensor};
 
 use crate::linear;
+
+thread_local! {
+    static NEXT_SEED: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// Runs `f`, within which this thread's dropout depends on `seed` alone: the second time, it drops the same.
+///
+/// Burn's CPU backend (Flex) takes its random bits from the seed. On other backends, each dropout seeds the generator of the
+/// device first, which threads that use the device at the same time can interfere with.
+///
+/// # Example
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use burn_peft_ops::{with_dropout_seed, zero_some};
+///
+/// let x = Tensor::<1>::ones([1000], &Device::flex());
+/// let dropped = || with_dropout_seed(7, || zero_some(x.clone(), 0.5)).into_data();
+/// assert_eq!(dropped(), dropped());
+/// ```
+pub fn with_dropout_seed<R>(seed: u64, f: impl FnOnce() -> R) -> R {
+    struct Before(Option<u64>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            NEXT_SEED.set(self.0);
+        }
+    }
+    let _before = Before(NEXT_SEED.replace(Some(seed)));
+    f()
+}
+
+/// The seed of the next dropout, if it is not the device that decides.
+fn next_seed() -> Option<u64> {
+    let seed = NEXT_SEED.get()?;
+    // The generator of G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
+    let next = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    NEXT_SEED.set(Some(next));
+    let mixed = (next ^ (next >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    Some(mixed ^ (mixed >> 31))
+}
+
+/// A seed from the generator of the device.
+pub fn seed_of(device: &Device) -> u64 {
+    let drawn = Tensor::<1>::random([3], Distribution::Default, (device, DType::F32)).into_data();
+    // Each has 24 random bits.
+    drawn.iter::<f32>().fold(0, |seed, x| (seed << 21) ^ (x * 16_777_216.0) as u64)
+}
 
 /// `x` with each element replaced by 0 with probability `prob`, the others as they were.
 ///
@@ -21,6 +70,9 @@ pub fn zero_some<const D: usize>(x: Tensor<D>, prob: f64) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x) {
         return flex::zero_some(x, prob);
+    }
+    if let Some(seed) = next_seed() {
+        x.device().seed(seed);
     }
     let uniform = Tensor::<D>::random(x.shape(), Distribution::Default, (&x.device(), DType::F32));
     x.mask_fill(uniform.lower_elem(prob), 0.0)
@@ -70,6 +122,21 @@ mod tests {
             }
             assert!((0.55..0.65).contains(&(kept as f64 / 72_100.0)), "{kept}");
         }
+    }
+
+    #[test]
+    fn a_seed_decides_what_is_dropped() {
+        let x = |dtype| Tensor::<1>::ones([1000], (&Device::flex().autodiff(), dtype));
+        let drop = |dtype| zero_some(x(dtype), 0.5).into_data();
+        let two = |seed, dtype| with_dropout_seed(seed, || [drop(dtype), drop(dtype)]);
+        let [first, second] = two(3, DType::F32);
+        let nested =
+            with_dropout_seed(3, || [drop(DType::F32), two(9, DType::F32)[0].clone(), drop(DType::F32)]);
+        assert_eq!([&nested[0], &nested[2]], [&first, &second]);
+        assert!(first != second && first != nested[1] && first != two(4, DType::F32)[0]);
+        assert_ne!(drop(DType::F32), drop(DType::F32));
+        // Composed, it is the device that draws, for other tests at the same time as well.
+        assert!((0..50).any(|_| two(3, DType::F64) == two(3, DType::F64)));
     }
 
     #[test]

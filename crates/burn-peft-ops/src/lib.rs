@@ -7,7 +7,7 @@
 //! | function | what | paper or origin |
 //! |---|---|---|
 //! | [`linear`] | `x W + b`, made for a `W` that is not trained, also of one in 16 bits; [`in_full_precision`] | |
-//! | [`zero_some`], [`dropped_product`] | dropout, and dropout before a product | Srivastava et al. 2014 |
+//! | [`zero_some`], [`dropped_product`] | dropout, and dropout before a product; [`with_dropout_seed`] | Srivastava et al. 2014 |
 //! | [`rms_norm`] | `x / sqrt(mean(x²) + ε) * weight` | Zhang and Sennrich 2019 |
 //! | [`swiglu`] | `silu(gate) * up` | Shazeer 2020 |
 //! | [`rotate`] | rotary position embeddings | Su et al. 2021 |
@@ -47,7 +47,7 @@ use burn::tensor::{DType, Device, Tensor};
 pub use attention::attention;
 pub use causal_mask::CausalMask;
 pub use cross_entropy::{cross_entropy, cross_entropy_of_frozen};
-pub use dropout::{dropped_product, zero_some};
+pub use dropout::{dropped_product, seed_of, with_dropout_seed, zero_some};
 pub use linear::{WIDENED_AT_ONCE, activation_dtype, in_full_precision, linear};
 pub use rms_norm::rms_norm;
 pub use rope::rotate;

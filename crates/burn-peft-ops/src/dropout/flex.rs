@@ -7,11 +7,12 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{DType, Distribution, Tensor};
+use burn::tensor::Tensor;
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::{next_seed, seed_of};
 use crate::flex::{Matrix, contiguous, is_readable, numbers, numbers_mut, strided, tensor, vectorised};
 
 /// Elements that have a generator of their own, so that the bits do not depend on the number of threads.
@@ -69,13 +70,8 @@ struct Dropped {
 }
 
 impl Dropped {
-    /// A new draw from the generator of the device of `x`.
     fn new<const D: usize>(x: &Tensor<D>, prob: f64) -> Self {
-        let options = (&x.device().inner(), DType::F32);
-        let drawn = Tensor::<1>::random([3], Distribution::Default, options).into_data();
-        // Each has 24 random bits.
-        let seed = drawn.iter::<f32>().fold(0, |seed, x| (seed << 21) ^ (x * 16_777_216.0) as u64);
-        Self::with_seed(prob, seed)
+        Self::with_seed(prob, next_seed().unwrap_or_else(|| seed_of(&x.device().inner())))
     }
 
     fn with_seed(prob: f64, seed: u64) -> Self {

@@ -1,0 +1,231 @@
+//! The loss of a model that keeps the input of each block alone, and computes the block again for its gradients.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{DType, Tensor};
+use burn_peft::{LoraEmbedding, PeftModel};
+use burn_peft_ops::{cast, on_kind_of, seed_of, with_dropout_seed};
+
+use crate::batch::Batch;
+use crate::loss::mean_cross_entropy;
+use crate::model::{LlamaForCausalLm, embed};
+use crate::parameters::parameters;
+
+/// [`LlamaForCausalLm::loss`] of a model in which something is trained.
+pub(crate) fn loss(model: &LlamaForCausalLm, batch: &Batch) -> Tensor<1> {
+    let has_dropout = model.adapters().iter().any(|adapter| {
+        adapter.active && adapter.config.as_lora().is_some_and(|lora| lora.lora_dropout > 0.0)
+    });
+    let seed = if has_dropout { seed_of(&batch.input_ids.device().inner()) } else { 0 };
+    seeded(model, batch, seed)
+}
+
+/// `seed` decides what dropout drops.
+fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
+    let llama = &model.model;
+    let stage = |i: usize| seed ^ (i as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let below_blocks = |embed_tokens: &LoraEmbedding| {
+        let ids = model.input_of(batch).0;
+        with_dropout_seed(stage(0), || embed(embed_tokens, ids))
+    };
+
+    // Without a graph, but on the kind of device on which adapters have dropout.
+    let mut x = below_blocks(&llama.embed_tokens.clone().no_grad());
+    let context = llama.context(&x, 0, model.input_of(batch).1);
+    let block = |i: usize, frozen: bool, x: Tensor<3>| {
+        let block = &llama.layers[i];
+        with_dropout_seed(stage(i + 1), || match frozen {
+            true => block.clone().no_grad().forward(x, &context, None),
+            false => block.forward(x, &context, None),
+        })
+    };
+    let mut inputs = vec![];
+    for i in 0..llama.layers.len() {
+        inputs.push(x.clone());
+        x = block(i, true, x);
+    }
+
+    let mut gradients = GradientsAccumulator::new();
+    let x = x.require_grad();
+    let picked = model.pick(llama.norm.forward(x.clone()), batch);
+    let loss = mean_cross_entropy(model.head(), model.config().vocab_size, &picked, &batch.targets);
+    drop(picked);
+    let mut dy = backward(loss.clone(), Some(&x), model, &mut gradients);
+    drop(x);
+    let reads_trained = is_trained(&llama.embed_tokens);
+    let first = if reads_trained { Some(0) } else { llama.layers.iter().position(is_trained) };
+    for i in (first.unwrap_or(inputs.len())..inputs.len()).rev() {
+        let Some(x) = inputs.pop() else { break };
+        // Below the first, nothing needs a gradient.
+        let x = if Some(i) == first && !reads_trained { x } else { x.require_grad() };
+        let y = block(i, false, x.clone());
+        dy = dy.and_then(|dy| backward(along(y, dy), Some(&x), model, &mut gradients));
+    }
+    if let Some(dy) = dy.filter(|_| reads_trained) {
+        backward(along(below_blocks(&llama.embed_tokens), dy), None, model, &mut gradients);
+    }
+    with_gradients(loss, model, gradients.grads())
+}
+
+/// A number whose gradient with respect to `y` is `dy`.
+fn along(y: Tensor<3>, dy: Tensor<3>) -> Tensor<1> {
+    let dy = on_kind_of(dy, &y.device());
+    (y * dy).sum()
+}
+
+/// Adds the gradients of the parameters up, and returns that of `x`, which has no graph.
+fn backward(
+    y: Tensor<1>,
+    x: Option<&Tensor<3>>,
+    model: &LlamaForCausalLm,
+    gradients: &mut GradientsAccumulator<LlamaForCausalLm>,
+) -> Option<Tensor<3>> {
+    let mut found = y.backward();
+    let dx = x.and_then(|x| x.grad_remove(&mut found));
+    gradients.accumulate(model, GradientsParams::from_grads(found, model));
+    dx
+}
+
+fn is_trained<M: Module>(module: &M) -> bool {
+    parameters(module).iter().any(|parameter| parameter.trained)
+}
+
+/// A tensor of the value of `loss` whose gradients with respect to the parameters of `model` are `gradients`.
+fn with_gradients(loss: Tensor<1>, model: &LlamaForCausalLm, gradients: GradientsParams) -> Tensor<1> {
+    struct Sum {
+        gradients: GradientsParams,
+        sum: Option<Tensor<1>>,
+    }
+    impl ModuleVisitor for Sum {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
+            let value = param.base();
+            let gradient = on_kind_of(gradient, &value.device());
+            // In f32, because a sum that overflows would turn the zero below into `inf - inf`.
+            let of_this = (cast(value, DType::F32) * cast(gradient, DType::F32)).sum();
+            self.sum = Some(match self.sum.take() {
+                Some(sum) => sum + of_this,
+                None => of_this,
+            });
+        }
+    }
+    let mut visitor = Sum { gradients, sum: None };
+    model.visit(&mut visitor);
+    let loss = loss.detach();
+    match visitor.sum {
+        Some(sum) => loss + (sum.clone() - sum.detach()),
+        None => loss,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use burn_peft::{InitLoraWeights, LoraConfig};
+
+    use super::*;
+    use crate::batch::Collator;
+    use crate::conversation::Example;
+    use crate::packing::Packing;
+    use crate::testing::{model, values};
+
+    fn batch(device: &Device, packing: Packing) -> Batch {
+        let examples = [
+            Example { input_ids: vec![1, 2, 3, 4], labels: vec![-100, -100, 3, 4] },
+            Example { input_ids: vec![1, 2, 6], labels: vec![-100, -100, 6] },
+            Example { input_ids: vec![1, 2, 5, 7], labels: vec![-100, -100, 5, 7] },
+        ];
+        Collator::new(0).with_packing(packing).collate(&examples, device).unwrap()
+    }
+
+    /// Loss and gradients of all parameters, in order of visit.
+    fn gradients(model: &LlamaForCausalLm, loss: Tensor<1>) -> (Vec<f32>, Vec<Vec<f32>>) {
+        struct Read(GradientsParams, Vec<Vec<f32>>);
+        impl ModuleVisitor for Read {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                self.1.extend(self.0.get::<D>(param.id).map(values));
+            }
+        }
+        let value = values(loss.clone().inner());
+        let mut read = Read(GradientsParams::from_grads(loss.backward(), model), vec![]);
+        model.visit(&mut read);
+        (value, read.1)
+    }
+
+    fn config<const N: usize>(targets: [&str; N]) -> LoraConfig {
+        LoraConfig::new(2).with_target_modules(targets).with_init_lora_weights(InitLoraWeights::Random)
+    }
+
+    /// What is trained: everything, adapters of several kinds, in all blocks and in one, the ends as well.
+    #[test]
+    fn loss_and_gradients_are_the_same_to_the_last_bit() {
+        let linear = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"];
+        let adapters: [Option<LoraConfig>; 6] = [
+            None,
+            Some(config(linear)),
+            Some(config(linear).with_use_dora(true)),
+            Some(config(["q_proj"]).with_layers_to_transform([1])),
+            Some(config(["embed_tokens", "k_proj"])),
+            Some(config(["lm_head"])),
+        ];
+        for device in [Device::default().autodiff(), Device::default().autodiff().gradient_checkpointing()] {
+            for (i, adapter) in adapters.iter().enumerate() {
+                for packing in [Packing::Padded, Packing::SharedPrefix] {
+                    let mut model = model(&device, i != 5);
+                    if let Some(adapter) = adapter {
+                        model.add_adapter("default", adapter).unwrap();
+                    }
+                    let batch = batch(&device, packing);
+                    let expected = gradients(&model, model.loss(&batch));
+                    model.set_gradient_checkpointing(true);
+                    let found = gradients(&model, model.loss(&batch));
+                    assert!(expected.1.iter().flatten().any(|gradient| gradient.abs() > 1e-3));
+                    assert_eq!(found, expected, "{i}, {packing:?}");
+                    let evaluated = model.valid().loss(&batch);
+                    assert!(!evaluated.is_tracked() && values(evaluated) == expected.0);
+                }
+            }
+        }
+    }
+
+    /// The gradient along a direction, against the difference of losses with the same seed.
+    #[test]
+    fn a_block_drops_the_same_the_second_time() {
+        let device = Device::default().autodiff();
+        let mut model = model(&device, true);
+        let linear = ["embed_tokens", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj"];
+        model.add_adapter("default", &config(linear).with_lora_dropout(0.5)).unwrap();
+        let batch = batch(&device, Packing::SharedPrefix);
+        let loss = |model: &LlamaForCausalLm, seed| seeded(model, &batch, seed);
+        let read = |loss: Tensor<1>| f64::from(values(loss.inner())[0]);
+        assert_ne!(read(loss(&model, 1)), read(loss(&model, 2)));
+
+        struct Step(GradientsParams, f64, f64);
+        impl burn::module::ModuleMapper for Step {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                let Some(gradient) = self.0.get::<D>(param.id) else { return param };
+                self.2 += gradient.clone().square().sum().into_scalar::<f64>();
+                let (id, value, mapper) = param.consume();
+                let value = Tensor::from_inner(value.inner() + gradient * self.1).require_grad();
+                Param::from_mapped_value(id, value, mapper)
+            }
+        }
+        let moved = |by: f64| {
+            let gradients = GradientsParams::from_grads(loss(&model, 1).backward(), &model);
+            let mut step = Step(gradients, by, 0.0);
+            let moved = model.clone().map(&mut step);
+            (read(loss(&moved, 1)), step.2)
+        };
+        let ((up, squares), (down, _)) = (moved(1e-4), moved(-1e-4));
+        let slope = (up - down) / 2e-4;
+        assert!((slope / squares - 1.0).abs() < 1e-2, "{slope} {squares}");
+    }
+
+    #[test]
+    fn a_model_without_anything_trained_has_no_graph() {
+        let device = Device::default().autodiff();
+        let mut model = model(&device, true).no_grad();
+        model.set_gradient_checkpointing(true);
+        assert!(!model.loss(&batch(&device, Packing::Padded)).is_tracked());
+    }
+}
