@@ -83,6 +83,9 @@ fn the_estimate_is_near_what_a_step_allocates() {
         ("all parameters", small, None, [4, 64], 4),
         ("weights in bf16", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),
         ("a long prompt that all have", small, Some(all()), [16, 92], 4),
+        ("many blocks", [128, 12, 4, 2, 256, 100], Some(all()), [4, 64], 4),
+        ("many blocks, gradient checkpointing", [128, 12, 4, 2, 256, 100], Some(all()), [4, 64], 4),
+        ("all parameters, gradient checkpointing", small, None, [4, 64], 4),
     ];
     let init = |[d, layers, heads, kv, f, vocabulary]: [usize; 6]| {
         let mut config = LlamaConfig::new(vocabulary, d, layers).with_heads(heads, kv);
@@ -95,7 +98,8 @@ fn the_estimate_is_near_what_a_step_allocates() {
         let empty = ALLOCATOR.current_usage();
         let prefix = if name.contains("prompt") { 70 } else { 0 };
         let dtype = if name.ends_with("bf16") { FloatDType::BF16 } else { FloatDType::F32 };
-        let (model, _) = init(sizes).to_dtype(dtype).unwrap();
+        let (mut model, _) = init(sizes).to_dtype(dtype).unwrap();
+        model.set_gradient_checkpointing(name.ends_with("gradient checkpointing"));
         let (deviation, told) = measure((model, dtype), empty, lora, shape, [labelled, prefix]);
         println!("{name}: {told}");
         assert!(deviation.abs() < 0.05, "{name}: {told}");

@@ -34,6 +34,9 @@ struct Options {
     /// Rank of the adapters, instead of that of the shape
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rank: Option<u32>,
+    /// Computes each block a second time instead of keeping what it computed
+    #[arg(long)]
+    gradient_checkpointing: bool,
     /// How the frozen weights are stored
     #[arg(long, default_value = "f32", value_parser = dtype)]
     dtype: FloatDType,
@@ -81,6 +84,7 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
     shape.batch[1] = options.tokens.map_or(shape.batch[1], |tokens| tokens as usize);
     shape.rank = options.rank.map_or(shape.rank, |rank| rank as usize);
     let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
+    training.set_gradient_checkpointing(options.gradient_checkpointing);
     let weights = Process::now();
     Process::forget_peak();
     for _ in 0..WARM_UP {

@@ -218,6 +218,11 @@ impl Training {
         Self { model, optimizer: AdamWConfig::new().init(), batch }
     }
 
+    /// See [`LlamaForCausalLm::set_gradient_checkpointing`].
+    pub fn set_gradient_checkpointing(&mut self, enabled: bool) {
+        self.model.set_gradient_checkpointing(enabled);
+    }
+
     /// Loss, gradients and an update of AdamW; returns the loss.
     pub fn step(&mut self) -> f64 {
         let loss = self.model.loss(&self.batch);

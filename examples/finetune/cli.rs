@@ -138,6 +138,9 @@ pub struct Args {
     /// How the tokens of a batch lie; losses are the same, but for the masks of dropout
     #[arg(long, value_enum, default_value_t = Rows::SharedPrefix, help_heading = "Computation")]
     pub packing: Rows,
+    /// Computes each block a second time instead of keeping what it computed: much less memory, half as much more time
+    #[arg(long, help_heading = "Computation")]
+    pub gradient_checkpointing: bool,
     /// Floating-point type of the base model; the adapter is trained in f32
     #[arg(long, value_enum, default_value_t = Precision::F32, help_heading = "Computation")]
     pub dtype: Precision,

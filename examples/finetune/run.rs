@@ -79,6 +79,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let collator = Collator::new(pad).with_packing(args.packing.into());
     let data_size = memory::allocated();
     let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
+    model.set_gradient_checkpointing(args.gradient_checkpointing);
     device.seed(args.seed);
     adapt(args, adapter.as_deref(), &mut model)?;
     println!("\n{}", model.trainable_parameters());

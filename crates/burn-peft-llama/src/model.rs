@@ -213,7 +213,8 @@ impl LlamaForCausalLm {
     /// gradients are needed (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): less memory for a second
     /// forward pass. Off by default. transformers has `gradient_checkpointing_enable`.
     ///
-    /// `loss` then computes the gradients as well, and what it returns has them ready for `backward`. Without dropout, loss
+    /// `loss` then computes the gradients as well, and what it returns has them ready for `backward`, which hands out a copy.
+    /// Without dropout, loss
     /// and gradients are the same to the last bit, as long as the loss is not scaled before `backward`. With dropout, the
     /// masks are others, drawn from a seed that the device gives.
     pub fn set_gradient_checkpointing(&mut self, enabled: bool) {

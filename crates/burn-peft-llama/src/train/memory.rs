@@ -33,7 +33,8 @@ pub struct MemoryEstimate {
     pub weights: usize,
     /// The parameters that are trained.
     pub trained: usize,
-    /// The gradients of those.
+    /// The gradients of those. Twice with gradient checkpointing: those that the loss has ready, and those that `backward`
+    /// makes of them.
     pub gradients: usize,
     /// The two moments of AdamW.
     pub optimizer: usize,
@@ -111,15 +112,18 @@ impl MemoryEstimate {
         } else {
             0
         };
+        let each = blocks.iter().map(|block| block.activations(config, batch, element, has_kernels));
+        let activations = match model.is_gradient_checkpointing() {
+            // The inputs of all blocks, and one block with its output, the gradient of that, and their product.
+            true => (config.num_hidden_layers + 3) * batch.count * d * element + each.max().unwrap_or(0),
+            false => each.sum(),
+        };
         Self {
             weights: bytes(|parameter| !parameter.trained),
             trained,
-            gradients: trained,
+            gradients: if model.is_gradient_checkpointing() { 2 * trained } else { trained },
             optimizer: 2 * trained,
-            activations: blocks
-                .iter()
-                .map(|block| block.activations(config, batch, element, has_kernels))
-                .sum(),
+            activations,
             // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
             temporary: widened
                 + (batch.count * element * (2 * f).max(3 * d)).max(if has_kernels { 4 } else { 8 } * logits),
