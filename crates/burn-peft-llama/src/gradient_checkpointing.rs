@@ -194,7 +194,7 @@ mod tests {
         let device = Device::default().autodiff();
         let mut model = model(&device, true);
         let linear = ["embed_tokens", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj"];
-        model.add_adapter("default", &config(linear).with_lora_dropout(0.5)).unwrap();
+        model.add_adapter("default", config(linear).with_lora_dropout(0.5)).unwrap();
         let batch = batch(&device, Packing::SharedPrefix);
         let loss = |model: &LlamaForCausalLm, seed| seeded(model, &batch, seed);
         let read = |loss: Tensor<1>| f64::from(values(loss.inner())[0]);
