@@ -37,6 +37,9 @@ struct Options {
     /// Computes each block a second time instead of keeping what it computed
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// Also measures the products with frozen weights alone
+    #[arg(long)]
+    floor: bool,
     /// How the frozen weights are stored
     #[arg(long, default_value = "f32", value_parser = dtype)]
     dtype: FloatDType,
@@ -107,6 +110,7 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         "weights_mib": mib(weights.resident_kib),
         "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
         "loss": loss,
+        "floor_seconds": options.floor.then(|| training.floor()),
     }))
 }
 

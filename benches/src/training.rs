@@ -1,11 +1,16 @@
 //! Training steps of LLaMAs with random weights, of the shapes that `benches/python/compare.py` gives to torch and peft.
 
+use std::time::Instant;
+
 use burn::module::{Lora, Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
-use burn::tensor::{Device, FloatDType};
+use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
+use burn_peft_ops::{activation_dtype, linear};
 use serde::Serialize;
+
+use crate::process::median;
 
 /// The sizes of a model and of a batch. The output layer is tied to the embedding.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -170,6 +175,8 @@ pub enum Kind {
 
 /// What a step works on.
 pub struct Training {
+    shape: Shape,
+    dtype: FloatDType,
     model: LlamaForCausalLm,
     optimizer: ModuleOptimizer,
     batch: Batch,
@@ -215,7 +222,7 @@ impl Training {
         };
         let examples: Vec<Example> = (0..sequences).map(example).collect();
         let batch = Collator::new(0).collate(&examples, &device).expect("the examples have labels");
-        Self { model, optimizer: AdamWConfig::new().init(), batch }
+        Self { shape, dtype, model, optimizer: AdamWConfig::new().init(), batch }
     }
 
     /// See [`LlamaForCausalLm::set_gradient_checkpointing`].
@@ -229,5 +236,43 @@ impl Training {
         let gradients = GradientsParams::from_grads(loss.backward(), &self.model);
         self.model = self.optimizer.step(1e-4, self.model.clone(), gradients);
         loss.into_scalar()
+    }
+
+    /// Seconds that the products with frozen weights of a step take on their own, forward and backward, at the rate at which
+    /// this library multiplies: those of the blocks with the rows that a step computes, and that of the output layer with
+    /// the labelled ones.
+    pub fn floor(&self) -> f64 {
+        let Shape { hidden, feed_forward, vocabulary, blocks, heads: [queries, keys], .. } = self.shape;
+        let rows = self.batch.packed.as_ref().map_or(self.shape.batch[0] * self.shape.batch[1], |packed| {
+            packed.input_ids.shape().num_elements()
+        });
+        let keys = hidden / queries * keys;
+        let products = [
+            (2 * blocks, [rows, hidden, hidden]),
+            (2 * blocks, [rows, hidden, keys]),
+            (2 * blocks, [rows, hidden, feed_forward]),
+            (blocks, [rows, feed_forward, hidden]),
+            (1, [self.batch.num_targets, hidden, vocabulary]),
+        ];
+        products.map(|(count, sizes)| count as f64 * self.both_ways(sizes)).iter().sum()
+    }
+
+    /// Seconds of `x W` and `dy Wᵀ`, the median of three.
+    fn both_ways(&self, [rows, d_in, d_out]: [usize; 3]) -> f64 {
+        let device = self.model.devices()[0].clone().inner();
+        let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, &device);
+        let weight = random([d_in, d_out]).cast(self.dtype);
+        let [x, dy] = [d_in, d_out].map(|width| random([rows, width]).cast(activation_dtype(&weight)));
+        let run = || {
+            let start = Instant::now();
+            let results = [
+                linear(x.clone(), weight.clone(), None).slice([0..1, 0..1]),
+                linear(dy.clone(), weight.clone().transpose(), None).slice([0..1, 0..1]),
+            ];
+            let _ = results.map(|result| result.into_scalar::<f32>());
+            start.elapsed().as_secs_f64()
+        };
+        run();
+        median(&[run(), run(), run()])
     }
 }

@@ -49,6 +49,17 @@ pub(crate) fn tensor(numbers: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(numbers), Layout::contiguous(shape.into()), DType::F32)
 }
 
+/// So many zeros, written by all threads if they are many: one thread alone would make the others wait.
+pub(crate) fn zeros(n: usize) -> Vec<f32> {
+    if n < 2 * TASK {
+        return vec![0.0; n];
+    }
+    let blocks = (0..n.div_ceil(BLOCK)).into_par_iter().with_min_len(BLOCKS_OF_TASK);
+    let mut zeros = blocks.map(|_| [0.0; BLOCK]).collect::<Vec<Block>>().into_flattened();
+    zeros.truncate(n);
+    zeros
+}
+
 /// Runs `f` with the widest vector instructions of the processor. What `f` calls has to be inlined to have them.
 #[inline(always)]
 pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
@@ -92,7 +103,7 @@ impl<'a> Matrix<'a> {
 
     /// `self b`, by all threads.
     pub(crate) fn product(self, b: Matrix<'_>) -> FlexTensor {
-        let mut y = vec![0.0; self.rows * b.columns];
+        let mut y = zeros(self.rows * b.columns);
         self.times(b, 0.0, &mut y, b.columns, Parallelism::Rayon(0));
         tensor(y, [self.rows, b.columns])
     }
@@ -228,6 +239,13 @@ fn in_one(blocks: Vec<Block>, last: &Block, n: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zeros_are_as_many_as_asked_for() {
+        for n in [0, 5, 2 * TASK - 1, 2 * TASK, 2 * TASK + 1, 5 * TASK + 3] {
+            assert_eq!(zeros(n), vec![0.0; n]);
+        }
+    }
 
     #[test]
     fn blocks_and_what_is_left_are_in_order() {

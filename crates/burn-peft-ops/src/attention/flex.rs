@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use crate::CausalMask;
 use crate::exp::{exp, exponentiate, largest};
-use crate::flex::{Matrix, TASK, dot, is_readable, strided, tensor, vectorised};
+use crate::flex::{Matrix, TASK, dot, is_readable, strided, tensor, vectorised, zeros};
 use crate::token_tree::Segment;
 
 /// Queries whose scores are computed together.
@@ -135,7 +135,7 @@ impl Inputs {
     /// The output, in memory as the layer behind it reads it: `[b, s, n, g, d]`. One [`Row`] for each query, `[b, s, n, g]`.
     fn forward(&self) -> (FlexTensor, Vec<Row>) {
         let [b, n, g, s, d] = self.dims_of_queries();
-        let mut y = vec![0.0; b * s * n * g * d];
+        let mut y = zeros(b * s * n * g * d);
         let mut rows = vec![Row::default(); b * s * n * g];
         // A task has some positions of all heads, or one position of a head and its group. A single short sequence has smaller
         // blocks, to give several threads work; their size depends on shapes alone, so that results do not on threads.
@@ -202,8 +202,8 @@ impl Inputs {
         let blocks: Vec<Block<'_>> = self.blocks(BLOCK).collect();
         let blocks_of_sequence = blocks.len() / b;
         let parts = FEW_TASKS_OF_BACKWARD.div_ceil(b * n).min(blocks_of_sequence);
-        let mut to_q = vec![0.0; b * n * g * s * d];
-        let [mut to_k, mut to_v] = [(); 2].map(|()| vec![0.0; parts * b * n * t * d]);
+        let mut to_q = zeros(b * n * g * s * d);
+        let [mut to_k, mut to_v] = [(); 2].map(|()| zeros(parts * b * n * t * d));
         let mut tasks: Vec<_> = to_k.chunks_exact_mut(t * d).zip(to_v.chunks_exact_mut(t * d)).collect();
         let mut blocks_of_tasks: Vec<Vec<_>> = tasks.iter().map(|_| vec![]).collect();
         let mut left = &mut to_q[..];

@@ -13,7 +13,9 @@ use rand::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use super::{next_seed, seed_of};
-use crate::flex::{Matrix, contiguous, is_readable, numbers, numbers_mut, strided, tensor, vectorised};
+use crate::flex::{
+    Matrix, contiguous, is_readable, numbers, numbers_mut, strided, tensor, vectorised, zeros,
+};
 
 /// Elements that have a generator of their own, so that the bits do not depend on the number of threads.
 const CHUNK: usize = 1 << 14;
@@ -91,7 +93,7 @@ impl Dropped {
             chunks.for_each(|(i, numbers)| self.zero(numbers, seed_of(i)));
             return x;
         }
-        let mut kept = vec![0.0; x.layout().num_elements()];
+        let mut kept = zeros(x.layout().num_elements());
         let chunks = kept.par_chunks_mut(CHUNK).zip(numbers(&x).par_chunks(CHUNK)).enumerate();
         chunks.for_each(|(i, (kept, numbers))| {
             kept.copy_from_slice(numbers);

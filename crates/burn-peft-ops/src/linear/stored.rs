@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::WIDENED_AT_ONCE;
-use crate::flex::{Matrix, rows_of_task, vectorised};
+use crate::flex::{Matrix, rows_of_task, vectorised, zeros};
 
 /// Rows of activations so few that reading the weight takes longer than multiplying.
 pub(super) const FEW_ROWS: usize = 16;
@@ -107,7 +107,7 @@ impl<E: Number> Stored<'_, E> {
     /// Part after part, each multiplied by all threads.
     fn product_of_many(self, x: Matrix<'_>) -> Vec<f32> {
         let d_out = if self.is_by_row { self.length } else { self.lines };
-        let mut y = vec![0.0; x.rows * d_out];
+        let mut y = zeros(x.rows * d_out);
         let mut buffer = vec![];
         for of_line in ranges(self.length, WIDTH) {
             for lines in ranges(self.lines, (WIDENED_AT_ONCE / of_line.len()).max(1)) {
@@ -154,7 +154,7 @@ impl<E: Number> Stored<'_, E> {
             }
             (outputs, sum)
         });
-        let mut y = vec![0.0; x.rows * d_out];
+        let mut y = zeros(x.rows * d_out);
         for (outputs, product) in products.collect::<Vec<_>>() {
             for (y, product) in y.chunks_exact_mut(d_out).zip(product.chunks_exact(outputs.len())) {
                 y[outputs.clone()].iter_mut().zip(product).for_each(|(y, product)| *y += product);

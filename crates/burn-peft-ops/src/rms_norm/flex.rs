@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use crate::flex::{contiguous, dot, is_readable, numbers, rows_of_task, tensor, vectorised};
+use crate::flex::{contiguous, dot, is_readable, numbers, rows_of_task, tensor, vectorised, zeros};
 
 /// The most tasks that the gradient of the weight has.
 const TASKS: usize = 64;
@@ -39,7 +39,7 @@ impl RmsNorm for Flex {
 fn forward(x: &FlexTensor, weight: &FlexTensor, epsilon: f64) -> (FlexTensor, Vec<f32>) {
     let (numbers_of_x, weight) = (numbers(x), numbers(weight));
     let (d, rows) = (weight.len(), rows_of_task(weight.len()));
-    let mut y = vec![0.0; numbers_of_x.len()];
+    let mut y = zeros(numbers_of_x.len());
     let mut inverses = vec![0.0; y.len() / d];
     let tasks = y.par_chunks_mut(rows * d).zip(inverses.par_chunks_mut(rows));
     tasks.zip(numbers_of_x.par_chunks(rows * d)).for_each(|((y, inverses), x)| {
@@ -68,7 +68,7 @@ struct Kept {
 fn to_x(kept: &Kept, dy: &FlexTensor) -> FlexTensor {
     let (x, weight, dy) = (numbers(&kept.x), numbers(&kept.weight), numbers(dy));
     let (d, rows) = (weight.len(), rows_of_task(weight.len()));
-    let mut to_x = vec![0.0; x.len()];
+    let mut to_x = zeros(x.len());
     let tasks = to_x.par_chunks_mut(rows * d).zip(x.par_chunks(rows * d)).zip(dy.par_chunks(rows * d));
     tasks.zip(kept.inverses.par_chunks(rows)).for_each(|(((to_x, x), dy), inverses)| {
         vectorised(|| {

@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use crate::flex::{contiguous, is_readable, numbers, rows_of_task, strided, tensor, vectorised};
+use crate::flex::{contiguous, is_readable, numbers, rows_of_task, strided, tensor, vectorised, zeros};
 
 /// Whether [`rotate`] is for these.
 pub(super) fn has_kernel(x: &Tensor<5>, cos: &Tensor<2>, sin: &Tensor<2>) -> bool {
@@ -34,7 +34,7 @@ impl Rotate for Flex {
         let [x, cos, sin] = [x, cos, sin].map(contiguous);
         let [b, s, n, g, d] = x.layout().shape().dims();
         let (x, cos, sin) = (numbers(&x), numbers(&cos), numbers(&sin));
-        let mut y = vec![0.0; x.len()];
+        let mut y = zeros(x.len());
         // One head each.
         let heads = y.par_chunks_mut(s * d).with_min_len(rows_of_task(s * d)).enumerate();
         heads.for_each(|(i, y)| {
@@ -75,7 +75,7 @@ fn backward(dy: FlexTensor, cos: &FlexTensor, sin: &FlexTensor) -> FlexTensor {
     let strides: Vec<usize> = layout.strides().iter().map(|stride| stride.unsigned_abs()).collect();
     let dy = &dy.storage::<f32>()[layout.start_offset()..];
     let (cos, sin) = (numbers(cos), numbers(sin));
-    let mut dx = vec![0.0; b * s * n * g * d];
+    let mut dx = zeros(b * s * n * g * d);
     // One position each.
     let positions = dx.par_chunks_mut(n * g * d).with_min_len(rows_of_task(n * g * d)).enumerate();
     positions.for_each(|(i, dx)| {
