@@ -28,6 +28,12 @@ struct Options {
     /// Steps that are measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    /// Sequences, instead of those of the shape
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    sequences: Option<u32>,
+    /// Labelled tokens of each sequence, instead of those of the shape
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    labelled: Option<u32>,
     /// Tokens of each sequence, instead of those of the shape
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
     tokens: Option<u32>,
@@ -84,8 +90,15 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         bail!("there is no case `{name}`; there are {}", names.join(", "));
     };
     let mut shape = *shape;
+    let chosen = [
+        (&mut shape.batch[0], options.sequences),
+        (&mut shape.labelled, options.labelled),
+        (&mut shape.rank, options.rank),
+    ];
+    for (of_shape, chosen) in chosen {
+        *of_shape = chosen.map_or(*of_shape, |chosen| chosen as usize);
+    }
     shape.batch[1] = options.tokens.map_or(shape.batch[1], |tokens| tokens as usize);
-    shape.rank = options.rank.map_or(shape.rank, |rank| rank as usize);
     let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
     training.set_gradient_checkpointing(options.gradient_checkpointing);
     let weights = Process::now();
