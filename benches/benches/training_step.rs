@@ -43,7 +43,7 @@ struct Options {
     /// Computes each block a second time instead of keeping what it computed
     #[arg(long)]
     gradient_checkpointing: bool,
-    /// Also measures the products with frozen weights alone
+    /// Measures the products with frozen weights alone instead of steps
     #[arg(long)]
     floor: bool,
     /// How the frozen weights are stored
@@ -100,6 +100,9 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
     }
     shape.batch[1] = options.tokens.map_or(shape.batch[1], |tokens| tokens as usize);
     let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
+    if options.floor {
+        return Ok(json!({ "case": case, "floor_seconds": training.floor() }));
+    }
     training.set_gradient_checkpointing(options.gradient_checkpointing);
     let weights = Process::now();
     Process::forget_peak();
@@ -123,7 +126,6 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         "weights_mib": mib(weights.resident_kib),
         "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
         "loss": loss,
-        "floor_seconds": options.floor.then(|| training.floor()),
     }))
 }
 

@@ -7,7 +7,7 @@ Each measurement has a process of its own: LLaMAs with random weights, tied embe
 AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users call it: `model(input_ids=..,
 labels=..)`, `loss.backward()`, `optimizer.step()`. Memory is the peak of resident memory above what was resident before the
 first step; on a GPU, what `nvidia-smi` says is used at most, weights included. "Products alone" are our products with frozen
-weights, timed by themselves after the last step. `--history` appends one line of JSON with commit, machine and medians.
+weights, timed by themselves in the same round. `--history` appends one line of JSON with commit, machine and medians.
 """
 import argparse
 import datetime
@@ -40,7 +40,6 @@ class GpuMemory:
         self.before = self.peak = self.used()
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
 
     @staticmethod
     def used():
@@ -51,10 +50,13 @@ class GpuMemory:
         while not self.is_over.wait(0.1):
             self.peak = max(self.peak, self.used())
 
-    def end(self):
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
         self.is_over.set()
         self.thread.join()
-        return self.peak - self.before
 
 
 def torch_step(shape, dtype, steps, threads, device):
@@ -107,11 +109,16 @@ def build(device):
 
 def run(command, device="cpu", **environment):
     """The JSON of the last line that a command prints; mimalloc keeps what is freed, unless the environment says otherwise."""
-    memory = None if device == "cpu" else GpuMemory()
-    found = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True,
-                           env={"MIMALLOC_PURGE_DELAY": "-1", **os.environ, **environment}).stdout
-    found = json.loads(found.splitlines()[-1])
-    return found if memory is None else found | {"peak_mib": memory.end()}
+    environment = {"MIMALLOC_PURGE_DELAY": "-1", **os.environ, **environment}
+
+    def last_line():
+        output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        return json.loads(output.stdout.splitlines()[-1])
+    if device == "cpu":
+        return last_line()
+    with GpuMemory() as memory:
+        found = last_line()
+    return found | {"peak_mib": memory.peak - memory.before}
 
 
 def commit():
@@ -185,7 +192,9 @@ def main():
         found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
             for dtype in args.dtypes:
-                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, "--floor", *steps], args.device, **settings))
+                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], args.device, **settings))
+                alone = run([ours, "--case", case, "--dtype", dtype, "--floor"], args.device, **settings)
+                found["ours", dtype][-1] |= alone
                 found["torch", dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype], args.device))
 
         results[case] = {}

@@ -7,7 +7,7 @@ use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Batch, Collator, Example, LlamaConfig, LlamaForCausalLm};
-use burn_peft_ops::{activation_dtype, linear};
+use burn_peft_ops::{activation_dtype, in_full_precision, linear};
 use serde::Serialize;
 
 use crate::process::median;
@@ -240,28 +240,34 @@ impl Training {
 
     /// Seconds that the products with frozen weights of a step take on their own, forward and backward, at the rate at which
     /// this library multiplies: those of the blocks with the rows that a step computes, and that of the output layer with
-    /// the labelled ones.
+    /// the labelled ones, at most 64 MiB of logits at a time.
     pub fn floor(&self) -> f64 {
         let Shape { hidden, feed_forward, vocabulary, blocks, heads: [queries, keys], .. } = self.shape;
         let rows = self.batch.packed.as_ref().map_or(self.shape.batch[0] * self.shape.batch[1], |packed| {
             packed.input_ids.shape().num_elements()
         });
         let keys = hidden / queries * keys;
-        let products = [
+        let layers = [
             (2 * blocks, [rows, hidden, hidden]),
             (2 * blocks, [rows, hidden, keys]),
             (2 * blocks, [rows, hidden, feed_forward]),
             (blocks, [rows, feed_forward, hidden]),
-            (1, [self.batch.num_targets, hidden, vocabulary]),
         ];
-        products.map(|(count, sizes)| count as f64 * self.both_ways(sizes)).iter().sum()
+        let layers = layers.map(|(count, sizes)| count as f64 * self.both_ways(sizes, false));
+        let labelled = self.batch.num_targets;
+        let at_once = labelled.min((1 << 24) / vocabulary);
+        let head = in_full_precision(|| self.both_ways([at_once, hidden, vocabulary], true));
+        layers.iter().sum::<f64>() + head * labelled as f64 / at_once as f64
     }
 
-    /// Seconds of `x W` and `dy Wᵀ`, the median of three.
-    fn both_ways(&self, [rows, d_in, d_out]: [usize; 3]) -> f64 {
+    /// Seconds of `x W` and `dy Wᵀ`, the median of three; `W` may be the transpose of a table.
+    fn both_ways(&self, [rows, d_in, d_out]: [usize; 3], is_tied: bool) -> f64 {
         let device = self.model.devices()[0].clone().inner();
         let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, &device);
-        let weight = random([d_in, d_out]).cast(self.dtype);
+        let weight = match is_tied {
+            true => random([d_out, d_in]).cast(self.dtype).transpose(),
+            false => random([d_in, d_out]).cast(self.dtype),
+        };
         let [x, dy] = [d_in, d_out].map(|width| random([rows, width]).cast(activation_dtype(&weight)));
         let run = || {
             let start = Instant::now();

@@ -138,7 +138,7 @@ pub struct Args {
     /// How the tokens of a batch lie; losses are the same, but for the masks of dropout
     #[arg(long, value_enum, default_value_t = Rows::SharedPrefix, help_heading = "Computation")]
     pub packing: Rows,
-    /// Computes each block a second time instead of keeping what it computed: much less memory, half as much more time
+    /// Computes each block a second time instead of keeping what it computed: less memory, up to 1.5 times the time
     #[arg(long, help_heading = "Computation")]
     pub gradient_checkpointing: bool,
     /// Floating-point type of the base model; the adapter is trained in f32

@@ -79,6 +79,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let collator = Collator::new(pad).with_packing(args.packing.into());
     let data_size = memory::allocated();
     let mut model = LlamaForCausalLm::from_pretrained_as(&directory, &device, args.dtype.into())?;
+    // The estimate is of this model.
     model.set_gradient_checkpointing(args.gradient_checkpointing);
     device.seed(args.seed);
     adapt(args, adapter.as_deref(), &mut model)?;
@@ -226,6 +227,7 @@ fn training(args: &Args, examples: usize) -> TrainingConfig {
         .with_weight_decay(args.weight_decay as f32)
         .with_max_grad_norm((args.max_grad_norm > 0.0).then_some(args.max_grad_norm))
         .with_loraplus_lr_ratio(args.loraplus_lr_ratio)
+        .with_gradient_checkpointing(args.gradient_checkpointing)
         .with_seed(args.seed)
         .with_save_total_limit(Some(args.save_total_limit));
     let total = config.total_steps(examples);

@@ -4,30 +4,41 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Tensor};
 use burn_peft::{LoraEmbedding, PeftModel};
-use burn_peft_ops::{cast, on_kind_of, seed_of, with_dropout_seed};
+use burn_peft_ops::{cast, next_dropout_seed, on_kind_of, with_dropout_seed};
 
 use crate::batch::Batch;
 use crate::loss::mean_cross_entropy;
 use crate::model::{LlamaForCausalLm, embed};
 use crate::parameters::parameters;
 
-/// [`LlamaForCausalLm::loss`] of a model in which something is trained.
-pub(crate) fn loss(model: &LlamaForCausalLm, batch: &Batch) -> Tensor<1> {
-    let has_dropout = model.adapters().iter().any(|adapter| {
+/// [`LlamaForCausalLm::loss`]; `None` for a model in which nothing is trained, or an adapter is merged.
+pub(crate) fn loss(model: &LlamaForCausalLm, batch: &Batch) -> Option<Tensor<1>> {
+    // Reads all parameters, so it makes those that have not been used yet: to freeze a copy of such a one, as below, would
+    // freeze it in the model as well.
+    let adapters = model.adapters();
+    // Without their value that is kept ready, which a frozen copy loses, merged adapters compute something else.
+    if adapters.iter().any(|adapter| adapter.merged) || !is_trained(model) {
+        return None;
+    }
+    let has_dropout = adapters.iter().any(|adapter| {
         adapter.active && adapter.config.as_lora().is_some_and(|lora| lora.lora_dropout > 0.0)
     });
-    let seed = if has_dropout { seed_of(&batch.input_ids.device().inner()) } else { 0 };
-    seeded(model, batch, seed)
+    let seed = if has_dropout { next_dropout_seed(&batch.input_ids.device().inner()) } else { 0 };
+    Some(seeded(model, batch, seed))
 }
 
 /// `seed` decides what dropout drops.
 fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
-    let llama = &model.model;
+    let (llama, count) = (&model.model, model.model.layers.len());
     let stage = |i: usize| seed ^ (i as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
     let below_blocks = |embed_tokens: &LoraEmbedding| {
         let ids = model.input_of(batch).0;
         with_dropout_seed(stage(0), || embed(embed_tokens, ids))
     };
+    // The first block whose input is needed again.
+    let reads_trained = is_trained(&llama.embed_tokens);
+    let first = if reads_trained { Some(0) } else { llama.layers.iter().position(is_trained) };
+    let first = first.unwrap_or(count);
 
     // Without a graph, but on the kind of device on which adapters have dropout.
     let mut x = below_blocks(&llama.embed_tokens.clone().no_grad());
@@ -40,24 +51,27 @@ fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
         })
     };
     let mut inputs = vec![];
-    for i in 0..llama.layers.len() {
-        inputs.push(x.clone());
+    for i in 0..count {
+        if i >= first {
+            inputs.push(x.clone());
+        }
         x = block(i, true, x);
     }
 
     let mut gradients = GradientsAccumulator::new();
-    let x = x.require_grad();
-    let picked = model.pick(llama.norm.forward(x.clone()), batch);
-    let loss = mean_cross_entropy(model.head(), model.config().vocab_size, &picked, &batch.targets);
-    drop(picked);
+    if first < count {
+        x = x.require_grad();
+    }
+    let loss = with_dropout_seed(stage(count + 1), || {
+        let picked = model.pick(llama.norm.forward(x.clone()), batch);
+        mean_cross_entropy(model.head(), model.config().vocab_size, &picked, &batch.targets)
+    });
     let mut dy = backward(loss.clone(), Some(&x), model, &mut gradients);
     drop(x);
-    let reads_trained = is_trained(&llama.embed_tokens);
-    let first = if reads_trained { Some(0) } else { llama.layers.iter().position(is_trained) };
-    for i in (first.unwrap_or(inputs.len())..inputs.len()).rev() {
+    for i in (first..count).rev() {
         let Some(x) = inputs.pop() else { break };
         // Below the first, nothing needs a gradient.
-        let x = if Some(i) == first && !reads_trained { x } else { x.require_grad() };
+        let x = if i == first && !reads_trained { x } else { x.require_grad() };
         let y = block(i, false, x.clone());
         dy = dy.and_then(|dy| backward(along(y, dy), Some(&x), model, &mut gradients));
     }
@@ -80,6 +94,9 @@ fn backward(
     model: &LlamaForCausalLm,
     gradients: &mut GradientsAccumulator<LlamaForCausalLm>,
 ) -> Option<Tensor<3>> {
+    if !y.is_tracked() {
+        return None;
+    }
     let mut found = y.backward();
     let dx = x.and_then(|x| x.grad_remove(&mut found));
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
@@ -101,8 +118,9 @@ fn with_gradients(loss: Tensor<1>, model: &LlamaForCausalLm, gradients: Gradient
             let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
             let value = param.base();
             let gradient = on_kind_of(gradient, &value.device());
-            // In f32, because a sum that overflows would turn the zero below into `inf - inf`.
-            let of_this = (cast(value, DType::F32) * cast(gradient, DType::F32)).sum();
+            // Not in 16 bits, because a sum that overflows would turn the zero below into `inf - inf`.
+            let wide = if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+            let of_this = cast((cast(value, wide) * cast(gradient, wide)).sum(), DType::F32);
             self.sum = Some(match self.sum.take() {
                 Some(sum) => sum + of_this,
                 None => of_this,
@@ -120,11 +138,12 @@ fn with_gradients(loss: Tensor<1>, model: &LlamaForCausalLm, gradients: Gradient
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
-    use burn_peft::{InitLoraWeights, LoraConfig};
+    use burn::tensor::{Device, FloatDType};
+    use burn_peft::{InitLoraWeights, LoraConfig, TokenIndices};
 
     use super::*;
     use crate::batch::Collator;
+    use crate::config::LlamaConfig;
     use crate::conversation::Example;
     use crate::packing::Packing;
     use crate::testing::{model, values};
@@ -168,7 +187,7 @@ mod tests {
             Some(config(["embed_tokens", "k_proj"])),
             Some(config(["lm_head"])),
         ];
-        for device in [Device::default().autodiff(), Device::default().autodiff().gradient_checkpointing()] {
+        for device in [Device::flex().autodiff(), Device::flex().autodiff().gradient_checkpointing()] {
             for (i, adapter) in adapters.iter().enumerate() {
                 for packing in [Packing::Padded, Packing::SharedPrefix] {
                     let mut model = model(&device, i != 5);
@@ -191,7 +210,7 @@ mod tests {
     /// The gradient along a direction, against the difference of losses with the same seed.
     #[test]
     fn a_block_drops_the_same_the_second_time() {
-        let device = Device::default().autodiff();
+        let device = Device::flex().autodiff();
         let mut model = model(&device, true);
         let linear = ["embed_tokens", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj"];
         model.add_adapter("default", config(linear).with_lora_dropout(0.5)).unwrap();
@@ -221,6 +240,57 @@ mod tests {
         let change = 5e-3;
         let [up, down] = [change, -change].map(|change| read(loss(&moved(change / squares).0, 1)));
         assert!(((up - down) / (2.0 * change) - 1.0).abs() < 2e-2, "{up} {down}, squares {squares}");
+    }
+
+    /// Frozen weights in 16 bits, a module saved whole, trained tokens under a tied output layer, a model that is new.
+    #[test]
+    fn what_else_is_trained_gets_the_same_gradients() {
+        let device = Device::flex().autodiff();
+        let tokens = TokenIndices::from([1, 5]);
+        let [saved, tokens] = [
+            config(["q_proj"]).with_modules_to_save(["norm"]),
+            config(["v_proj"]).with_trainable_token_indices(tokens),
+        ];
+        let of = |adapter: LoraConfig, dtype| {
+            let mut model = model(&device, true).to_dtype(dtype).unwrap().0;
+            model.add_adapter("default", adapter).unwrap();
+            model
+        };
+        let mut fresh = LlamaConfig::new(13, 16, 2).with_heads(4, 2).init(&device);
+        fresh.set_gradient_checkpointing(true);
+        assert_eq!(gradients(&fresh, fresh.loss(&batch(&device, Packing::Padded))).1.len(), 21);
+        let models = [
+            of(config(["q_proj", "up_proj"]), FloatDType::BF16),
+            of(config(["q_proj", "up_proj"]), FloatDType::F16),
+            of(saved, FloatDType::F32),
+            of(tokens, FloatDType::F32),
+            fresh,
+        ];
+        for (i, mut model) in models.into_iter().enumerate() {
+            let batch = batch(&device, Packing::SharedPrefix);
+            model.set_gradient_checkpointing(false);
+            let expected = gradients(&model, model.loss(&batch));
+            model.set_gradient_checkpointing(true);
+            assert_eq!(gradients(&model, model.loss(&batch)), expected, "{i}");
+        }
+    }
+
+    /// One of two, with dropout in the other: as without checkpointing. And all of them, which leaves nothing to train.
+    #[test]
+    fn merged_adapters_are_computed_without_checkpointing() {
+        let device = Device::flex().autodiff();
+        let mut model = model(&device, true);
+        model.add_adapter("default", config(["q_proj"])).unwrap();
+        model.add_adapter("other", config(["q_proj", "v_proj"])).unwrap();
+        model.set_adapter(&["default", "other"]).unwrap();
+        model.merge_adapters(&["default"]).unwrap();
+        let batch = batch(&device, Packing::Padded);
+        let expected = gradients(&model, model.loss(&batch));
+        model.set_gradient_checkpointing(true);
+        assert_eq!(gradients(&model, model.loss(&batch)), expected);
+        model.unmerge_adapter().unwrap();
+        model.merge_adapter().unwrap();
+        assert!(!model.loss(&batch).is_tracked());
     }
 
     #[test]

@@ -220,7 +220,7 @@ mod tests {
         let ratios: Vec<f64> = (0..20).map(|_| ratio()).collect();
         // With a `backward` inside the loss, the last ten took more than twenty times as long as the first.
         let least = |ratios: &[f64]| ratios.iter().copied().fold(f64::INFINITY, f64::min);
-        assert!(least(&ratios[17..]) < 4.0 * least(&ratios[..3]), "{ratios:?}");
+        assert!(least(&ratios[17..]) < 10.0 * least(&ratios[..3]), "{ratios:?}");
         assert!(!gradients(&model, model.loss(&batch)).is_empty());
     }
 

@@ -36,6 +36,9 @@ pub trait CausalLmLoss: Module {
     fn vocab_size(&self) -> Option<usize> {
         None
     }
+
+    /// Asks the model to compute things again in backward instead of keeping them. A model that cannot does nothing.
+    fn enable_gradient_checkpointing(&mut self) {}
 }
 
 impl CausalLmLoss for LlamaForCausalLm {
@@ -45,6 +48,10 @@ impl CausalLmLoss for LlamaForCausalLm {
 
     fn vocab_size(&self) -> Option<usize> {
         Some(self.config().vocab_size)
+    }
+
+    fn enable_gradient_checkpointing(&mut self) {
+        self.set_gradient_checkpointing(true);
     }
 }
 

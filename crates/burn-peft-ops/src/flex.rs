@@ -87,6 +87,9 @@ const LONGEST_SUM: usize = 8192;
 /// Longer ones are made of so many numbers at a time.
 const PART_OF_SUM: usize = 2048;
 
+/// The most columns that gemmkit multiplies at a time: for few rows, it copies a part of each of them.
+const MOST_COLUMNS: usize = 8192;
+
 impl<'a> Matrix<'a> {
     /// One that lies row by row.
     pub(crate) fn new(numbers: &'a [f32], rows: usize, columns: usize) -> Self {
@@ -104,7 +107,10 @@ impl<'a> Matrix<'a> {
     /// `self b`, by all threads.
     pub(crate) fn product(self, b: Matrix<'_>) -> FlexTensor {
         let mut y = zeros(self.rows * b.columns);
-        self.times(b, 0.0, &mut y, b.columns, Parallelism::Rayon(0));
+        for start in (0..b.columns).step_by(MOST_COLUMNS) {
+            let part = b.columns(start, MOST_COLUMNS.min(b.columns - start));
+            self.times(part, 0.0, &mut y[start..], b.columns, Parallelism::Rayon(0));
+        }
         tensor(y, [self.rows, b.columns])
     }
 

@@ -47,7 +47,7 @@ use burn::tensor::{DType, Device, Tensor};
 pub use attention::attention;
 pub use causal_mask::CausalMask;
 pub use cross_entropy::{cross_entropy, cross_entropy_of_frozen};
-pub use dropout::{dropped_product, seed_of, with_dropout_seed, zero_some};
+pub use dropout::{dropped_product, next_dropout_seed, with_dropout_seed, zero_some};
 pub use linear::{WIDENED_AT_ONCE, activation_dtype, in_full_precision, linear};
 pub use rms_norm::rms_norm;
 pub use rope::rotate;

@@ -64,7 +64,7 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tens
 }
 
 /// The type that activations have in a model with this weight: its own, but f32 for bf16 and f16 on Burn's CPU backend
-/// (Flex), whose kernels compute in f32 with weights that are stored in 16 bits.
+/// (Flex), whose kernels take f32, and weights that are stored in 16 bits.
 pub fn activation_dtype<const D: usize>(weight: &Tensor<D>) -> DType {
     #[cfg(feature = "flex")]
     if crate::flex::is_on_flex(weight) && is_half(weight.dtype()) {
@@ -188,6 +188,42 @@ mod tests {
                         let off = off / expected.abs().max().into_scalar::<f64>();
                         assert!(off < 2e-6, "{off}, {dtype:?}, {n} x {d_in} x {d_out}");
                     }
+                }
+            }
+        }
+    }
+
+    /// On processors that are faster at it: views, both directions, few rows and full precision, which nothing rounds.
+    #[test]
+    fn products_with_a_weight_in_bf16_are_rounded_where_that_is_faster() {
+        use super::rounded::tests::IS_FASTER;
+        let burns = |x, w| burn::tensor::module::linear(x, w, None);
+        let random = |shape: [usize; 2], seed| normal(shape, 0.5, seed);
+        for (n, is_rounded) in [(130, true), (16, false)] {
+            let (d_in, d_out) = (300, 400);
+            let (x, dy) = (random([n, d_in], 1).unsqueeze::<3>(), random([n, d_out], 2).unsqueeze());
+            let turned = random([d_out, d_in], 4).cast(DType::BF16).transpose();
+            let part =
+                random([d_in + 3, d_out + 2], 5).cast(DType::BF16).narrow(0, 2, d_in).narrow(1, 1, d_out);
+            let every_second = random([d_in, 2 * d_out], 6).cast(DType::BF16).slice_dim(1, s![..;2]);
+            for w in [turned, part, every_second] {
+                let [x64, dy64] = [&x, &dy].map(|tensor: &Tensor<3>| tensor.clone().cast(DType::F64));
+                let expected = both(burns, &x64, &w.clone().cast(DType::F64), &dy64).unwrap();
+                IS_FASTER.set(true);
+                let found = both(|x, w| linear(x, w, None), &x, &w, &dy).unwrap();
+                let full = both(|x, w| in_full_precision(|| linear(x, w, None)), &x, &w, &dy).unwrap();
+                IS_FASTER.set(false);
+                for (found, full, expected) in [(found.0, full.0, expected.0), (found.1, full.1, expected.1)]
+                {
+                    let off = |tensor: Tensor<3>| {
+                        let off = (tensor.cast(DType::F64) - expected.clone()).abs().max();
+                        off.into_scalar::<f64>() / expected.clone().abs().max().into_scalar::<f64>()
+                    };
+                    let (found, full) = (off(found), off(full));
+                    assert!(
+                        full < 2e-6 && found < 1e-2 && (found > 1e-4) == is_rounded,
+                        "{n}: {found} {full}"
+                    );
                 }
             }
         }

@@ -55,6 +55,11 @@ pub struct TrainingConfig {
     /// Largest global norm of the gradients, or `None` for no clipping. Default: 1.
     #[config(default = "Some(1.0)")]
     pub max_grad_norm: Option<f64>,
+    /// Whether the model computes each block a second time instead of keeping what it computed: see
+    /// [`LlamaForCausalLm::set_gradient_checkpointing`](crate::LlamaForCausalLm::set_gradient_checkpointing). transformers'
+    /// `gradient_checkpointing`. Default: as the model is set, which is `false` unless you changed it.
+    #[config(default = false)]
+    pub gradient_checkpointing: bool,
     /// Seed of the order of the examples and of dropout. Default: 42.
     #[config(default = 42)]
     pub seed: u64,

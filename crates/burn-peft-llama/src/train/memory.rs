@@ -114,8 +114,8 @@ impl MemoryEstimate {
         };
         let each = blocks.iter().map(|block| block.activations(config, batch, element, has_kernels));
         let activations = match model.is_gradient_checkpointing() {
-            // The inputs of all blocks, and one block with its output, the gradient of that, and their product.
-            true => (config.num_hidden_layers + 3) * batch.count * d * element + each.max().unwrap_or(0),
+            // The inputs of the blocks, and one block with its output, the gradient of that, and their product.
+            true => (blocks.len() + 3) * batch.count * d * element + each.max().unwrap_or(0),
             false => each.sum(),
         };
         Self {

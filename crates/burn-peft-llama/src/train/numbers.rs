@@ -65,12 +65,14 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
 /// The first number of a step that is not finite, and what it is.
 fn culprit<M: Module>(step: &StepNumbers, model: &M) -> Result<Option<(String, f64)>, LlamaError> {
     let loss = scalar(step.loss.clone())?;
-    if !loss.is_finite() {
-        return Ok(Some(("the loss".to_string(), loss / step.num_targets as f64)));
-    }
-    let Some(squares) = &step.squares else { return Ok(None) };
+    let of_loss = || ("the loss".to_string(), loss / step.num_targets as f64);
+    let Some(squares) = &step.squares else { return Ok((!loss.is_finite()).then(of_loss)) };
     let sums = squares.sums.clone().try_into_data();
     let sums = sums.map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?;
+    // With gradient checkpointing, a gradient that is not finite spoils the loss, but no other gradient.
+    if !loss.is_finite() && !sums.iter::<f64>().any(f64::is_finite) {
+        return Ok(Some(of_loss()));
+    }
     let bad = sums.iter::<f64>().zip(&squares.parameters).find(|(sum, _)| !sum.is_finite());
     Ok(match bad {
         Some((sum, id)) => {

@@ -132,6 +132,9 @@ impl Trainer {
             return Ok(None);
         }
         let start = Instant::now();
+        if self.config.gradient_checkpointing {
+            model.enable_gradient_checkpointing();
+        }
         if self.started.is_none() {
             self.started = Some(self.start(model)?);
         }

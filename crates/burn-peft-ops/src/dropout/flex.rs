@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
-use super::{next_seed, seed_of};
+use super::next_dropout_seed;
 use crate::flex::{
     Matrix, contiguous, is_readable, numbers, numbers_mut, strided, tensor, vectorised, zeros,
 };
@@ -73,7 +73,7 @@ struct Dropped {
 
 impl Dropped {
     fn new<const D: usize>(x: &Tensor<D>, prob: f64) -> Self {
-        Self::with_seed(prob, next_seed().unwrap_or_else(|| seed_of(&x.device().inner())))
+        Self::with_seed(prob, next_dropout_seed(&x.device().inner()))
     }
 
     fn with_seed(prob: f64, seed: u64) -> Self {
