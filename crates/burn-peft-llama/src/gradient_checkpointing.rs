@@ -147,14 +147,18 @@ mod tests {
     use crate::conversation::Example;
     use crate::packing::Packing;
     use crate::testing::{model, values};
+    use crate::train::{Trainer, TrainingConfig};
 
-    fn batch(device: &Device, packing: Packing) -> Batch {
-        let examples = [
+    fn examples() -> [Example; 3] {
+        [
             Example { input_ids: vec![1, 2, 3, 4], labels: vec![-100, -100, 3, 4] },
             Example { input_ids: vec![1, 2, 6], labels: vec![-100, -100, 6] },
             Example { input_ids: vec![1, 2, 5, 7], labels: vec![-100, -100, 5, 7] },
-        ];
-        Collator::new(0).with_packing(packing).collate(&examples, device).unwrap()
+        ]
+    }
+
+    fn batch(device: &Device, packing: Packing) -> Batch {
+        Collator::new(0).with_packing(packing).collate(&examples(), device).unwrap()
     }
 
     /// Loss and gradients of all parameters, in order of visit.
@@ -291,6 +295,31 @@ mod tests {
         model.unmerge_adapter().unwrap();
         model.merge_adapter().unwrap();
         assert!(!model.loss(&batch).is_tracked());
+    }
+
+    /// Several batches to a step, whose losses are scaled, and dropout.
+    #[test]
+    fn a_trainer_asks_the_model_for_it() {
+        let device = Device::flex().autodiff();
+        for enabled in [false, true] {
+            let mut model = model(&device, true);
+            let adapter = LoraConfig::new(2).with_lora_dropout(0.5).with_target_modules(["q_proj", "v_proj"]);
+            model.add_adapter("default", adapter).unwrap();
+            let config = TrainingConfig::new()
+                .with_batch_size(1)
+                .with_grad_accumulation(3)
+                .with_max_steps(Some(4))
+                .with_learning_rate(1e-2)
+                .with_log_every(1)
+                .with_gradient_checkpointing(enabled);
+            let mut trainer = Trainer::new(&config, examples(), &Collator::new(0)).unwrap();
+            let mut losses = vec![];
+            while let Some(report) = trainer.step(&mut model).unwrap() {
+                losses.extend(report.loss);
+            }
+            assert_eq!(model.is_gradient_checkpointing(), enabled);
+            assert!(losses.len() == 4 && losses[3] < losses[0], "{losses:?}");
+        }
     }
 
     #[test]

@@ -39,8 +39,8 @@ pub(super) fn in_full_precision<R>(f: impl FnOnce() -> R) -> R {
 
 /// Whether the processor multiplies numbers in bf16 faster than in f32, with the instructions that gemmkit knows.
 ///
-/// AMD's since Zen 4 do, at twice the rate. Intel's with the same instructions have no more of them at a time than of those
-/// for f32.
+/// AMD's since Zen 4 do, at twice the rate. With the same instructions, a training step on an Intel Xeon (Sapphire Rapids)
+/// took 1.09 times as long as in f32.
 pub(super) fn is_faster() -> bool {
     #[cfg(test)]
     if tests::IS_FASTER.get() {

@@ -163,8 +163,10 @@ fn another_base_other_examples_options_adapters_or_versions_are_all_named() {
     moved.add_adapter("default", lora().with_base_model_name_or_path("elsewhere")).unwrap();
     assert_eq!(resume(&mut moved, training(), examples(), 7), "");
 
-    let found = resume(&mut base(), training().with_learning_rate(0.02).with_seed(3), examples(), 6);
+    let other = training().with_learning_rate(0.02).with_seed(3).with_gradient_checkpointing(true);
+    let found = resume(&mut base(), other, examples(), 6);
     for line in [
+        "`gradient_checkpointing`: false in the checkpoint, true now",
         "`learning_rate`: 0.01 in the checkpoint, 0.02 now",
         "`seed`: 42 in the checkpoint, 3 now",
         "collator, `pad_token_id`: 7 in the checkpoint, 6 now",
