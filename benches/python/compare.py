@@ -150,7 +150,9 @@ def plot(results, path):
         axis.barh(names, ratios, color="#b7410e")
         axis.axvline(1, color="black", linewidth=1)
         for i, ratio in enumerate(ratios):
-            axis.text(ratio - 0.02, i, f"{ratio:.2f}", va="center", ha="right", color="white")
+            is_inside = ratio > 0.15
+            axis.text(ratio + (-0.02 if is_inside else 0.02), i, f"{ratio:.2f}", va="center",
+                      ha="right" if is_inside else "left", color="white" if is_inside else "black")
         axis.set_xlim(0, 1.1)
         axis.set_title(title, fontsize="medium")
     axes[0].invert_yaxis()
