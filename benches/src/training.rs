@@ -41,9 +41,8 @@ pub struct Shape {
     pub is_for_gpus: bool,
 }
 
-/// `smol` is SmolLM2-135M on batches of the size of the Pokémon experiment, `smol-prompt` with the prompt that the questions
-/// of the experiment begin with; `wide` is a quarter of Llama-3.2-1B, `llama-1b` is
-/// all of it.
+/// `smol` is SmolLM2-135M on batches of the size of the Pokémon experiment, `smol-prompt` with the prompt that the
+/// questions of the experiment begin with; `wide` is a quarter of Llama-3.2-1B, `llama-1b` is all of it.
 pub const SHAPES: [Shape; 8] = [
     Shape {
         name: "tiny",
