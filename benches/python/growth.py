@@ -61,7 +61,10 @@ def plot(rows, path):
             for side, color, label in [(0, "#b7410e", "burn-peft"), (1, "#4c566a", "torch with peft")]:
                 axis.plot(values, [found[side][key] for _, found in rows[name]], "o-", color=color, label=label)
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            if name == "tokens":
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
             axis.set_xticks(values, [str(value) for value in values])
             axis.set_xlabel(title)
             axis.set_ylabel(unit)
