@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
 //! of JSON, which is what `benches/python/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
-//! settings of the environment. Built with a feature for GPUs, it runs on the device that `BURN_DEVICE` names, or that Burn prefers.
+//! settings of the environment. Built with a feature for GPUs, it runs on the device that `BURN_DEVICE` names, or that
+//! Burn prefers.
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;

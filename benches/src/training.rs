@@ -62,17 +62,12 @@ pub const SHAPES: [Shape; 8] = [
     Shape { name: "mid-all-labelled", labelled: 128, ..MID },
     Shape {
         name: "wide",
-        vocabulary: 128_256,
-        hidden: 2048,
-        feed_forward: 8192,
         blocks: 4,
-        heads: [32, 8],
         batch: [4, 64],
-        prefix: 0,
         labelled: 12,
-        rank: 16,
         is_all_linear: false,
         is_for_gpus: false,
+        ..LLAMA_1B
     },
     SMOL,
     Shape { name: "smol-prompt", batch: [16, 91], prefix: 70, ..SMOL },

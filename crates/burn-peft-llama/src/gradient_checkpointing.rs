@@ -3,38 +3,40 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Tensor};
-use burn_peft::{LoraEmbedding, PeftModel};
+use burn_peft::{AdapterStatus, LoraEmbedding, PeftModel};
 use burn_peft_ops::{cast, next_dropout_seed, on_kind_of, with_dropout_seed};
 
 use crate::batch::Batch;
 use crate::loss::mean_cross_entropy;
 use crate::model::{LlamaForCausalLm, embed};
-use crate::parameters::parameters;
+use crate::parameters::is_trained;
 
 /// [`LlamaForCausalLm::loss`]; `None` for a model in which nothing is trained, or an adapter is merged.
 pub(crate) fn loss(model: &LlamaForCausalLm, batch: &Batch) -> Option<Tensor<1>> {
-    // Reads all parameters, so it makes those that have not been used yet: to freeze a copy of such a one, as below, would
-    // freeze it in the model as well.
     let adapters = model.adapters();
-    // Without their value that is kept ready, which a frozen copy loses, merged adapters compute something else.
+    // `is_trained` also makes parameters that have not been used yet: to freeze a copy of such a one, as below, would freeze
+    // it in the model as well. And without their value that is kept ready, which a frozen copy loses, merged adapters compute something else.
     if adapters.iter().any(|adapter| adapter.merged) || !is_trained(model) {
         return None;
     }
-    let has_dropout = adapters.iter().any(|adapter| {
-        adapter.active && adapter.config.as_lora().is_some_and(|lora| lora.lora_dropout > 0.0)
-    });
-    let seed = if has_dropout { next_dropout_seed(&batch.input_ids.device().inner()) } else { 0 };
+    let seed = if has_dropout(&adapters) { next_dropout_seed(&batch.input_ids.device().inner()) } else { 0 };
     Some(seeded(model, batch, seed))
+}
+
+/// Whether an active adapter has dropout.
+pub(crate) fn has_dropout(adapters: &[AdapterStatus]) -> bool {
+    adapters
+        .iter()
+        .any(|adapter| adapter.active && adapter.config.as_lora().is_some_and(|lora| lora.lora_dropout > 0.0))
 }
 
 /// `seed` decides what dropout drops.
 fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
     let (llama, count) = (&model.model, model.model.layers.len());
     let stage = |i: usize| seed ^ (i as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    let below_blocks = |embed_tokens: &LoraEmbedding| {
-        let ids = model.input_of(batch).0;
-        with_dropout_seed(stage(0), || embed(embed_tokens, ids))
-    };
+    let (ids, mask) = model.input_of(batch);
+    let below_blocks =
+        |embed_tokens: &LoraEmbedding| with_dropout_seed(stage(0), || embed(embed_tokens, ids.clone()));
     // The first block whose input is needed again.
     let reads_trained = is_trained(&llama.embed_tokens);
     let first = if reads_trained { Some(0) } else { llama.layers.iter().position(is_trained) };
@@ -42,7 +44,7 @@ fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
 
     // Without a graph, but on the kind of device on which adapters have dropout.
     let mut x = below_blocks(&llama.embed_tokens.clone().no_grad());
-    let context = llama.context(&x, 0, model.input_of(batch).1);
+    let context = llama.context(&x, 0, mask);
     let block = |i: usize, frozen: bool, x: Tensor<3>| {
         let block = &llama.layers[i];
         with_dropout_seed(stage(i + 1), || match frozen {
@@ -101,10 +103,6 @@ fn backward(
     let dx = x.and_then(|x| x.grad_remove(&mut found));
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
     dx
-}
-
-fn is_trained<M: Module>(module: &M) -> bool {
-    parameters(module).iter().any(|parameter| parameter.trained)
 }
 
 /// A tensor of the value of `loss` whose gradients with respect to the parameters of `model` are `gradients`.

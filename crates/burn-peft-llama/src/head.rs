@@ -1,9 +1,10 @@
 //! The output layer: from hidden states to logits.
 
-use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, PeftModel};
 use burn_peft_ops::in_full_precision;
+
+use crate::parameters::is_trained;
 
 /// The output layer of a model.
 #[derive(Clone, Copy)]
@@ -58,19 +59,8 @@ impl Head<'_> {
 
     /// Whether a parameter of the layer requires a gradient.
     pub(crate) fn is_trained(self) -> bool {
-        #[derive(Default)]
-        struct Trained(bool);
-        impl ModuleVisitor for Trained {
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                self.0 |= param.base().is_require_grad();
-            }
-        }
         match self {
-            Self::Own(layer) => {
-                let mut trained = Trained::default();
-                layer.visit(&mut trained);
-                trained.0
-            }
+            Self::Own(layer) => is_trained(layer),
             Self::Tied(embedding) => embedding.trains_tied_output(),
         }
     }

@@ -34,6 +34,22 @@ impl Parameter {
     }
 }
 
+/// Whether a parameter requires a gradient. Makes those that do not exist yet.
+pub(crate) fn is_trained<M: Module>(module: &M) -> bool {
+    #[derive(Default)]
+    struct Trained(bool);
+
+    impl ModuleVisitor for Trained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 |= param.base().is_require_grad();
+        }
+    }
+
+    let mut trained = Trained::default();
+    module.visit(&mut trained);
+    trained.0
+}
+
 /// Lists the parameters of a model without making those that do not exist yet.
 pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     #[derive(Default)]

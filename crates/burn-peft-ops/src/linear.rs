@@ -21,7 +21,7 @@ use crate::cast;
 ///
 /// On processors that multiply numbers in bf16 faster than in f32 (AMD's with AVX512-BF16, since Zen 4), more than 16
 /// rows of `x` meet a `W` in bf16 without widening it: `x` and the result are rounded to bf16, sums are in f32; in
-/// backward `dy` and `dx` likewise. That takes about half the time. [`in_full_precision`] keeps f32.
+/// backward `dy` and `dx` likewise. [`in_full_precision`] keeps f32.
 ///
 /// # Shapes
 /// - x: `[.., d_in]`

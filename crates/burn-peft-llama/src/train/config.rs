@@ -57,7 +57,8 @@ pub struct TrainingConfig {
     pub max_grad_norm: Option<f64>,
     /// Whether the model computes each block a second time instead of keeping what it computed: see
     /// [`LlamaForCausalLm::set_gradient_checkpointing`](crate::LlamaForCausalLm::set_gradient_checkpointing). transformers'
-    /// `gradient_checkpointing`. Default: as the model is set, which is `false` unless you changed it.
+    /// `gradient_checkpointing`. A model that is not from this crate may ignore it. Default: as
+    /// the model is set, which is `false` unless you changed it.
     #[config(default = false)]
     pub gradient_checkpointing: bool,
     /// Seed of the order of the examples and of dropout. Default: 42.

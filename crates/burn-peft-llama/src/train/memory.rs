@@ -10,6 +10,7 @@ use burn_peft_ops::{WIDENED_AT_ONCE, has_kernels};
 use crate::batch::Collator;
 use crate::config::LlamaConfig;
 use crate::conversation::Example;
+use crate::gradient_checkpointing::has_dropout;
 use crate::loss::CHUNK;
 use crate::model::LlamaForCausalLm;
 use crate::packing::{Packing, pays};
@@ -198,9 +199,7 @@ impl Adapted {
                 of.ranks += parameter.shape.iter().copied().min().unwrap_or(0);
             }
         }
-        let has_dropout = model.adapters().iter().any(|adapter| {
-            adapter.active && adapter.config.as_lora().is_some_and(|lora| lora.lora_dropout > 0.0)
-        });
+        let has_dropout = has_dropout(&model.adapters());
         let block = |i| Self { has_dropout, ..blocks.remove(&i).unwrap_or_default() };
         (first..count).map(block).collect()
     }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::WIDENED_AT_ONCE;
 use super::stored::{Stored, widen};
-use crate::flex::{rows_of_task, vectorised, zeros};
+use crate::flex::{TASK, vectorised, zeros};
 
 /// The most numbers of the input and the output that are in bf16 at a time: as many bytes as what is widened.
 const ROUNDED_AT_ONCE: usize = 2 * WIDENED_AT_ONCE;
@@ -39,7 +39,7 @@ pub(super) fn in_full_precision<R>(f: impl FnOnce() -> R) -> R {
 
 /// Whether the processor multiplies numbers in bf16 faster than in f32, with the instructions that gemmkit knows.
 ///
-/// AMD's since Zen 4 do, at twice the rate. With the same instructions, a training step on an Intel Xeon (Sapphire Rapids)
+/// AMD's since Zen 4 do. With the same instructions, a training step on an Intel Xeon (Sapphire Rapids)
 /// took 1.09 times as long as in f32.
 pub(super) fn is_faster() -> bool {
     #[cfg(test)]
@@ -83,8 +83,7 @@ pub(super) fn product(x: &[f32], weight: Stored<'_, bf16>) -> Vec<f32> {
 }
 
 fn by_all_threads<A: Sync, B: Send>(from: &[A], to: &mut [B], f: impl Fn(&[A], &mut [B]) + Sync) {
-    let task = rows_of_task(1);
-    from.par_chunks(task).zip(to.par_chunks_mut(task)).for_each(|(from, to)| f(from, to));
+    from.par_chunks(TASK).zip(to.par_chunks_mut(TASK)).for_each(|(from, to)| f(from, to));
 }
 
 /// To the nearest, and to the even one of two that are equally near.
