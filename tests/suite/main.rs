@@ -7,6 +7,7 @@ mod cases;
 mod cases_text;
 mod checkpointing;
 mod common;
+mod device;
 mod directories;
 mod export;
 mod gguf;

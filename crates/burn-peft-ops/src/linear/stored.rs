@@ -7,7 +7,7 @@ use gemmkit::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::WIDENED_AT_ONCE;
+use super::{WIDENED_AT_ONCE, few};
 use crate::flex::{Matrix, rows_of_task, vectorised, zeros};
 
 /// Rows of activations so few that reading the weight takes longer than multiplying.
@@ -16,12 +16,16 @@ pub(super) const FEW_ROWS: usize = 16;
 /// How much of a line is read at a time, so that a part of a weight is neither too thin nor too long.
 const WIDTH: usize = 4096;
 
-/// For few rows, a task makes so many results if lines are columns.
+/// For few rows, a task makes so many results of each if lines are columns,
 const COLUMNS_OF_TASK: usize = 32;
-/// And there are no more tasks than that if each adds to all results.
+/// and if they are rows so many: what a task adds to has to stay in the nearest cache.
+const FEW_COLUMNS: usize = 128;
+/// There are no more tasks than that where several add to the same results,
 const MOST_TASKS: usize = 32;
+/// and each has at least so many inputs.
+const LONG: usize = 512;
 /// A task reads so many numbers at a time.
-const READ_AT_ONCE: usize = 1 << 16;
+const READ_AT_ONCE: usize = 1 << 14;
 
 /// A weight whose rows, or whose columns, lie in one piece each: its lines.
 #[derive(Clone, Copy)]
@@ -125,21 +129,27 @@ impl<E: Number> Stored<'_, E> {
         y
     }
 
-    /// Each task reads a part of the weight, in the order of memory, which is what such a product waits for.
+    /// Each task reads a part of the weight, which is what such a product waits for.
     fn product_of_few(self, x: Matrix<'_>) -> Vec<f32> {
         let (d_in, d_out) =
             if self.is_by_row { (self.lines, self.length) } else { (self.length, self.lines) };
-        // Of many columns, a task makes some; of fewer, what some of the inputs add to all of them.
-        let (inputs, outputs) = match self.is_by_row {
-            false => (d_in, COLUMNS_OF_TASK),
-            true if d_out > 2 * WIDTH => (d_in, WIDTH),
-            true => ((READ_AT_ONCE / d_out).max(d_in.div_ceil(MOST_TASKS)), d_out),
+        let (inputs, outputs) = match (self.is_by_row, x.rows) {
+            (false, _) => (d_in, COLUMNS_OF_TASK),
+            // A single row has results so few that each task adds to all of them, and reads in the order of memory.
+            (true, 1) if d_out > 2 * WIDTH => (d_in, WIDTH),
+            (true, 1) => ((READ_AT_ONCE / d_out).max(d_in.div_ceil(MOST_TASKS)), d_out),
+            (true, _) => {
+                let tasks = (MOST_TASKS / d_out.div_ceil(FEW_COLUMNS)).min(d_in / LONG).max(1);
+                (d_in.div_ceil(tasks), FEW_COLUMNS)
+            }
         };
         let pairs = |outputs: Range<usize>| ranges(d_in, inputs).map(move |inputs| (inputs, outputs.clone()));
         let tasks: Vec<_> = ranges(d_out, outputs).flat_map(pairs).collect();
+        let packed = x.packed();
         let products = tasks.into_par_iter().map(|(inputs, outputs)| {
             let mut sum = vec![0.0; x.rows * outputs.len()];
             let (mut product, mut buffer) = (sum.clone(), vec![]);
+            // Sums of parts are added, because the error of a sum in one piece would grow with its length.
             for some in ranges(inputs.len(), (READ_AT_ONCE / outputs.len()).max(1)) {
                 let some = inputs.start + some.start..inputs.start + some.end;
                 let (lines, of_line) = match self.is_by_row {
@@ -147,9 +157,11 @@ impl<E: Number> Stored<'_, E> {
                     false => (outputs.clone(), some.clone()),
                 };
                 let part = E::read(self, Part { lines, of_line }, &mut buffer);
-                let part = if self.is_by_row { part } else { part.turned() };
-                let x = x.columns(some.start, some.len());
-                x.times(part, 0.0, &mut product, outputs.len(), Parallelism::Serial);
+                let x: Vec<&[f32]> = packed.chunks_exact(d_in).map(|row| &row[some.clone()]).collect();
+                match self.is_by_row {
+                    true => few::sum_of_lines(&x, part, &mut product),
+                    false => few::dots_with_lines(&x, part, &mut product),
+                }
                 sum.iter_mut().zip(&product).for_each(|(sum, product)| *sum += product);
             }
             (outputs, sum)
