@@ -19,6 +19,7 @@ use std::time::Instant;
 use anyhow::Result;
 use burn::module::Module;
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
+use burn_peft_examples::arguments::Precision;
 use burn_peft_examples::{allocator, failure, output};
 use clap::Parser;
 
@@ -52,7 +53,7 @@ fn run(args: &Args) -> Result<[Separation; 2]> {
     let tokenizer = text::tokenizer(&args.model, config.max_position_embeddings)?;
     output::make_directory(&args.out)?;
 
-    let device = args.device.open("encoder")?.autodiff();
+    let device = args.device.open("encoder", Precision::F32)?.autodiff();
     device.seed(args.seed);
     let (mut encoder, unused) = weights::load(&args.model, &config, &device)?;
     println!("base      {} layers, width {}", config.num_hidden_layers, config.hidden_size);

@@ -25,7 +25,7 @@ use burn_peft_examples::output;
 pub fn run(args: &ExperimentArgs) -> Result<()> {
     let start = Instant::now();
     // Whatever can be wrong is found before anything takes time.
-    let device = args.base.device.open("pokemon")?;
+    let device = args.base.device.open("pokemon", args.base.dtype)?;
     let species = data::load_to_split(args.base.data.as_deref())?;
     let mut first_seed = args.seed.unwrap_or(0);
     let mut split_is_known = true;

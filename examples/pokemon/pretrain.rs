@@ -17,6 +17,7 @@ use crate::corpus::{Corpus, Document};
 use crate::data;
 use crate::forgetting::Probe;
 use crate::vocabulary;
+use burn_peft_examples::arguments::Precision;
 use burn_peft_examples::output;
 use burn_peft_examples::progress::Progress;
 
@@ -26,7 +27,7 @@ const VOCABULARY_DOCUMENTS: usize = 40_000;
 /// Makes a base model and writes it to `args.out`: the files of the Hugging Face layout and `training.csv`. Nothing is
 /// written before all of it is made.
 pub fn run(args: &PretrainArgs) -> Result<()> {
-    let device = args.device.open("pokemon")?;
+    let device = args.device.open("pokemon", Precision::F32)?;
     let species = data::load(args.data.as_deref())?;
     make_empty_directory(&args.out)?;
     let start = Instant::now();

@@ -195,7 +195,7 @@ fn plan(args: &SweepArgs) -> Vec<(Method, f64)> {
 /// that what was computed is not lost, report and plots at the end.
 pub fn run(args: &SweepArgs) -> Result<()> {
     let start = Instant::now();
-    let device = args.base.device.open("pokemon")?;
+    let device = args.base.device.open("pokemon", args.base.dtype)?;
     let species = data::load_to_split(args.base.data.as_deref())?;
     let arms = [Arm::Full, Arm::Lora];
     checks::precision(args.base.dtype, &arms)?;

@@ -1,16 +1,25 @@
 //! Where to compute: the devices of Burn that this program can be built with.
 
+use std::fmt;
+
 use anyhow::Result;
-use burn::tensor::Device;
+use burn::tensor::{Device, FloatDType};
+use burn_peft::{DeviceCheck, check_device};
 use clap::ValueEnum;
+
+use crate::arguments::Precision;
 
 /// A device by name. All but the CPU need a cargo feature of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceName {
+    /// The first of these that was compiled in, is there, and computes what it should: CUDA, ROCm, Metal, Vulkan, WGPU, the CPU
+    Auto,
     /// All cores of the CPU
     Cpu,
     /// NVIDIA GPU through CUDA
     Cuda,
+    /// AMD GPU through ROCm
+    Rocm,
     /// Any GPU, through the graphics API of the system
     Wgpu,
     /// GPU through Vulkan
@@ -19,38 +28,100 @@ pub enum DeviceName {
     Metal,
 }
 
+/// Those that `auto` tries, the fastest first.
+const BEST: [DeviceName; 6] = [
+    DeviceName::Cuda,
+    DeviceName::Rocm,
+    DeviceName::Metal,
+    DeviceName::Vulkan,
+    DeviceName::Wgpu,
+    DeviceName::Cpu,
+];
+
 impl DeviceName {
     fn name(self) -> &'static str {
         match self {
+            Self::Auto => "auto",
             Self::Cpu => "cpu",
             Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
             Self::Wgpu => "wgpu",
             Self::Vulkan => "vulkan",
             Self::Metal => "metal",
         }
     }
 
-    /// Opens the device, for inference; `Device::autodiff` makes one to train on. The error names the `example`.
+    /// Opens the device for a model with weights in `precision`, checks what it computes, and says on standard error which it
+    /// is, what is in which type, and how exact it is. The device is one for inference; `Device::autodiff` makes one to train
+    /// on. Errors name the `example`.
     ///
     /// # Errors
-    /// The program was built without the feature that this device needs.
-    pub fn open(self, example: &str) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::flex()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => Ok(Device::cuda(0)),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => Ok(Device::wgpu(Default::default())),
-            #[cfg(feature = "vulkan")]
-            Self::Vulkan => Ok(Device::vulkan(Default::default())),
-            #[cfg(feature = "metal")]
-            Self::Metal => Ok(Device::metal(Default::default())),
-            #[allow(unreachable_patterns, reason = "with every feature there is no other device left")]
-            other => anyhow::bail!(
-                "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example {example} -- --device {0}",
-                other.name()
-            ),
+    /// The program was built without the feature that this device needs; the device fails, lacks the type, or computes wrongly.
+    pub fn open(self, example: &str, precision: Precision) -> Result<Device> {
+        if self != Self::Auto {
+            let Some(device) = self.compiled_in() else {
+                anyhow::bail!(
+                    "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example {example} -- --device {0}",
+                    self.name()
+                );
+            };
+            return self.checked(device, precision);
         }
+        for candidate in BEST {
+            let Some(device) = candidate.compiled_in() else { continue };
+            match candidate.checked(device, precision) {
+                Ok(device) => return Ok(device),
+                Err(error) if candidate == Self::Cpu => return Err(error),
+                Err(error) => eprintln!("note: not `{candidate}`: {error:#}"),
+            }
+        }
+        anyhow::bail!("no device was compiled in")
+    }
+
+    /// The device, if the program was built with the feature of its name.
+    fn compiled_in(self) -> Option<Device> {
+        match self {
+            Self::Cpu => Some(Device::flex()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Some(Device::cuda(0)),
+            #[cfg(feature = "rocm")]
+            Self::Rocm => Some(Device::rocm(0)),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Some(Device::wgpu(Default::default())),
+            #[cfg(feature = "vulkan")]
+            Self::Vulkan => Some(Device::vulkan(Default::default())),
+            #[cfg(feature = "metal")]
+            Self::Metal => Some(Device::metal(Default::default())),
+            #[allow(unreachable_patterns, reason = "with every feature, `auto` alone is left")]
+            _ => None,
+        }
+    }
+
+    fn checked(self, device: Device, precision: Precision) -> Result<Device> {
+        let check = check_device(&device, &[precision.into()])?;
+        eprintln!("device: {}", self.description(&check, precision));
+        Ok(device)
+    }
+
+    fn description(self, check: &DeviceCheck, precision: Precision) -> String {
+        let exact = |dtype| format!("{:.0e}", check.largest(dtype));
+        let mut text = format!("{self}, {}; ", check.device_name());
+        text += &match precision {
+            Precision::F32 => format!("everything in f32, exact to {}", exact(FloatDType::F32)),
+            _ => format!(
+                "the base in {}, exact to {}, adapters and optimizer in f32, exact to {}",
+                precision.name(),
+                exact(precision.into()),
+                exact(FloatDType::F32)
+            ),
+        };
+        text
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -59,14 +130,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_is_always_there() {
-        assert!(DeviceName::Cpu.open("pokemon").is_ok());
+    fn the_cpu_is_always_there_in_every_precision() {
+        for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
+            assert!(DeviceName::Cpu.open("pokemon", precision).is_ok());
+        }
+    }
+
+    #[test]
+    fn the_policy_of_types_is_told() {
+        let check = check_device(&Device::flex(), &[FloatDType::BF16]).unwrap();
+        let text = DeviceName::Cpu.description(&check, Precision::Bf16);
+        for part in ["cpu, Flex", "the base in bf16", "adapters and optimizer in f32, exact to"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    #[cfg(not(any(
+        feature = "cuda",
+        feature = "rocm",
+        feature = "metal",
+        feature = "vulkan",
+        feature = "wgpu"
+    )))]
+    fn without_a_gpu_in_the_program_auto_is_the_cpu() {
+        let device = DeviceName::Auto.open("pokemon", Precision::F32).unwrap();
+        assert_eq!(device, Device::flex());
     }
 
     #[test]
     #[cfg(not(feature = "cuda"))]
     fn a_missing_device_names_its_feature() {
-        let text = DeviceName::Cuda.open("pokemon").unwrap_err().to_string();
+        let text = DeviceName::Cuda.open("pokemon", Precision::F32).unwrap_err().to_string();
         assert!(text.contains("`cuda`") && text.contains("--features cuda"), "{text}");
     }
 }

@@ -22,6 +22,11 @@ struct Guide;
 #[doc = include_str!("../../docs/src/finetune.md")]
 struct Finetune;
 
+/// And that in the chapter on devices.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/src/devices.md")]
+struct Devices;
+
 /// And those in the chapter on several adapters.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/src/adapters.md")]

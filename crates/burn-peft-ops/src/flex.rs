@@ -138,6 +138,11 @@ impl<'a> Matrix<'a> {
         Self { numbers, columns: count, ..self }
     }
 
+    /// One of its rows, which lie in one piece each.
+    pub(crate) fn row(self, i: usize) -> &'a [f32] {
+        &self.numbers[i * self.strides[0].unsigned_abs()..][..self.columns]
+    }
+
     fn view(self) -> MatRef<'a, f32> {
         MatRef::new(self.numbers, self.rows, self.columns, self.strides[0], self.strides[1])
     }

@@ -1,8 +1,6 @@
 //! Linear layers whose weight is, as a rule, not trained.
 
 #[cfg(feature = "flex")]
-mod few;
-#[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
 mod rounded;

@@ -174,13 +174,18 @@ fn lines(wrong: &[Deviation]) -> String {
     wrong.iter().map(|deviation| format!("\n  {deviation}")).collect()
 }
 
-/// Backend and part.
+/// The backend and, if it tells, the part that it computes on.
 fn name(device: &Device) -> String {
     #[cfg(any(feature = "cuda", feature = "rocm", feature = "wgpu", feature = "vulkan", feature = "metal"))]
     if let Some(identity) = device.identity() {
-        return format!("{:?} ({})", device.clone().without_autodiff(), identity.name);
+        return format!("{} ({})", backend(device), identity.name);
     }
-    format!("{:?}", device.clone().without_autodiff())
+    backend(device)
+}
+
+fn backend(device: &Device) -> String {
+    let text = format!("{:?}", device.clone().without_autodiff());
+    text.trim_start_matches("Device<").trim_end_matches('>').to_string()
 }
 
 /// What `f` returns; a panic in it is an error, too.
@@ -194,8 +199,7 @@ fn guarded<R>(
         Ok(Err(reason)) => reason,
         Err(panic) => message(&*panic),
     };
-    let device = format!("{:?}", device.clone().without_autodiff());
-    Err(DeviceError::Failed { device, operation, reason })
+    Err(DeviceError::Failed { device: backend(device), operation, reason })
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

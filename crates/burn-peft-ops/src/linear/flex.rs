@@ -10,8 +10,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor, bf16, f16};
 
-use super::stored::{FEW_ROWS, Number, Stored};
+use super::stored::{Number, Stored};
 use super::{is_half, rounded};
+use crate::few_rows::MOST_ROWS;
 use crate::flex::{Matrix, contiguous, is_on_flex, numbers, strided, tensor};
 
 /// From so many rows on, gemmkit multiplies with a matrix that lies row by row; with fewer, Burn's `gemm` is faster. With
@@ -54,11 +55,11 @@ impl Product for Flex {
         let (x, weight) = (strided(x), strided(weight));
         let [rows, _] = x.layout().shape().dims();
         let [_, d_out] = weight.layout().shape().dims();
-        if x.dtype() == DType::F32 && (is_half(weight.dtype()) || rows <= FEW_ROWS) {
+        if x.dtype() == DType::F32 && (is_half(weight.dtype()) || rows <= MOST_ROWS) {
             let weight = in_lines(weight);
             let layout = weight.layout();
             let y = match weight.dtype() {
-                DType::BF16 if may_round && rows > FEW_ROWS => {
+                DType::BF16 if may_round && rows > MOST_ROWS => {
                     rounded::product(numbers(&contiguous(x)), stored(layout, weight.storage()))
                 }
                 DType::BF16 => stored::<bf16>(layout, weight.storage()).product(Matrix::of(&x)),

@@ -7,11 +7,9 @@ use gemmkit::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::{WIDENED_AT_ONCE, few};
+use super::WIDENED_AT_ONCE;
+use crate::few_rows;
 use crate::flex::{Matrix, rows_of_task, vectorised, zeros};
-
-/// Rows of activations so few that reading the weight takes longer than multiplying.
-pub(super) const FEW_ROWS: usize = 16;
 
 /// How much of a line is read at a time, so that a part of a weight is neither too thin nor too long.
 const WIDTH: usize = 4096;
@@ -105,7 +103,7 @@ impl<E: Number> Stored<'_, E> {
 
     /// `x W`, row by row.
     pub(super) fn product(self, x: Matrix<'_>) -> Vec<f32> {
-        if x.rows <= FEW_ROWS { self.product_of_few(x) } else { self.product_of_many(x) }
+        if x.rows <= few_rows::MOST_ROWS { self.product_of_few(x) } else { self.product_of_many(x) }
     }
 
     /// Part after part, each multiplied by all threads.
@@ -146,6 +144,7 @@ impl<E: Number> Stored<'_, E> {
         let pairs = |outputs: Range<usize>| ranges(d_in, inputs).map(move |inputs| (inputs, outputs.clone()));
         let tasks: Vec<_> = ranges(d_out, outputs).flat_map(pairs).collect();
         let packed = x.packed();
+        let x = Matrix::new(&packed, x.rows, d_in);
         let products = tasks.into_par_iter().map(|(inputs, outputs)| {
             let mut sum = vec![0.0; x.rows * outputs.len()];
             let (mut product, mut buffer) = (sum.clone(), vec![]);
@@ -157,11 +156,8 @@ impl<E: Number> Stored<'_, E> {
                     false => (outputs.clone(), some.clone()),
                 };
                 let part = E::read(self, Part { lines, of_line }, &mut buffer);
-                let x: Vec<&[f32]> = packed.chunks_exact(d_in).map(|row| &row[some.clone()]).collect();
-                match self.is_by_row {
-                    true => few::sum_of_lines(&x, part, &mut product),
-                    false => few::dots_with_lines(&x, part, &mut product),
-                }
+                let part = if self.is_by_row { part } else { part.turned() };
+                few_rows::product(x.columns(some.start, some.len()), part, &mut product);
                 sum.iter_mut().zip(&product).for_each(|(sum, product)| *sum += product);
             }
             (outputs, sum)

@@ -1,0 +1,77 @@
+"""What this project does on a GPU, as one page of Markdown: how exact the device is, the test suite on it, and training steps of
+Llama-3.2-1B's shape beside torch and peft.
+
+usage: python report.py --device cuda [--suite BINARY] [--training-step BINARY] [--cases llama-1b ..] [--rounds 3]
+
+Without binaries it builds them. The comparison needs torch and peft (`../python/requirements.txt`), and an NVIDIA GPU for the
+memory; on other devices the rest is made.
+"""
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def build(package, kind, name, device):
+    command = ["cargo", "test" if kind == "--test" else "bench", "-p", package, kind, name, "--no-run", "--features", device,
+               *(["--release"] if kind == "--test" else []), "--message-format=json"]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == name)
+
+
+def test(suite, device, limit, *words):
+    """The output of tests, and whether they came to an end."""
+    environment = {**os.environ, "BURN_DEVICE": device}
+    process = subprocess.Popen([suite, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        return process.communicate(timeout=limit)[0], True
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0], False
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", required=True, choices=["cuda", "vulkan", "wgpu", "metal", "rocm"])
+    parser.add_argument("--suite", type=pathlib.Path, help="the test suite, if it is built already")
+    parser.add_argument("--training-step", type=pathlib.Path, help="the benchmark, if it is built already")
+    parser.add_argument("--cases", nargs="+", default=["llama-1b", "llama-1b-all-labelled"])
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that the suite may take")
+    parser.add_argument("--output", type=pathlib.Path, help="file for all that the suite says")
+    args = parser.parse_args()
+    suite = args.suite or build("burn-peft-tests", "--test", "suite", args.device)
+
+    print(f"# {args.device}\n\n## What it computes\n```text")
+    checked, _ = test(suite, args.device, args.limit, "device::", "--nocapture")
+    print("\n".join(line for line in checked.splitlines() if line.strip() and not line.startswith(("test result", "running"))))
+    print("```\n\n## The suite", flush=True)
+    said, is_over = test(suite, args.device, args.limit)
+    if args.output:
+        args.output.write_text(said, encoding="utf-8")
+    # Of tests that run at the same time, what one says may stand between the name and the result of another.
+    passed, failed = (len(re.findall(rf"\.\.\. {word}$", said, re.MULTILINE)) for word in ("ok", "FAILED"))
+    print(f"{passed} passed, {failed} failed" + ("" if is_over else f"; stopped after {args.limit} s") + ".\n")
+    for name in sorted(set(re.findall(r"^test (\S+) \.\.\. FAILED$", said, re.MULTILINE))):
+        print(f"- `{name}`")
+
+    print("\n## Training steps", flush=True)
+    if args.device != "cuda":
+        print("Compared on CUDA alone.")
+        return
+    steps = args.training_step or build("burn-peft-benches", "--bench", "training_step", args.device)
+    compare = [sys.executable, ROOT / "benches/python/compare.py", "--device", args.device, "--binary", steps, "--dtypes", args.dtype,
+               "--rounds", str(args.rounds), "--steps", str(args.steps), "--cases", *args.cases]
+    subprocess.run(compare, check=True)
+
+
+if __name__ == "__main__":
+    main()
