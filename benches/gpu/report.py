@@ -4,7 +4,7 @@ Llama-3.2-1B's shape beside torch and peft.
 usage: python report.py --device cuda [--suite BINARY] [--training-step BINARY] [--cases llama-1b ..] [--rounds 3]
 
 Without binaries it builds them. The comparison needs torch and peft (`../python/requirements.txt`), and an NVIDIA GPU for the
-memory; on other devices the rest is made.
+memory. Other devices get the first two parts.
 """
 import argparse
 import json
@@ -51,9 +51,12 @@ def main():
     suite = args.suite or build("burn-peft-tests", "--test", "suite", args.device)
 
     print(f"# {args.device}\n\n## What it computes\n```text")
-    checked, _ = test(suite, args.device, args.limit, "device::", "--nocapture")
+    checked, is_over = test(suite, args.device, args.limit, "device::", "--nocapture")
     print("\n".join(line for line in checked.splitlines() if line.strip() and not line.startswith(("test result", "running"))))
-    print("```\n\n## The suite", flush=True)
+    print("```")
+    if not is_over or "test result: ok. 1 passed" not in checked:
+        sys.exit("The device did not pass; nothing else was run on it." if is_over else f"Stopped after {args.limit} s.")
+    print("\n## The suite", flush=True)
     said, is_over = test(suite, args.device, args.limit)
     if args.output:
         args.output.write_text(said, encoding="utf-8")

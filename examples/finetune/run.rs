@@ -43,10 +43,10 @@ struct Begun {
 }
 
 pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
-    let directory = model::directory(&args.model, "")?;
-    let adapter = args.adapter.as_ref().map(model::directory_of_adapter).transpose()?;
     data::check(&args.data)?;
     let device = args.device.open("finetune", args.dtype)?.autodiff();
+    let directory = model::directory(&args.model, "")?;
+    let adapter = args.adapter.as_ref().map(model::directory_of_adapter).transpose()?;
     let checkpoint = checkpoint(args)?;
     let begun = begun(args)?;
     let date = match (&args.date, &begun) {

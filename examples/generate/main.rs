@@ -33,8 +33,8 @@ fn main() -> ExitCode {
 
 /// Answers the prompt, or each line of `input` as the next turn of a conversation.
 fn run(args: &Args, input: &mut impl BufRead, output: &mut impl Write) -> Result<()> {
-    let directory = model::directory(&args.model, "")?;
     let device = args.device.open("generate", args.dtype)?;
+    let directory = model::directory(&args.model, "")?;
     let mut tokenizer = Tokenizer::load(&directory)?;
     if let Some(date) = &args.date {
         tokenizer = tokenizer.with_date(date)?;

@@ -12,7 +12,7 @@ use crate::arguments::Precision;
 /// A device by name. All but the CPU need a cargo feature of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceName {
-    /// The first of these that was compiled in, is there, and computes what it should: CUDA, ROCm, Metal, Vulkan, WGPU, the CPU
+    /// The first of these that was compiled in and passes the check: CUDA, ROCm, Metal, Vulkan, WGPU, the CPU
     Auto,
     /// All cores of the CPU
     Cpu,
@@ -28,15 +28,9 @@ pub enum DeviceName {
     Metal,
 }
 
-/// Those that `auto` tries, the fastest first.
-const BEST: [DeviceName; 6] = [
-    DeviceName::Cuda,
-    DeviceName::Rocm,
-    DeviceName::Metal,
-    DeviceName::Vulkan,
-    DeviceName::Wgpu,
-    DeviceName::Cpu,
-];
+/// Those that `auto` tries before the CPU, in this order.
+const GPUS: [DeviceName; 5] =
+    [DeviceName::Cuda, DeviceName::Rocm, DeviceName::Metal, DeviceName::Vulkan, DeviceName::Wgpu];
 
 impl DeviceName {
     fn name(self) -> &'static str {
@@ -67,15 +61,14 @@ impl DeviceName {
             };
             return self.checked(device, precision);
         }
-        for candidate in BEST {
+        for candidate in GPUS {
             let Some(device) = candidate.compiled_in() else { continue };
             match candidate.checked(device, precision) {
                 Ok(device) => return Ok(device),
-                Err(error) if candidate == Self::Cpu => return Err(error),
                 Err(error) => eprintln!("note: not `{candidate}`: {error:#}"),
             }
         }
-        anyhow::bail!("no device was compiled in")
+        Self::Cpu.checked(Device::flex(), precision)
     }
 
     /// The device, if the program was built with the feature of its name.
@@ -105,17 +98,16 @@ impl DeviceName {
 
     fn description(self, check: &DeviceCheck, precision: Precision) -> String {
         let exact = |dtype| format!("{:.0e}", check.largest(dtype));
-        let mut text = format!("{self}, {}; ", check.device_name());
-        text += &match precision {
-            Precision::F32 => format!("everything in f32, exact to {}", exact(FloatDType::F32)),
+        let in_f32 = exact(FloatDType::F32);
+        let types = match precision {
+            Precision::F32 => format!("everything in f32, exact to {in_f32}"),
             _ => format!(
-                "the base in {}, exact to {}, adapters and optimizer in f32, exact to {}",
+                "weights in {}, exact to {}, adapters in f32, exact to {in_f32}",
                 precision.name(),
-                exact(precision.into()),
-                exact(FloatDType::F32)
+                exact(precision.into())
             ),
         };
-        text
+        format!("{self}, {}; {types}", check.device_name())
     }
 }
 
@@ -140,7 +132,7 @@ mod tests {
     fn the_policy_of_types_is_told() {
         let check = check_device(&Device::flex(), &[FloatDType::BF16]).unwrap();
         let text = DeviceName::Cpu.description(&check, Precision::Bf16);
-        for part in ["cpu, Flex", "the base in bf16", "adapters and optimizer in f32, exact to"] {
+        for part in ["cpu, Flex", "weights in bf16, exact to", "adapters in f32, exact to"] {
             assert!(text.contains(part), "{text}");
         }
     }

@@ -45,6 +45,7 @@
 //!   other tools use, and return its directory.
 //! - `train`, off by default: `LlamaForCausalLm` implements the traits of burn-train, for Burn's own learner. It brings the CPU backend and
 //!   burn-dataset with it.
+//! - `cuda`, `rocm`, `wgpu`, `vulkan`, `metal`, off by default: Burn's backends for GPUs, passed through.
 //!
 //! # What it is not
 //! It is no inference server: there are no quantized weights, no paged cache, no speculative decoding. It is no

@@ -32,8 +32,6 @@ mod dropout;
 #[cfg(feature = "flex")]
 mod exp;
 #[cfg(feature = "flex")]
-mod few_rows;
-#[cfg(feature = "flex")]
 mod flex;
 mod linear;
 mod rms_norm;

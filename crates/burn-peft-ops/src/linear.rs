@@ -1,6 +1,8 @@
 //! Linear layers whose weight is, as a rule, not trained.
 
 #[cfg(feature = "flex")]
+mod few_rows;
+#[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
 mod rounded;
@@ -129,9 +131,16 @@ mod tests {
     fn outputs_and_gradients_are_exact() {
         let burns = |x, w| burn::tensor::module::linear(x, w, None);
         let device = Device::flex();
-        for (batch, n, d_in, d_out) in
-            [(1, 1, 1, 1), (1, 1, 70, 33), (2, 3, 64, 48), (3, 37, 96, 200), (1, 5, 64, 49_152)]
-        {
+        for (batch, n, d_in, d_out) in [
+            (1, 1, 1, 1),
+            (1, 1, 70, 33),
+            (2, 3, 64, 48),
+            (3, 37, 96, 200),
+            (1, 5, 64, 49_152),
+            (1, 1, 20, 9_000),
+            (1, 4, 1_100, 300),
+            (1, 1, 3, 70_000),
+        ] {
             let random =
                 |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.5), &device);
             let x = random([batch * n, d_in]).reshape([batch, n, d_in]);
@@ -150,6 +159,24 @@ mod tests {
                     };
                     let (found, own) = (off(found), off(own));
                     assert!(found < 2e-6, "{found}, Burn's {own}, {batch} x {n} x {d_in} x {d_out}");
+                }
+            }
+        }
+    }
+
+    /// Of equal numbers, whose rounding errors all go the same way.
+    #[test]
+    fn long_sums_for_few_rows_are_exact() {
+        let device = Device::flex();
+        for [n, d_in, d_out] in [[1, 40_000, 1], [3, 40_000, 2], [2, 49_152, 130]] {
+            let x = Tensor::<2>::full([n, d_in], 0.1, &device);
+            let dense = Tensor::<2>::full([d_in, d_out], 0.3, &device);
+            let turned = Tensor::<2>::full([d_out, d_in], 0.3, &device).transpose();
+            let expected = d_in as f64 * f64::from(0.1_f32) * f64::from(0.3_f32);
+            for w in [dense, turned] {
+                for y in values(linear(x.clone(), w, None)) {
+                    let off = (f64::from(y) / expected - 1.0).abs();
+                    assert!(off < 3e-6, "{off}, {n} x {d_in} x {d_out}");
                 }
             }
         }

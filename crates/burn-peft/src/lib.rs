@@ -15,6 +15,8 @@
 //! # Features
 //! - `flex`, on by default: kernels of this crate for Flex, Burn's CPU backend, which comes with it. Without, everything is
 //!   composed of Burn's operations, as it is on other backends in any case.
+//! - `cuda`, `rocm`, `wgpu`, `vulkan`, `metal`: Burn's backends for GPUs, passed through. [`check_device`] tells whether one of
+//!   them computes what it should.
 //!
 //! # Example
 //! ```
@@ -44,6 +46,7 @@
 //! | Merge | for now: [`merge_adapter`](PeftModel::merge_adapter), [`merge_adapters`](PeftModel::merge_adapters), [`unmerge_adapter`](PeftModel::unmerge_adapter); for good: [`merge_and_unload`](PeftModel::merge_and_unload), [`unload`](PeftModel::unload) |
 //! | Files | [`save_adapter`](PeftModel::save_adapter), [`save_adapters`](PeftModel::save_adapters), [`load_adapter`](PeftModel::load_adapter), [`load_adapter_with`](PeftModel::load_adapter_with), [`hotswap_adapter`](PeftModel::hotswap_adapter); without a model: [`AdapterDirectory`], [`LoraConfig::from_pretrained`], [`LoraConfig::save_pretrained`] |
 //! | Inspect | [`adapters`](PeftModel::adapters), [`trainable_parameters`](PeftModel::trainable_parameters), [`adapter_tensors`](PeftModel::adapter_tensors), [`batch_rows`](PeftModel::batch_rows) |
+//! | Devices | [`check_device`] |
 //! | Train | Burn's optimizers find the active adapters by themselves; [`LoraPlus`] gives them learning rates of their own |
 //!
 //! # What it is not

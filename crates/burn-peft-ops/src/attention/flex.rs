@@ -17,7 +17,6 @@ use rayon::prelude::*;
 
 use crate::CausalMask;
 use crate::exp::{exp, exponentiate, largest};
-use crate::few_rows;
 use crate::flex::{Matrix, TASK, dot, is_readable, strided, tensor, vectorised, zeros};
 use crate::token_tree::Segment;
 
@@ -363,12 +362,7 @@ fn matrix<'a>(x: &'a FlexTensor, first: &[usize], axis: usize, rows: usize) -> M
 
 /// `y = a b + beta y`, with rows of `y` that lie `apart` numbers apart, by one thread.
 fn multiply(a: Matrix<'_>, b: Matrix<'_>, beta: f32, y: &mut [f32], apart: usize) {
-    // While an answer is written, the few queries of a position meet many keys.
-    if beta == 0.0 && apart == b.columns && few_rows::are_few(a, b) {
-        few_rows::product(a, b, &mut y[..a.rows * b.columns]);
-    } else {
-        a.times(b, beta, y, apart, Parallelism::Serial);
-    }
+    a.times(b, beta, y, apart, Parallelism::Serial);
 }
 
 /// The scores of the keys that a query sees: of padding they are the smallest there is, of later keys 0.

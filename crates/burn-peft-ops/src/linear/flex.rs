@@ -10,9 +10,9 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, FloatDType, Tensor, bf16, f16};
 
+use super::few_rows::MOST_ROWS;
 use super::stored::{Number, Stored};
 use super::{is_half, rounded};
-use crate::few_rows::MOST_ROWS;
 use crate::flex::{Matrix, contiguous, is_on_flex, numbers, strided, tensor};
 
 /// From so many rows on, gemmkit multiplies with a matrix that lies row by row; with fewer, Burn's `gemm` is faster. With

@@ -7,23 +7,24 @@ use gemmkit::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::WIDENED_AT_ONCE;
-use crate::few_rows;
+use super::{WIDENED_AT_ONCE, few_rows};
 use crate::flex::{Matrix, rows_of_task, vectorised, zeros};
 
 /// How much of a line is read at a time, so that a part of a weight is neither too thin nor too long.
 const WIDTH: usize = 4096;
 
-/// For few rows, a task makes so many results of each if lines are columns,
+/// For few rows, a task makes so many results of each, if lines are columns.
 const COLUMNS_OF_TASK: usize = 32;
-/// and if they are rows so many: what a task adds to has to stay in the nearest cache.
+/// If lines are rows, it makes so many: what it adds to has to stay in the nearest cache.
 const FEW_COLUMNS: usize = 128;
-/// There are no more tasks than that where several add to the same results,
+/// Where several tasks add to the same results, there are at most so many tasks.
 const MOST_TASKS: usize = 32;
-/// and each has at least so many inputs.
+/// Each of those has at least so many inputs, if there is more than one row.
 const LONG: usize = 512;
-/// A task reads so many numbers at a time.
+/// A task reads about so many numbers of a weight at a time.
 const READ_AT_ONCE: usize = 1 << 14;
+/// More than that is widened by all threads.
+const WIDENED_BY_ONE: usize = 1 << 16;
 
 /// A weight whose rows, or whose columns, lie in one piece each: its lines.
 #[derive(Clone, Copy)]
@@ -92,7 +93,7 @@ impl<E: Number> Stored<'_, E> {
             let start = (part.lines.start + i) * self.apart + part.of_line.start;
             widen(&self.numbers[start..start + width], numbers);
         };
-        if count * width <= READ_AT_ONCE {
+        if count * width <= WIDENED_BY_ONE {
             buffer.chunks_exact_mut(width).enumerate().for_each(line);
         } else {
             let lines = buffer.par_chunks_exact_mut(width).with_min_len(rows_of_task(width));
@@ -133,8 +134,8 @@ impl<E: Number> Stored<'_, E> {
             if self.is_by_row { (self.lines, self.length) } else { (self.length, self.lines) };
         let (inputs, outputs) = match (self.is_by_row, x.rows) {
             (false, _) => (d_in, COLUMNS_OF_TASK),
-            // A single row has results so few that each task adds to all of them, and reads in the order of memory.
             (true, 1) if d_out > 2 * WIDTH => (d_in, WIDTH),
+            // A single row has so few results that each task can add to all of them, and read in the order of memory.
             (true, 1) => ((READ_AT_ONCE / d_out).max(d_in.div_ceil(MOST_TASKS)), d_out),
             (true, _) => {
                 let tasks = (MOST_TASKS / d_out.div_ceil(FEW_COLUMNS)).min(d_in / LONG).max(1);
@@ -149,7 +150,8 @@ impl<E: Number> Stored<'_, E> {
             let mut sum = vec![0.0; x.rows * outputs.len()];
             let (mut product, mut buffer) = (sum.clone(), vec![]);
             // Sums of parts are added, because the error of a sum in one piece would grow with its length.
-            for some in ranges(inputs.len(), (READ_AT_ONCE / outputs.len()).max(1)) {
+            let at_once = (READ_AT_ONCE / outputs.len()).clamp(few_rows::ADDED, few_rows::LONGEST_SUM);
+            for some in ranges(inputs.len(), at_once) {
                 let some = inputs.start + some.start..inputs.start + some.end;
                 let (lines, of_line) = match self.is_by_row {
                     true => (some.clone(), outputs.clone()),

@@ -12,12 +12,16 @@ pub(super) fn normal(count: usize, seed: u64) -> Vec<f64> {
     (0..count).map(|_| (0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.0).collect()
 }
 
-/// The largest difference, relative to the largest expected number; infinite if there is no such number.
+/// The largest difference, relative to the largest expected number. Infinite if something found is not finite, if the counts
+/// differ, or if nothing but zeros is expected.
 pub(super) fn deviation(found: &[f64], expected: &[f64]) -> f64 {
     if found.len() != expected.len() || found.iter().any(|x| !x.is_finite()) {
         return f64::INFINITY;
     }
     let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+    if largest == 0.0 {
+        return f64::INFINITY;
+    }
     found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / largest
 }
 

@@ -5,23 +5,19 @@ use pulp::{Arch, Simd, WithSimd};
 use crate::flex::Matrix;
 
 /// Rows so few that reading the matrix takes longer than multiplying.
-pub(crate) const MOST_ROWS: usize = 16;
-/// The longest sums that are made in one piece: their error grows with the length.
-const LONGEST_SUM: usize = 2048;
+pub(super) const MOST_ROWS: usize = 16;
+/// The longest sum that [`product`] should make: its error grows with the length.
+pub(super) const LONGEST_SUM: usize = 2048;
 
 /// Lines that are added to a row at a time, so that the row is read and written once for all of them.
-const ADDED: usize = 8;
+pub(super) const ADDED: usize = 8;
 /// Lines that are multiplied with a row at a time, so that the row is read once for all of them.
 const MULTIPLIED: usize = 4;
 
-/// Whether [`product`] is for these: few rows, sums that are not too long, and numbers that lie in one piece, those of each
-/// row of `x`, and those of each row or each column of `w`.
-pub(crate) fn are_few(x: Matrix<'_>, w: Matrix<'_>) -> bool {
-    x.rows <= MOST_ROWS && x.columns <= LONGEST_SUM && x.strides[1] == 1 && w.strides.contains(&1)
-}
-
-/// `y = x w`, by one thread. The rows of `y` lie in one piece.
-pub(crate) fn product(x: Matrix<'_>, w: Matrix<'_>, y: &mut [f32]) {
+/// `y = x w`, by one thread. Numbers lie in one piece: those of each row of `x`, those of each row or of each column of `w`, and
+/// all of `y`.
+pub(super) fn product(x: Matrix<'_>, w: Matrix<'_>, y: &mut [f32]) {
+    assert_eq!((x.columns, y.len()), (w.rows, x.rows * w.columns), "shapes of a product");
     let x: Vec<&[f32]> = (0..x.rows).map(|row| x.row(row)).collect();
     if w.strides[1] == 1 {
         y.fill(0.0);
@@ -146,7 +142,6 @@ mod tests {
             let (x, w) = (drawn_numbers(rows * (d_in + 3), 1.0, 1), drawn_numbers(d_in * d_out, 1.0, 2));
             let x = Matrix { numbers: &x, rows, columns: d_in, strides: [d_in as isize + 3, 1] };
             for w in [Matrix::new(&w, d_in, d_out), Matrix::new(&w, d_out, d_in).turned()] {
-                assert!(are_few(x, w));
                 let [of_rows, of_columns] = w.strides.map(isize::unsigned_abs);
                 let expected = (0..rows * d_out).map(|i| {
                     let of_input = |(k, x): (usize, &f32)| {
@@ -157,19 +152,8 @@ mod tests {
                 let mut y = vec![f32::NAN; rows * d_out];
                 product(x, w, &mut y);
                 let off = deviation(&wide(&y), &expected.collect::<Vec<_>>());
-                assert!(off < 1e-6, "{off}, {rows} x {d_in} x {d_out}");
+                assert!(off < 2e-6, "{off}, {rows} x {d_in} x {d_out}");
             }
         }
-    }
-
-    #[test]
-    fn many_rows_long_sums_and_numbers_that_lie_apart_are_for_others() {
-        let numbers = vec![0.0; 17 * 2049];
-        let of = |rows, columns| Matrix::new(&numbers, rows, columns);
-        assert!(are_few(of(16, 2048), of(2048, 3)));
-        assert!(!are_few(of(17, 5), of(5, 3)));
-        assert!(!are_few(of(2, 2049), of(2049, 3)));
-        assert!(!are_few(of(5, 2).turned(), of(5, 3)));
-        assert!(!are_few(of(2, 5), Matrix { strides: [6, 2], ..of(5, 3) }));
     }
 }
