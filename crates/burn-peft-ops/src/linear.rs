@@ -176,7 +176,7 @@ mod tests {
             for w in [dense, turned] {
                 for y in values(linear(x.clone(), w, None)) {
                     let off = (f64::from(y) / expected - 1.0).abs();
-                    assert!(off < 3e-6, "{off}, {n} x {d_in} x {d_out}");
+                    assert!(off < 5e-6, "{off}, {n} x {d_in} x {d_out}");
                 }
             }
         }

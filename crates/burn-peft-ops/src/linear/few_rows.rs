@@ -6,8 +6,10 @@ use crate::flex::Matrix;
 
 /// Rows so few that reading the matrix takes longer than multiplying.
 pub(super) const MOST_ROWS: usize = 16;
-/// The longest sum that [`product`] should make: its error grows with the length.
-pub(super) const LONGEST_SUM: usize = 2048;
+/// The most numbers that [`product`] should add one after the other: the error grows with their count.
+pub(super) const LONGEST_SUM: usize = 128;
+/// Numbers that it adds side by side, at least, if columns lie in one piece.
+pub(super) const SIDE_BY_SIDE: usize = 8;
 
 /// Lines that are added to a row at a time, so that the row is read and written once for all of them.
 pub(super) const ADDED: usize = 8;

@@ -150,7 +150,8 @@ impl<E: Number> Stored<'_, E> {
             let mut sum = vec![0.0; x.rows * outputs.len()];
             let (mut product, mut buffer) = (sum.clone(), vec![]);
             // Sums of parts are added, because the error of a sum in one piece would grow with its length.
-            let at_once = (READ_AT_ONCE / outputs.len()).clamp(few_rows::ADDED, few_rows::LONGEST_SUM);
+            let longest = few_rows::LONGEST_SUM * if self.is_by_row { 1 } else { few_rows::SIDE_BY_SIDE };
+            let at_once = (READ_AT_ONCE / outputs.len()).clamp(few_rows::ADDED, longest);
             for some in ranges(inputs.len(), at_once) {
                 let some = inputs.start + some.start..inputs.start + some.end;
                 let (lines, of_line) = match self.is_by_row {
