@@ -445,7 +445,8 @@ mod tests {
     #[test]
     fn a_panic_is_an_error_with_its_message() {
         let device = Device::default();
-        let failures: [(fn() -> Result<(), String>, &str); 3] = [
+        type Failure = fn() -> Result<(), String>;
+        let failures: [(Failure, &str); 3] = [
             (|| panic!("no adapter"), "no adapter"),
             (|| panic!("adapter {}", 7), "adapter 7"),
             (|| Err("lost".into()), "lost"),
