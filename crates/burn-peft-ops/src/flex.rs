@@ -1,7 +1,5 @@
 //! What the kernels for Burn's CPU backend share.
 
-use std::borrow::Cow;
-
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Bytes, DispatchTensorKind, Shape};
 use burn::tensor::{DType, Tensor};
@@ -104,17 +102,6 @@ impl<'a> Matrix<'a> {
         let [rows, columns] = layout.shape().dims();
         let numbers = &x.storage::<f32>()[layout.start_offset()..];
         Self { numbers, rows, columns, strides: [layout.strides()[0], layout.strides()[1]] }
-    }
-
-    /// Its numbers row by row, copied if they lie otherwise.
-    pub(crate) fn packed(self) -> Cow<'a, [f32]> {
-        let Self { numbers, rows, columns, strides } = self;
-        if strides == [columns as isize, 1] {
-            return Cow::Borrowed(&numbers[..rows * columns]);
-        }
-        let [of_rows, of_columns] = strides.map(isize::unsigned_abs);
-        let row = |i: usize| (0..columns).map(move |j| numbers[i * of_rows + j * of_columns]);
-        (0..rows).flat_map(row).collect()
     }
 
     /// `self b`, by all threads.

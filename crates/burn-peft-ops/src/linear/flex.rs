@@ -56,6 +56,7 @@ impl Product for Flex {
         let [rows, _] = x.layout().shape().dims();
         let [_, d_out] = weight.layout().shape().dims();
         if x.dtype() == DType::F32 && (is_half(weight.dtype()) || rows <= MOST_ROWS) {
+            let x = if rows <= MOST_ROWS { contiguous(x) } else { x };
             let weight = in_lines(weight);
             let layout = weight.layout();
             let y = match weight.dtype() {

@@ -128,7 +128,7 @@ impl<E: Number> Stored<'_, E> {
         y
     }
 
-    /// Each task reads a part of the weight, which is what such a product waits for.
+    /// Each task reads a part of the weight, which is what such a product waits for. The rows of `x` lie in one piece each.
     fn product_of_few(self, x: Matrix<'_>) -> Vec<f32> {
         let (d_in, d_out) =
             if self.is_by_row { (self.lines, self.length) } else { (self.length, self.lines) };
@@ -144,8 +144,6 @@ impl<E: Number> Stored<'_, E> {
         };
         let pairs = |outputs: Range<usize>| ranges(d_in, inputs).map(move |inputs| (inputs, outputs.clone()));
         let tasks: Vec<_> = ranges(d_out, outputs).flat_map(pairs).collect();
-        let packed = x.packed();
-        let x = Matrix::new(&packed, x.rows, d_in);
         let products = tasks.into_par_iter().map(|(inputs, outputs)| {
             let mut sum = vec![0.0; x.rows * outputs.len()];
             let (mut product, mut buffer) = (sum.clone(), vec![]);
