@@ -1,4 +1,5 @@
-//! Training steps with LoRA and DoRA, each case in a process of its own: seconds, memory, page faults.
+//! Training steps with LoRA and DoRA, and a single layer forward and backward, each case in a process of its own: seconds,
+//! memory, page faults.
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
 //! of JSON, which is what `benches/python/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
@@ -10,6 +11,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::FloatDType;
+use burn_peft_benches::layer::{LAYERS, Layer};
 use burn_peft_benches::process::{Process, median};
 use burn_peft_benches::training::{Kind, SHAPES, Training, dtype};
 use clap::Parser;
@@ -23,7 +25,7 @@ const WARM_UP: usize = 2;
 
 #[derive(Parser)]
 struct Options {
-    /// One case: a shape, with `-dora` behind it for DoRA, or `-apply-lora` for Burn's own adapters
+    /// One case: a shape, with `-dora` behind it for DoRA, or `-apply-lora` for Burn's own adapters; or a layer
     #[arg(long)]
     case: Option<String>,
     /// Steps that are measured
@@ -53,6 +55,9 @@ struct Options {
     /// Prints the shapes of all cases as JSON
     #[arg(long)]
     shapes: bool,
+    /// Prints the sizes of the layers as JSON
+    #[arg(long)]
+    layers: bool,
     /// What `cargo bench` gives every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -63,6 +68,10 @@ fn main() -> ExitCode {
     let run = match &options.case {
         _ if options.shapes => {
             print(&json!(SHAPES).to_string());
+            Ok(())
+        }
+        _ if options.layers => {
+            print(&json!(LAYERS).to_string());
             Ok(())
         }
         Some(case) => measure(case, &options).map(|found| print(&found.to_string())),
@@ -83,12 +92,19 @@ fn print(text: &str) {
 }
 
 fn measure(case: &str, options: &Options) -> Result<Value> {
+    if let Some(sizes) = LAYERS.iter().find(|layer| layer.name == case) {
+        let mut layer = Layer::new(*sizes, options.dtype);
+        return Ok(match options.floor {
+            true => json!({ "case": case, "floor_seconds": layer.floor() }),
+            false => repeat(case, options.steps, || layer.step()),
+        });
+    }
     let ends = [("-dora", Kind::Dora), ("-apply-lora", Kind::ApplyLora)];
     let mut of_end = ends.iter().filter_map(|(end, kind)| Some((case.strip_suffix(end)?, *kind)));
     let (name, kind) = of_end.next().unwrap_or((case, Kind::Lora));
     let Some(shape) = SHAPES.iter().find(|shape| shape.name == name) else {
-        let names: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
-        bail!("there is no case `{name}`; there are {}", names.join(", "));
+        let names = SHAPES.iter().map(|shape| shape.name).chain(LAYERS.iter().map(|layer| layer.name));
+        bail!("there is no case `{name}`; there are {}", names.collect::<Vec<_>>().join(", "));
     };
     let mut shape = *shape;
     let chosen = [
@@ -100,26 +116,31 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         *of_shape = chosen.map_or(*of_shape, |chosen| chosen as usize);
     }
     shape.batch[1] = options.tokens.map_or(shape.batch[1], |tokens| tokens as usize);
-    let (steps, mut training) = (options.steps, Training::new(shape, kind, options.dtype));
+    let mut training = Training::new(shape, kind, options.dtype);
     if options.floor {
         return Ok(json!({ "case": case, "floor_seconds": training.floor() }));
     }
     training.set_gradient_checkpointing(options.gradient_checkpointing);
+    Ok(repeat(case, options.steps, || training.step()))
+}
+
+/// Measures steps after a few others.
+fn repeat(case: &str, steps: u32, mut step: impl FnMut() -> f64) -> Value {
     let weights = Process::now();
     Process::forget_peak();
     for _ in 0..WARM_UP {
-        training.step();
+        step();
     }
     let begin = Process::now();
     let (mut seconds, mut loss) = (vec![], 0.0);
     for _ in 0..steps {
         let start = Instant::now();
-        loss = training.step();
+        loss = step();
         seconds.push(start.elapsed().as_secs_f64());
     }
     let end = Process::now();
     let mib = |kib: u64| kib as f64 / 1024.0;
-    Ok(json!({
+    json!({
         "case": case,
         "seconds": median(&seconds),
         "all_seconds": seconds,
@@ -127,7 +148,7 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         "weights_mib": mib(weights.resident_kib),
         "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
         "loss": loss,
-    }))
+    })
 }
 
 fn table(steps: u32) -> Result<()> {

@@ -1,11 +1,13 @@
-"""Puts training steps of this project beside those of torch and peft, in turns on the same machine, and prints a table.
+"""Puts training steps and single layers of this project beside those of torch and peft, in turns on the same machine, and
+prints a table.
 
 usage: python compare.py [--cases tiny mid ..] [--rounds 5] [--steps 5] [--dtypes f32 bf16] [--history FILE] [--plot FILE]
        python compare.py --device cuda [--cases llama-1b ..] --dtypes bf16
 
 Each measurement has a process of its own: LLaMAs with random weights, tied embeddings, LoRA of rank 16 with dropout 0.05,
 AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users call it: `model(input_ids=..,
-labels=..)`, `loss.backward()`, `optimizer.step()`. Memory is the peak of resident memory above what was resident before the
+labels=..)`, `loss.backward()`, `optimizer.step()`. A layer (`benches/src/layer.rs`) is one adapted linear layer, forward and
+backward, 20 times for each step that is asked for. Memory is the peak of resident memory above what was resident before the
 first step; on a GPU, what `nvidia-smi` says is used at most, weights included. "Products alone" are our products with frozen
 weights, timed by themselves in the same round. `--history` appends one line of JSON with commit, machine and medians.
 """
@@ -59,6 +61,43 @@ class GpuMemory:
         self.thread.join()
 
 
+def measure(name, steps, step):
+    """Prints what steps cost, after a few others."""
+    weights = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    seconds = []
+    for number in range(WARM_UP + steps):
+        start = time.perf_counter()
+        value = step()
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    print(json.dumps({"case": name, "seconds": statistics.median(seconds), "loss": value,
+                      "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
+
+
+def torch_layer(sizes, dtype, steps, threads, device):
+    """Measures a layer of torch with peft's adapter in this process."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(sizes["width"], sizes["width"], bias=False)}).to(device, dtype)
+    model = get_peft_model(model, LoraConfig(r=sizes["rank"], lora_alpha=2 * sizes["rank"], lora_dropout=0.05, target_modules=["layer"]))
+    model.train()
+    layer = model.base_model.model["layer"]
+    x = torch.rand(sizes["rows"], sizes["width"], dtype=dtype, device=device, requires_grad=True)
+
+    def step():
+        total = layer(x).sum()
+        total.backward()
+        x.grad = None
+        model.zero_grad()
+        return total.item()
+    measure(sizes["name"], steps, step)
+
+
 def torch_step(shape, dtype, steps, threads, device):
     """Measures steps of torch and peft in this process."""
     import torch
@@ -82,20 +121,14 @@ def torch_step(shape, dtype, steps, threads, device):
                         for row in range(sequences)], device=device)
     labels = ids.clone()
     labels[:, : length - shape["labelled"]] = -100
-    weights = status("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    seconds = []
-    for step in range(WARM_UP + steps):
-        start = time.perf_counter()
+
+    def step():
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()
-        if step >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    print(json.dumps({"case": shape["name"], "seconds": statistics.median(seconds), "loss": value,
-                      "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
+        return loss.item()
+    measure(shape["name"], steps, step)
 
 
 def build(device):
@@ -142,8 +175,8 @@ def plot(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True)
-    figure.suptitle("A training step with LoRA, f32; torch with peft = 1")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure.suptitle("A training step or a layer with LoRA, f32; torch with peft = 1")
     for axis, key, title in zip(axes, ("time", "memory"), ("time", "peak memory above the weights")):
         names = [name for name in results if "f32" in results[name]]
         ratios = [results[name]["f32"][key] for name in names]
@@ -162,7 +195,7 @@ def plot(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="names of shapes; without it, all")
+    parser.add_argument("--cases", nargs="+", help="names of shapes and layers; without it, all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -176,28 +209,29 @@ def main():
     parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch:
-        return torch_step(args.torch, args.dtypes[0], args.steps, args.threads, args.device)
+        run_torch = torch_layer if "rows" in args.torch else torch_step
+        return run_torch(args.torch, args.dtypes[0], args.steps, args.threads, args.device)
 
     ours, of_commit = args.binary or build(args.device), commit()
-    shapes = {shape["name"]: shape for shape in run([ours, "--shapes"])}
-    cases = args.cases or [name for name in shapes if shapes[name]["is_for_gpus"] == (args.device != "cpu")]
+    shapes = {shape["name"]: shape for what in ("--layers", "--shapes") for shape in run([ours, what])}
+    cases = args.cases or [name for name in shapes if shapes[name].get("is_for_gpus", False) == (args.device != "cpu")]
     if unknown := set(cases) - set(shapes):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
-    steps = ["--steps", args.steps]
-    torchs = [sys.executable, __file__, "--threads", args.threads, "--device", args.device, *steps]
+    torchs = [sys.executable, __file__, "--threads", args.threads, "--device", args.device]
     settings = {"RAYON_NUM_THREADS": str(args.threads), "BURN_DEVICE": "flex" if args.device == "cpu" else args.device}
     print(f"{machine(args.device)}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
     print("| case | type | ours s | torch s | ratio | ours MiB | torch MiB | ratio | ours / products alone | page faults a step |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
     for case in cases:
+        steps = ["--steps", args.steps * (20 if "rows" in shapes[case] else 1)]
         found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
             for dtype in args.dtypes:
                 found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], args.device, **settings))
                 alone = run([ours, "--case", case, "--dtype", dtype, "--floor"], args.device, **settings)
                 found["ours", dtype][-1] |= alone
-                found["torch", dtype].append(run([*torchs, "--torch", json.dumps(shapes[case]), "--dtypes", dtype], args.device))
+                found["torch", dtype].append(run([*torchs, *steps, "--torch", json.dumps(shapes[case]), "--dtypes", dtype], args.device))
 
         results[case] = {}
         for dtype in args.dtypes:

@@ -1,6 +1,7 @@
 //! The layers that the benchmarks compare, all with weights of the same shape. Our adapters start with `B != 0`; Burn starts
 //! its own at zero, which costs the same.
 
+pub mod layer;
 pub mod process;
 pub mod training;
 

@@ -247,32 +247,38 @@ impl Training {
             (2 * blocks, [rows, hidden, feed_forward]),
             (blocks, [rows, feed_forward, hidden]),
         ];
-        let layers = layers.map(|(count, sizes)| count as f64 * self.both_ways(sizes, false));
+        let device = self.model.devices()[0].clone().inner();
+        let alone = |sizes, is_tied| both_ways(&device, self.dtype, sizes, is_tied);
+        let layers = layers.map(|(count, sizes)| count as f64 * alone(sizes, false));
         let labelled = self.batch.num_targets;
         let at_once = labelled.min((1 << 24) / vocabulary);
-        let head = in_full_precision(|| self.both_ways([at_once, hidden, vocabulary], true));
+        let head = in_full_precision(|| alone([at_once, hidden, vocabulary], true));
         layers.iter().sum::<f64>() + head * labelled as f64 / at_once as f64
     }
+}
 
-    /// Seconds of `x W` and `dy Wᵀ`, the median of three; `W` may be the transpose of a table.
-    fn both_ways(&self, [rows, d_in, d_out]: [usize; 3], is_tied: bool) -> f64 {
-        let device = self.model.devices()[0].clone().inner();
-        let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, &device);
-        let weight = match is_tied {
-            true => random([d_out, d_in]).cast(self.dtype).transpose(),
-            false => random([d_in, d_out]).cast(self.dtype),
-        };
-        let [x, dy] = [d_in, d_out].map(|width| random([rows, width]).cast(activation_dtype(&weight)));
-        let run = || {
-            let start = Instant::now();
-            let results = [
-                linear(x.clone(), weight.clone(), None).slice([0..1, 0..1]),
-                linear(dy.clone(), weight.clone().transpose(), None).slice([0..1, 0..1]),
-            ];
-            let _ = results.map(|result| result.into_scalar::<f32>());
-            start.elapsed().as_secs_f64()
-        };
-        run();
-        median(&[run(), run(), run()])
-    }
+/// Seconds of `x W` and `dy Wᵀ`, the median of five; `W` may be the transpose of a table.
+pub(crate) fn both_ways(
+    device: &Device,
+    dtype: FloatDType,
+    [rows, d_in, d_out]: [usize; 3],
+    is_tied: bool,
+) -> f64 {
+    let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Default, device);
+    let weight = match is_tied {
+        true => random([d_out, d_in]).cast(dtype).transpose(),
+        false => random([d_in, d_out]).cast(dtype),
+    };
+    let [x, dy] = [d_in, d_out].map(|width| random([rows, width]).cast(activation_dtype(&weight)));
+    let run = || {
+        let start = Instant::now();
+        let results = [
+            linear(x.clone(), weight.clone(), None).slice([0..1, 0..1]),
+            linear(dy.clone(), weight.clone().transpose(), None).slice([0..1, 0..1]),
+        ];
+        let _ = results.map(|result| result.into_scalar::<f32>());
+        start.elapsed().as_secs_f64()
+    };
+    run();
+    median(&[(); 5].map(|()| run()))
 }
