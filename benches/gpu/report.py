@@ -4,13 +4,14 @@ Llama-3.2-1B's shape beside torch and peft.
 usage: python report.py --device cuda [--suite BINARY] [--training-step BINARY] [--cases llama-1b ..] [--rounds 3]
 
 Without binaries it builds them. The comparison needs torch and peft (`../python/requirements.txt`), and an NVIDIA GPU for the
-memory. Other devices get the first two parts.
+memory. On other devices, the steps of this project are timed alone.
 """
 import argparse
 import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -34,6 +35,22 @@ def test(suite, device, limit, *words):
     except subprocess.TimeoutExpired:
         process.kill()
         return process.communicate()[0], False
+
+
+def time_alone(binary, args):
+    """Prints what steps take, without anything beside them."""
+    environment = {**os.environ, "BURN_DEVICE": args.device}
+
+    def measured(*words):
+        command = [str(binary), *words]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+    shapes = {shape["name"]: shape for shape in measured("--shapes")}
+    print("| case | type | seconds | tokens/s | loss |\n|---|---|--:|--:|--:|")
+    for case in args.cases:
+        rounds = [measured("--case", case, "--dtype", args.dtype, "--steps", str(args.steps)) for _ in range(args.rounds)]
+        seconds = statistics.median(each["seconds"] for each in rounds)
+        sequences, length = shapes[case]["batch"]
+        print(f"| {case} | {args.dtype} | {seconds:.3f} | {sequences * length / seconds:.0f} | {rounds[-1]['loss']:.4f} |", flush=True)
 
 
 def main():
@@ -67,10 +84,9 @@ def main():
         print(f"- `{name}`")
 
     print("\n## Training steps", flush=True)
-    if args.device != "cuda":
-        print("Compared on CUDA alone.")
-        return
     steps = args.training_step or build("burn-peft-benches", "--bench", "training_step", args.device)
+    if args.device != "cuda":
+        return time_alone(steps, args)
     compare = [sys.executable, ROOT / "benches/python/compare.py", "--device", args.device, "--binary", steps, "--dtypes", args.dtype,
                "--rounds", str(args.rounds), "--steps", str(args.steps), "--cases", *args.cases]
     subprocess.run(compare, check=True)

@@ -13,6 +13,7 @@ weights, timed by themselves in the same round. `--history` appends one line of 
 """
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -186,11 +187,22 @@ def plot(results, path):
             is_inside = ratio > 0.15
             axis.text(ratio + (-0.02 if is_inside else 0.02), i, f"{ratio:.2f}", va="center",
                       ha="right" if is_inside else "left", color="white" if is_inside else "black")
-        axis.set_xlim(0, 1.1)
+        axis.set_xlim(0, max(1.1, *(1.05 * ratio for ratio in ratios)))
         axis.set_title(title, fontsize="medium")
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def warn_if_slower(args, results):
+    """Names the cases in which the ratio to torch is a tenth worse than the last time on such a machine."""
+    lines = args.history.read_text(encoding="utf-8").splitlines() if args.history.exists() else []
+    of_machine = [line for line in map(json.loads, lines) if (line["machine"], line["threads"]) == (machine(args.device), args.threads)]
+    for case, of_types in results.items():
+        for dtype, now in of_types.items():
+            before = next((line for line in reversed(of_machine) if dtype in line["cases"].get(case, {})), None)
+            if before and now["time"] > 1.1 * before["cases"][case][dtype]["time"]:
+                print(f"slower: {case}, {dtype}: {now['time']:.2f} of torch's time, {before['cases'][case][dtype]['time']:.2f} at {before['commit']}")
 
 
 def main():
@@ -219,7 +231,9 @@ def main():
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
     torchs = [sys.executable, __file__, "--threads", args.threads, "--device", args.device]
     settings = {"RAYON_NUM_THREADS": str(args.threads), "BURN_DEVICE": "flex" if args.device == "cpu" else args.device}
-    print(f"{machine(args.device)}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}\n")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    print(f"{machine(args.device)}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}; "
+          f"{versions}\n`python {' '.join(sys.argv)}`\n")
     print("| case | type | ours s | torch s | ratio | ours MiB | torch MiB | ratio | ours / products alone | page faults a step |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
@@ -243,14 +257,16 @@ def main():
             over_floor = statistics.median(each["seconds"] / each["floor_seconds"] for each in found["ours", dtype])
             results[case][dtype] = {"time": ratio("seconds"), "memory": ratio("peak_mib"),
                                     "seconds": middle("ours", "seconds"), "torch_seconds": middle("torch", "seconds"),
-                                    "peak_mib": middle("ours", "peak_mib"), "torch_peak_mib": middle("torch", "peak_mib"), "over_floor": over_floor}
+                                    "peak_mib": middle("ours", "peak_mib"), "torch_peak_mib": middle("torch", "peak_mib"),
+                                    "over_floor": over_floor, "faults_per_step": middle("ours", "faults_per_step")}
             print(f"| {case} | {dtype} | {middle('ours', 'seconds'):.3f} | {middle('torch', 'seconds'):.3f} "
                   f"| {ratio('seconds'):.2f} | {middle('ours', 'peak_mib'):.0f} | {middle('torch', 'peak_mib'):.0f} "
                   f"| {ratio('peak_mib'):.2f} | {results[case][dtype]['over_floor']:.2f} "
                   f"| {middle('ours', 'faults_per_step'):.0f} |", flush=True)
     if args.history:
+        warn_if_slower(args, results)
         line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(args.device),
-                "threads": args.threads, "cases": results}
+                "threads": args.threads, "versions": versions, "command": sys.argv[1:], "cases": results}
         with args.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     if args.plot:

@@ -128,7 +128,8 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     output::write(&args.out.join(BEGUN), serde_json::to_string(&begun)?)?;
     let before = begun.before;
     let metrics = Metrics::open(&args.out, trainer.steps())?;
-    let mut run = Run { args, data: &data, trainer, model, metrics, total };
+    let mut run =
+        Run { args, data: &data, trainer, model, metrics, total, estimated: memory::mb(estimate.total()) };
     match run.train(interrupt) {
         Ok(End::Done) => {}
         Ok(End::Interrupted) => {
@@ -270,6 +271,15 @@ fn of_another(error: LlamaError, checkpoint: &Path) -> Error {
     ))
 }
 
+/// What is told of a device that failed, with what needs less memory: backends do not tell in one way that there was too
+/// little.
+fn device_failed(estimated: f64, has_gradient_checkpointing: bool) -> String {
+    let checkpointing = if has_gradient_checkpointing { "" } else { "`--gradient-checkpointing`, " };
+    format!(
+        "the device failed; the training was estimated to need {estimated:.0} MB of its memory\nhint: if it has less, {checkpointing}a smaller `--batch-size` (with more `--grad-accumulation`) or a smaller `--max-length` help"
+    )
+}
+
 /// The command of this run, with `--resume`.
 fn resuming() -> String {
     let resume = std::env::args_os().all(|word| word != "--resume").then(|| "--resume".into());
@@ -284,6 +294,8 @@ struct Run<'a> {
     model: LlamaForCausalLm,
     metrics: Metrics,
     total: usize,
+    /// The most memory that the training was expected to need, in millions of bytes.
+    estimated: f64,
 }
 
 impl Run<'_> {
@@ -297,7 +309,7 @@ impl Run<'_> {
         if self.is_enough() {
             return Ok(End::Done);
         }
-        while let Some(report) = self.trainer.step(&mut self.model).map_err(|error| self.located(error))? {
+        while let Some(report) = self.trainer.step(&mut self.model).map_err(|error| self.explained(error))? {
             let step = report.step;
             if !report.without_gradient.is_empty() {
                 let (count, first) = (report.without_gradient.len(), &report.without_gradient[0]);
@@ -346,7 +358,8 @@ impl Run<'_> {
     /// Measures the held-out loss, if something is held out.
     fn evaluate(&mut self) -> Result<()> {
         let Some(valid) = &self.data.valid else { return Ok(()) };
-        let eval_loss = self.trainer.evaluate(&self.model, valid.examples())?.loss;
+        let evaluation = self.trainer.evaluate(&self.model, valid.examples());
+        let eval_loss = evaluation.map_err(|error| self.explained(error))?.loss;
         let (step, epoch) = (self.trainer.steps(), self.trainer.epoch());
         self.metrics.push(Metric { step, epoch, event: Event::Evaluated { eval_loss } })
     }
@@ -358,13 +371,24 @@ impl Run<'_> {
         self.metrics.push(Metric { step, epoch, event: Event::Saved { checkpoint } })
     }
 
-    /// Says where in the file the examples of a step are that went wrong.
-    fn located(&self, error: LlamaError) -> Error {
-        let LlamaError::NotFinite { examples, .. } = &error else { return error.into() };
-        let places: Vec<String> =
-            examples.iter().take(16).map(|example| self.data.train.place(*example).to_string()).collect();
-        let told = format!("the training went wrong on {}", places.join(", "));
-        Error::from(error).context(told)
+    /// Says where in the file the examples of a step are that went wrong, and what needs less memory if the device failed.
+    fn explained(&self, error: LlamaError) -> Error {
+        match &error {
+            LlamaError::NotFinite { examples, .. } => {
+                let places: Vec<String> = examples
+                    .iter()
+                    .take(16)
+                    .map(|example| self.data.train.place(*example).to_string())
+                    .collect();
+                let told = format!("the training went wrong on {}", places.join(", "));
+                Error::from(error).context(told)
+            }
+            LlamaError::DeviceRead { .. } => {
+                let told = device_failed(self.estimated, self.args.gradient_checkpointing);
+                Error::from(error).context(told)
+            }
+            _ => error.into(),
+        }
     }
 
     /// Writes loss.png.
@@ -452,5 +476,19 @@ impl Run<'_> {
 
     fn metrics_file(&self) -> PathBuf {
         self.args.out.join(crate::metrics::FILE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_failed_is_told_with_the_estimate_and_what_is_not_done_yet() {
+        let told = device_failed(685.4, false);
+        for part in ["685 MB", "--gradient-checkpointing", "--batch-size", "--max-length"] {
+            assert!(told.contains(part), "{told}");
+        }
+        assert!(!device_failed(685.4, true).contains("checkpointing"));
     }
 }

@@ -19,6 +19,7 @@ mod lora_formula;
 mod lora_parity;
 mod methods;
 mod misuse;
+mod operations;
 mod packing;
 mod real_model;
 mod real_sizes;

@@ -105,11 +105,11 @@ mod tests {
     use burn::data::dataloader::DataLoaderBuilder;
     use burn::data::dataset::InMemDataset;
     use burn::optim::AdamWConfig;
-    use burn::tensor::Device;
+    use burn::tensor::{Device, TensorData, Tolerance};
     use burn_peft::{InitLoraWeights, LoraConfig, PeftModel};
     use burn_train::logger::InMemoryMetricLogger;
     use burn_train::metric::{AccuracyMetric, LossMetric, Metric, MetricMetadata, Numeric};
-    use burn_train::{Learner, SupervisedTraining};
+    use burn_train::{ExecutionStrategy, Learner, MultiDeviceOptim, SupervisedTraining};
 
     use super::*;
     use crate::batch::Collator;
@@ -231,5 +231,58 @@ mod tests {
             .launch(learner);
         let after = result.model.loss(&batch(&Device::default())).into_scalar::<f32>();
         assert!(after < 0.7 * before, "{before} to {after}");
+    }
+
+    /// Trains adapters for two epochs and gives the logits of a batch.
+    fn trained(strategy: ExecutionStrategy, examples: Vec<Example>, batch_size: usize) -> TensorData {
+        let device = Device::flex();
+        let loader = |examples, device| {
+            let builder = DataLoaderBuilder::new(Collator::new(10)).batch_size(batch_size).set_device(device);
+            builder.build(InMemDataset::new(examples))
+        };
+        let (training, validation) =
+            (loader(examples.clone(), device.clone().autodiff()), loader(examples, device.clone()));
+        let learner = Learner::new(
+            adapted(&device.clone().autodiff()),
+            AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init(),
+            0.02,
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let result = SupervisedTraining::new(dir.path(), training, validation)
+            .with_training_strategy(strategy.into())
+            .metric_train_numeric(LossMetric::new())
+            .with_metric_logger(InMemoryMetricLogger::new())
+            .with_application_logger(None)
+            .num_epochs(2)
+            .launch(learner);
+        let batch = batch(&device);
+        result.model.forward(batch.input_ids, Some(batch.attention_mask)).into_data()
+    }
+
+    /// Each device takes its part of the examples in order. Burn adds up the gradients of the devices, and AdamW's steps do
+    /// not depend on how large gradients are.
+    #[test]
+    fn two_devices_train_as_one_with_the_batches_of_both() {
+        let device = Device::flex().autodiff();
+        let examples: Vec<Example> = (0..24)
+            .map(|i: u32| {
+                let input_ids: Vec<u32> = (0..4).map(|j| (i * i + 3 * j) % 10).collect();
+                Example { labels: input_ids.iter().map(|id| i64::from(*id)).collect(), input_ids }
+            })
+            .collect();
+        let (first, second) = examples.split_at(12);
+        let in_turns: Vec<Example> =
+            first.chunks(4).zip(second.chunks(4)).flat_map(|(a, b)| [a, b].concat()).collect();
+        let devices = vec![device.clone(), device.clone()];
+        let two = trained(
+            ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice),
+            examples.clone(),
+            4,
+        );
+        let one = trained(ExecutionStrategy::single(device.clone()), in_turns, 8);
+        two.assert_approx_eq::<f32>(&one, Tolerance::absolute(1e-5));
+        let otherwise = trained(ExecutionStrategy::single(device), first.to_vec(), 4);
+        let difference = two.iter::<f32>().zip(otherwise.iter::<f32>()).map(|(a, b)| (a - b).abs());
+        assert!(difference.fold(0.0, f32::max) > 1e-2);
     }
 }

@@ -15,8 +15,10 @@ use crate::{activation_dtype, cast, in_full_precision, linear, on_kind_of, sum_a
 /// - targets: `[n]`
 /// - output: `[1]`
 ///
+/// Logits that need a gradient have to be finite: negative infinity gives NaN there, a large negative number what you want.
+///
 /// # Panics
-/// If the shapes do not fit, or a target is not below `vocab_size`.
+/// If the shapes do not fit, or on Burn's CPU backend (Flex) if a target is not below `vocab_size`.
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     assert_eq!(targets.dims()[0], logits.dims()[0], "number of targets, and of rows of logits");
     let logits = cast(logits, DType::F32);
@@ -43,7 +45,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
 /// - output: `[1]`
 ///
 /// # Panics
-/// If the shapes do not fit, or a target is not below `vocab_size`.
+/// If the shapes do not fit, or on Burn's CPU backend (Flex) if a target is not below `vocab_size`.
 pub fn cross_entropy_of_frozen(
     hidden: Tensor<2>,
     logits: Tensor<2>,

@@ -9,9 +9,9 @@ use crate::cast;
 
 /// `x / sqrt(mean(x²) + epsilon) * weight`, with the mean over the last axis.
 ///
-/// The mean and the division are in f32 whatever the type of `x`, and the product is in the type of `x`, as in
-/// transformers. A weight of another type is converted to it. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps `x` and one number for each
-/// row.
+/// The mean and the division are in f32, or f64 if `x` is, and the product is in the type of `x`, as in transformers. A
+/// weight of another type is converted to it. On Burn's CPU backend (Flex) it is one pass, forward and backward, that keeps
+/// `x` and one number for each row.
 ///
 /// # Shapes
 /// - x: `[.., d]`
@@ -21,6 +21,7 @@ use crate::cast;
 /// # Panics
 /// If the widths differ.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    assert_eq!(weight.dims()[0], x.dims()[D - 1], "width of the weight, and of what it scales");
     let weight = cast(weight, x.dtype());
     #[cfg(feature = "flex")]
     if flex::has_kernel(&x, &weight) {
