@@ -46,10 +46,10 @@ pub const LOSS_F64: Tolerance = Tolerance(4e-7);
 pub const GRADIENT_F64: Tolerance = Tolerance(1.5e-6);
 
 /// The tolerance of sums of exponentials over a real vocabulary on the device of the tests: that of the kernels on Burn's CPU
-/// backend, and 20 times as much on others, whose exponentials are the driver's. Measured on SwiftShader through WGPU: 1.5e-5
-/// for gradients.
+/// backend, and 100 times as much on others, whose exponentials are the driver's. Measured on SwiftShader through WGPU, for a
+/// gradient: 1.5e-5 with 49,152 of them and 6.4e-5 with 128,256.
 pub fn of_exponentials(on_cpu: Tolerance) -> Tolerance {
-    if Device::default() == Device::flex() { on_cpu } else { Tolerance(20.0 * on_cpu.0) }
+    if Device::default() == Device::flex() { on_cpu } else { Tolerance(100.0 * on_cpu.0) }
 }
 
 /// The gradients of the adapter of a real model of 30 blocks in f32 against f64. Measured: 1.5e-5, and 5.4e-5 for torch;
