@@ -8,6 +8,9 @@ use burn_peft_ops::{
 };
 use burn_peft_tests::tolerance::{FORWARD, GRADIENT, assert_close};
 
+/// Makes a mask for a device.
+type MaskOf<'a> = &'a dyn Fn(&Device) -> CausalMask;
+
 /// A device and the type to compute in.
 type Place = (Device, DType);
 
@@ -95,7 +98,7 @@ fn attention_with_every_kind_of_mask() {
         Tensor::<2, Int>::from_data(rows, device).equal_elem(1)
     };
     let tree = TokenTree::new(&[None, Some(0), Some(1), Some(1), Some(3), None, Some(5), Some(6), Some(6)]);
-    let masks: [(&str, usize, usize, &dyn Fn(&Device) -> CausalMask); 4] = [
+    let masks: [(&str, usize, usize, MaskOf<'_>); 4] = [
         ("all tokens", b, t, &|_| CausalMask::new(t, t)),
         ("padding", b, t, &|device| CausalMask::new(t, t).with_tokens(tokens(device))),
         ("the last token", b, 1, &|_| CausalMask::new(1, t)),
