@@ -55,9 +55,6 @@ struct Options {
     /// Prints the shapes of all cases as JSON
     #[arg(long)]
     shapes: bool,
-    /// Prints the sizes of the layers as JSON
-    #[arg(long)]
-    layers: bool,
     /// What `cargo bench` gives every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -67,11 +64,8 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let run = match &options.case {
         _ if options.shapes => {
-            print(&json!(SHAPES).to_string());
-            Ok(())
-        }
-        _ if options.layers => {
-            print(&json!(LAYERS).to_string());
+            let layers = LAYERS.iter().map(|layer| json!(layer));
+            print(&layers.chain(SHAPES.iter().map(|shape| json!(shape))).collect::<Value>().to_string());
             Ok(())
         }
         Some(case) => measure(case, &options).map(|found| print(&found.to_string())),
@@ -92,8 +86,8 @@ fn print(text: &str) {
 }
 
 fn measure(case: &str, options: &Options) -> Result<Value> {
-    if let Some(sizes) = LAYERS.iter().find(|layer| layer.name == case) {
-        let mut layer = Layer::new(*sizes, options.dtype);
+    if let Some(named) = LAYERS.iter().find(|layer| layer.name == case) {
+        let mut layer = Layer::new(named.case, options.dtype);
         return Ok(match options.floor {
             true => json!({ "case": case, "floor_seconds": layer.floor() }),
             false => repeat(case, options.steps, || layer.step()),

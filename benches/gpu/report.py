@@ -29,7 +29,8 @@ def build(package, kind, name, device):
 def test(suite, device, limit, *words):
     """The output of tests, and whether they came to an end."""
     environment = {**os.environ, "BURN_DEVICE": device}
-    process = subprocess.Popen([suite, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen([suite.resolve(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                               cwd=ROOT / "tests")
     try:
         return process.communicate(timeout=limit)[0], True
     except subprocess.TimeoutExpired:
@@ -65,7 +66,7 @@ def main():
     parser.add_argument("--limit", type=int, default=1800, help="seconds that the suite may take")
     parser.add_argument("--output", type=pathlib.Path, help="file for all that the suite says")
     args = parser.parse_args()
-    suite = args.suite or build("burn-peft-tests", "--test", "suite", args.device)
+    suite = args.suite or pathlib.Path(build("burn-peft-tests", "--test", "suite", args.device))
 
     print(f"# {args.device}\n\n## What it computes\n```text")
     checked, is_over = test(suite, args.device, args.limit, "device::", "--nocapture")

@@ -9,7 +9,8 @@ AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users ca
 labels=..)`, `loss.backward()`, `optimizer.step()`. A layer (`benches/src/layer.rs`) is one adapted linear layer, forward and
 backward, 20 times for each step that is asked for. Memory is the peak of resident memory above what was resident before the
 first step; on a GPU, what `nvidia-smi` says is used at most, weights included. "Products alone" are our products with frozen
-weights, timed by themselves in the same round. `--history` appends one line of JSON with commit, machine and medians.
+weights, timed by themselves in the same round. `--history` appends one line of JSON with commit, machine and medians,
+and names the cases that became slower beside torch.
 """
 import argparse
 import datetime
@@ -85,10 +86,10 @@ def torch_layer(sizes, dtype, steps, threads, device):
     torch.manual_seed(0)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(sizes["width"], sizes["width"], bias=False)}).to(device, dtype)
-    model = get_peft_model(model, LoraConfig(r=sizes["rank"], lora_alpha=2 * sizes["rank"], lora_dropout=0.05, target_modules=["layer"]))
+    model = get_peft_model(model, LoraConfig(r=sizes["r"], lora_alpha=2 * sizes["r"], lora_dropout=0.05, target_modules=["layer"]))
     model.train()
     layer = model.base_model.model["layer"]
-    x = torch.rand(sizes["rows"], sizes["width"], dtype=dtype, device=device, requires_grad=True)
+    x = torch.rand(sizes["n"], sizes["width"], dtype=dtype, device=device, requires_grad=True)
 
     def step():
         total = layer(x).sum()
@@ -221,11 +222,11 @@ def main():
     parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch:
-        run_torch = torch_layer if "rows" in args.torch else torch_step
+        run_torch = torch_layer if "batch" not in args.torch else torch_step
         return run_torch(args.torch, args.dtypes[0], args.steps, args.threads, args.device)
 
     ours, of_commit = args.binary or build(args.device), commit()
-    shapes = {shape["name"]: shape for what in ("--layers", "--shapes") for shape in run([ours, what])}
+    shapes = {shape["name"]: shape for shape in run([ours, "--shapes"])}
     cases = args.cases or [name for name in shapes if shapes[name].get("is_for_gpus", False) == (args.device != "cpu")]
     if unknown := set(cases) - set(shapes):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
@@ -238,7 +239,7 @@ def main():
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
     for case in cases:
-        steps = ["--steps", args.steps * (20 if "rows" in shapes[case] else 1)]
+        steps = ["--steps", args.steps * (1 if "batch" in shapes[case] else 20)]
         found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
             for dtype in args.dtypes:

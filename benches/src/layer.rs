@@ -1,36 +1,32 @@
 //! One adapted layer of the sizes that `benches/python/compare.py` gives to torch and peft.
 
-use burn::nn::LinearConfig;
 use burn::tensor::{Device, Distribution, FloatDType, Tensor};
-use burn_peft::{LoraConfig, LoraLinear, PeftModel};
+use burn_peft::{LoraLinear, PeftModel};
 use burn_peft_ops::activation_dtype;
 use serde::Serialize;
 
-use crate::Model;
 use crate::training::both_ways;
+use crate::{Case, Model, config, linear};
 
-/// The sizes of a layer without bias and of its input.
+/// A layer with a name that selects it.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Sizes {
-    /// The name that selects it.
+pub struct Named {
+    /// The name.
     pub name: &'static str,
-    /// Rows of the input.
-    pub rows: usize,
-    /// Inputs and outputs.
-    pub width: usize,
-    /// Rank of the adapter; `lora_alpha` is twice as much, `lora_dropout` 0.05.
-    pub rank: usize,
+    /// Its sizes. The adapter has `lora_dropout` 0.05.
+    #[serde(flatten)]
+    pub case: Case,
 }
 
 /// A layer of Llama-3.2-1B with many and with few tokens.
-pub const LAYERS: [Sizes; 2] = [
-    Sizes { name: "layer-1024", rows: 1024, width: 2048, rank: 16 },
-    Sizes { name: "layer-64", rows: 64, width: 2048, rank: 16 },
+pub const LAYERS: [Named; 2] = [
+    Named { name: "layer-1024", case: Case { n: 1024, width: 2048, r: 16 } },
+    Named { name: "layer-64", case: Case { n: 64, width: 2048, r: 16 } },
 ];
 
 /// A layer with an adapter, and its input, which requires a gradient.
 pub struct Layer {
-    sizes: Sizes,
+    case: Case,
     dtype: FloatDType,
     model: Model<LoraLinear>,
     x: Tensor<2>,
@@ -42,20 +38,17 @@ impl Layer {
     /// # Panics
     /// If the layer takes no adapter.
     #[expect(clippy::expect_used, reason = "a benchmark without its layer measures nothing")]
-    pub fn new(sizes: Sizes, dtype: FloatDType) -> Self {
+    pub fn new(case: Case, dtype: FloatDType) -> Self {
         let device = Device::default().autodiff();
-        device.seed(0);
-        let mut layer = LinearConfig::new(sizes.width, sizes.width).with_bias(false).init(&device);
+        let mut layer = linear(case, &device);
         layer.weight = layer.weight.map(|weight| weight.cast(dtype));
         let dtype_of_input = activation_dtype(&layer.weight.val());
         let mut model = Model { layer: LoraLinear::from(layer) };
-        let config = LoraConfig::new(sizes.rank)
-            .with_lora_alpha(2.0 * sizes.rank as f64)
-            .with_lora_dropout(0.05)
-            .with_target_modules(["layer"]);
-        model.add_adapter("default", config).expect("the layer takes the adapter");
-        let x = Tensor::random([sizes.rows, sizes.width], Distribution::Default, (&device, dtype_of_input));
-        Self { sizes, dtype, model, x: x.require_grad() }
+        model
+            .add_adapter("default", config(case).with_lora_dropout(0.05))
+            .expect("the layer takes the adapter");
+        let x = Tensor::random([case.n, case.width], Distribution::Default, (&device, dtype_of_input));
+        Self { case, dtype, model, x: x.require_grad() }
     }
 
     /// Forward and backward; returns the sum of the outputs.
@@ -67,7 +60,7 @@ impl Layer {
 
     /// Seconds of the two products with the frozen weight alone.
     pub fn floor(&self) -> f64 {
-        let Sizes { rows, width, .. } = self.sizes;
-        both_ways(&self.x.device().inner(), self.dtype, [rows, width, width], false)
+        let Case { n, width, .. } = self.case;
+        both_ways(&self.x.device().inner(), self.dtype, [n, width, width], false)
     }
 }

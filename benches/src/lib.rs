@@ -9,9 +9,10 @@ use burn::module::{Lora, Module, ParamGroup};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 use burn_peft::{InitLoraWeights, LoraConfig, LoraLinear, PeftError, PeftModel};
+use serde::Serialize;
 
 /// Sizes of one comparison.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub struct Case {
     /// Rows of the input: batch times sequence.
     pub n: usize,

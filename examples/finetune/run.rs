@@ -271,8 +271,8 @@ fn of_another(error: LlamaError, checkpoint: &Path) -> Error {
     ))
 }
 
-/// What is told of a device that failed, with what needs less memory: backends do not tell in one way that there was too
-/// little.
+/// The message for a device that failed. Each backend reports that memory ran out in its own words, so every failure gets
+/// the advice.
 fn device_failed(estimated: f64, has_gradient_checkpointing: bool) -> String {
     let checkpointing = if has_gradient_checkpointing { "" } else { "`--gradient-checkpointing`, " };
     format!(
@@ -375,11 +375,9 @@ impl Run<'_> {
     fn explained(&self, error: LlamaError) -> Error {
         match &error {
             LlamaError::NotFinite { examples, .. } => {
-                let places: Vec<String> = examples
-                    .iter()
-                    .take(16)
-                    .map(|example| self.data.train.place(*example).to_string())
-                    .collect();
+                let places =
+                    examples.iter().take(16).map(|example| self.data.train.place(*example).to_string());
+                let places: Vec<String> = places.collect();
                 let told = format!("the training went wrong on {}", places.join(", "));
                 Error::from(error).context(told)
             }

@@ -13,9 +13,7 @@ use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
 use burn_peft_llama::{Collator, Example, LlamaConfig, LlamaForCausalLm, evaluate};
 use burn_peft_tests::fixture::{directory, read_facts, read_file};
 use burn_peft_tests::parameters::{gradients, to_peft};
-use burn_peft_tests::tolerance::{
-    GRADIENT_F64, LOSS_F64, REAL_GRADIENT, assert_close, assert_close_number, of_exponentials,
-};
+use burn_peft_tests::tolerance::{LOSS_F64, REAL_GRADIENT, assert_close, assert_close_number, gradient_f64};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -79,7 +77,7 @@ fn data(values: &[f64]) -> TensorData {
 #[test]
 fn losses_of_real_vocabularies_are_those_of_float64() {
     let facts: Vocabularies = read_facts(&directory("vocabulary"));
-    let device = Device::default().autodiff();
+    let (device, tolerance) = (Device::default().autodiff(), gradient_f64());
     for size in &facts.sizes {
         let (vocab, d) = (size.vocab_size, facts.hidden_size);
         assert!(size.spread > 1.0, "the exponentials must differ");
@@ -100,31 +98,22 @@ fn losses_of_real_vocabularies_are_those_of_float64() {
             let name = format!("{vocab}, trained: {trained}");
             let loss = model.loss(&batch);
             let found = f64::from(loss.clone().into_scalar::<f32>());
-            let loss_off = assert_close_number(&name, found, size.loss, of_exponentials(LOSS_F64));
+            let loss_off = assert_close_number(&name, found, size.loss, LOSS_F64);
             let found = gradients(&model, &GradientsParams::from_grads(loss.backward(), &model));
-            let norm = assert_close(
-                &name,
-                &found["model.norm.weight"],
-                &data(&size.norm),
-                of_exponentials(GRADIENT_F64),
-            );
+            let norm = assert_close(&name, &found["model.norm.weight"], &data(&size.norm), tolerance);
             let mut ids = size.input_ids[..size.input_ids.len() - 1].iter().map(|&id| id as usize);
             let embedding = rows(&found["model.embed_tokens.weight"], &mut ids);
-            let embedding =
-                assert_close(&name, &embedding, &data(&size.embedding), of_exponentials(GRADIENT_F64));
+            let embedding = assert_close(&name, &embedding, &data(&size.embedding), tolerance);
             println!("{name}: loss {loss_off:.1e}, norm {norm:.1e}, embedding {embedding:.1e}");
             assert_eq!(found.contains_key("lm_head.weight"), trained == "everything");
             if let Some(head) = found.get("lm_head.weight") {
                 let head = Tensor::<2>::from_data(head.clone(), &Device::default()).transpose().into_data();
                 let head = rows(&head, &mut size.tokens.iter().copied());
-                println!(
-                    "head {:.1e}",
-                    assert_close(&name, &head, &data(&size.head), of_exponentials(GRADIENT_F64))
-                );
+                println!("head {:.1e}", assert_close(&name, &head, &data(&size.head), tolerance));
             }
         }
         let evaluation = evaluate(&model, &[size.example()], &Collator::new(0), 1).unwrap();
-        assert_close_number("evaluation", evaluation.loss, size.loss, of_exponentials(LOSS_F64));
+        assert_close_number("evaluation", evaluation.loss, size.loss, LOSS_F64);
 
         // A merged head is frozen as well, with another weight than its base.
         let config = LoraConfig::new(2)
@@ -172,7 +161,7 @@ fn gradients_of_a_real_model_are_those_of_float64() {
     let loss = model.loss(&batch);
     let found = f64::from(loss.clone().into_scalar::<f32>());
     let expected_loss: Vec<f32> = expected["loss"].iter().collect();
-    let loss_off = assert_close_number("loss", found, f64::from(expected_loss[0]), of_exponentials(LOSS_F64));
+    let loss_off = assert_close_number("loss", found, f64::from(expected_loss[0]), LOSS_F64);
     let found = to_peft(&model, &gradients(&model, &GradientsParams::from_grads(loss.backward(), &model)));
     let wanted = expected.iter().filter_map(|(name, data)| Some((name.strip_prefix("grad.")?, data)));
     let deviations: Vec<f64> =

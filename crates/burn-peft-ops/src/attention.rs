@@ -11,9 +11,9 @@ use crate::{CausalMask, cast};
 
 /// `softmax(q kᵀ + mask) v` for each head, where `g` query heads share one head of keys and values.
 ///
-/// The queries are scaled already. The softmax is in f32 whatever the type of the scores, as in transformers, or in f64 if they are. On Burn's
-/// CPU backend (Flex), scores exist for one block of queries at a time, and backward computes them anew: the operation
-/// keeps its inputs and two numbers for each row. Keys behind the last query of a block are left out.
+/// The queries are scaled already. The softmax is in f32 whatever the type of the scores, as in transformers, or in f64 if
+/// they are. On Burn's CPU backend (Flex), scores exist for one block of queries at a time, and backward computes them anew:
+/// the operation keeps its inputs and two numbers for each row. Keys behind the last query of a block are left out.
 ///
 /// # Shapes
 /// - q: `[b, n, g, s, d]`

@@ -72,4 +72,12 @@ mod tests {
         assert!((gradient[0] / 2000.0 - 1.0).abs() < 1e-6 && (gradient[1] / 500.0 - 1.0).abs() < 1e-6);
         assert!(gradient[2..].iter().all(|x| x.abs() < 1.0));
     }
+
+    /// A single number would be the weight of every column without a kernel.
+    #[test]
+    #[should_panic(expected = "width of the weight")]
+    fn a_weight_of_another_width_is_refused() {
+        let x = Tensor::<2>::ones([3, 4], (&Device::flex(), DType::F64));
+        rms_norm(x, Tensor::ones([1], &Device::flex()), 1e-5);
+    }
 }
