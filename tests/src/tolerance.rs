@@ -42,10 +42,11 @@ pub const REAL_LOGITS: f64 = 1e-3;
 pub const LOSS_F64: Tolerance = Tolerance(4e-7);
 
 /// The gradients of a loss over a real vocabulary in f32 against f64. With kernels, on Burn's CPU backend, measured: 7.1e-7;
-/// with exponentials added up one by one 4.7e-6 for 49,152 of them and 2.7e-5 for 128,256. Elsewhere, exponentials are the
-/// driver's; measured on SwiftShader through WGPU: 1.5e-5 and 6.4e-5.
+/// with exponentials added up one by one 4.7e-6 for 49,152 of them and 2.7e-5 for 128,256. Elsewhere, most likely the product
+/// with the output layer's weight adds up as many numbers as there are tokens in one piece; measured on SwiftShader through
+/// WGPU: 1.9e-5 and 1.2e-4, while the gradient of that weight, which has no such sum, is within 2e-7.
 pub fn gradient_f64() -> Tolerance {
-    Tolerance(if Device::default() == Device::flex() { 1.5e-6 } else { 1e-4 })
+    Tolerance(if Device::default() == Device::flex() { 1.5e-6 } else { 2e-4 })
 }
 
 /// The gradients of the adapter of a real model of 30 blocks in f32 against f64. Measured: 1.5e-5, and 5.4e-5 for torch;
