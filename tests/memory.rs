@@ -73,6 +73,7 @@ fn steps_leave_nothing_behind(steps: usize, gradient_checkpointing: bool) {
 fn the_estimate_is_near_what_a_step_allocates() {
     let device = Device::flex().autodiff();
     let all = || LoraConfig::new(8).with_target_modules(TargetModules::AllLinear);
+    let head = || LoraConfig::new(8).with_target_modules(["q_proj", "v_proj", "lm_head"]);
     let some = || LoraConfig::new(8).with_target_modules(["q_proj", "v_proj"]);
     // Width, layers, query heads, heads of keys, feed-forward width, vocabulary.
     let small = [128, 4, 4, 2, 256, 100];
@@ -85,6 +86,15 @@ fn the_estimate_is_near_what_a_step_allocates() {
         ("wide", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),
         ("a real vocabulary", [128, 2, 4, 2, 256, 49_152], Some(all()), [4, 64], 32),
         ("more logits than are made at once", [64, 2, 4, 2, 128, 49_152], Some(all()), [4, 128], 128),
+        ("an output layer with an adapter", [64, 2, 4, 2, 128, 49_152], Some(head()), [4, 64], 32),
+        (
+            "an output layer with an adapter, more logits",
+            [64, 2, 4, 2, 128, 49_152],
+            Some(head()),
+            [4, 128],
+            128,
+        ),
+        ("all parameters, more logits", [64, 2, 4, 2, 128, 49_152], None, [4, 128], 128),
         ("all parameters", small, None, [4, 64], 4),
         ("weights in bf16", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),
         ("a long prompt that all have", small, Some(all()), [16, 92], 4),
@@ -99,6 +109,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
     };
     // The first one also makes threads, and tables that are made once.
     measure((init(small), FloatDType::F32), 0, Some(all()), [4, 64], [4, 0]);
+    let mut off = vec![];
     for (name, sizes, lora, shape, labelled) in cases {
         let empty = ALLOCATOR.current_usage();
         let prefix = if name.contains("prompt") { 70 } else { 0 };
@@ -107,8 +118,11 @@ fn the_estimate_is_near_what_a_step_allocates() {
         model.set_gradient_checkpointing(name.ends_with("gradient checkpointing"));
         let (deviation, told) = measure((model, dtype), empty, lora, shape, [labelled, prefix]);
         println!("{name}: {told}");
-        assert!(deviation.abs() < 0.05, "{name}: {told}");
+        if deviation.abs() >= 0.05 {
+            off.push(format!("{name}: {told}"));
+        }
     }
+    assert!(off.is_empty(), "{off:#?}");
 
     let mut real = vec![("the experiment's base", PathBuf::from("../examples/pokemon/base"))];
     match std::env::var_os("BURN_PEFT_SMOLLM2") {

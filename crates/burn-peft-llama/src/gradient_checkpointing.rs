@@ -1,12 +1,13 @@
 //! The loss of a model that keeps the input of each block alone, and computes the block again for its gradients.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use burn_peft::{AdapterStatus, LoraEmbedding, PeftModel};
-use burn_peft_ops::{cast, next_dropout_seed, on_kind_of, with_dropout_seed};
+use burn_peft_ops::{next_dropout_seed, on_kind_of, with_dropout_seed};
 
 use crate::batch::Batch;
+use crate::known_gradients::KnownGradients;
 use crate::loss::mean_cross_entropy;
 use crate::model::{LlamaForCausalLm, embed};
 use crate::parameters::is_trained;
@@ -80,7 +81,7 @@ fn seeded(model: &LlamaForCausalLm, batch: &Batch, seed: u64) -> Tensor<1> {
     if let Some(dy) = dy.filter(|_| reads_trained) {
         backward(along(below_blocks(&llama.embed_tokens), dy), None, model, &mut gradients);
     }
-    with_gradients(loss, model, gradients.grads())
+    KnownGradients::default().and_of(model, gradients.grads()).of_loss(loss)
 }
 
 /// A number whose gradient with respect to `y` is `dy`.
@@ -105,37 +106,9 @@ fn backward(
     dx
 }
 
-/// A tensor of the value of `loss` whose gradients with respect to the parameters of `model` are `gradients`.
-fn with_gradients(loss: Tensor<1>, model: &LlamaForCausalLm, gradients: GradientsParams) -> Tensor<1> {
-    struct Sum {
-        gradients: GradientsParams,
-        sum: Option<Tensor<1>>,
-    }
-    impl ModuleVisitor for Sum {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let Some(gradient) = self.gradients.remove::<D>(param.id) else { return };
-            let value = param.base();
-            let gradient = on_kind_of(gradient, &value.device());
-            // Not in 16 bits, because a sum that overflows would turn the zero below into `inf - inf`.
-            let wide = if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-            let of_this = cast((cast(value, wide) * cast(gradient, wide)).sum(), DType::F32);
-            self.sum = Some(match self.sum.take() {
-                Some(sum) => sum + of_this,
-                None => of_this,
-            });
-        }
-    }
-    let mut visitor = Sum { gradients, sum: None };
-    model.visit(&mut visitor);
-    let loss = loss.detach();
-    match visitor.sum {
-        Some(sum) => loss + (sum.clone() - sum.detach()),
-        None => loss,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use burn::module::{ModuleVisitor, Param};
     use burn::tensor::{Device, FloatDType};
     use burn_peft::{InitLoraWeights, LoraConfig, TokenIndices};
 

@@ -4,7 +4,7 @@ use burn::tensor::{Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, PeftModel};
 use burn_peft_ops::in_full_precision;
 
-use crate::parameters::is_trained;
+use crate::parameters::{is_trained, trained_numbers};
 
 /// The output layer of a model.
 #[derive(Clone, Copy)]
@@ -54,6 +54,15 @@ impl Head<'_> {
         match self {
             Self::Own(layer) => in_full_precision(|| layer.forward_rows(picked.hidden, &picked.rows)),
             Self::Tied(_) => self.logits(picked.hidden),
+        }
+    }
+
+    /// How many numbers of the layer are trained, on a device with autodiff.
+    pub(crate) fn trained_numbers(self) -> usize {
+        match self {
+            Self::Own(layer) => trained_numbers(layer),
+            Self::Tied(embedding) if embedding.trains_tied_output() => trained_numbers(embedding),
+            Self::Tied(_) => 0,
         }
     }
 

@@ -79,6 +79,7 @@ mod gradient_checkpointing;
 mod head;
 #[cfg(feature = "hub")]
 mod hub;
+mod known_gradients;
 #[cfg(feature = "train")]
 mod learner;
 mod loss;

@@ -1,9 +1,12 @@
 //! The loss of a model: cross-entropy of the next token, a bounded number of logits at a time.
 
-use burn::tensor::{Int, Tensor};
-use burn_peft_ops::{cross_entropy, cross_entropy_of_frozen};
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Gradients, Int, Tensor};
+use burn_peft::{LoraEmbedding, LoraLinear};
+use burn_peft_ops::{cross_entropy, cross_entropy_of_frozen, on_kind_of};
 
 use crate::head::{Head, Picked};
+use crate::known_gradients::KnownGradients;
 
 /// Bound of the logits that exist at a time, in numbers: 64 MiB of f32.
 pub(crate) const CHUNK: usize = 1 << 24;
@@ -15,7 +18,19 @@ pub(crate) fn mean_cross_entropy(
     picked: &Picked,
     targets: &Tensor<1, Int>,
 ) -> Tensor<1> {
-    chunked(head, picked, targets, (CHUNK / vocab_size).max(1))
+    let (n, rows_per_chunk) = (picked.hidden.dims()[0], (CHUNK / vocab_size).max(1));
+    match head.is_trained() && keeps_no_logits(head, n, vocab_size) {
+        true => differentiated(head, picked, targets, rows_per_chunk),
+        false => chunked(head, picked, targets, rows_per_chunk),
+    }
+}
+
+/// Whether the gradients of a trained output layer are computed with the loss of `n` positions: where there is more than one
+/// chunk of logits, and they need less memory than all logits. They exist up to three times: added up, multiplied with the
+/// parameters, and in `backward`.
+pub(crate) fn keeps_no_logits(head: Head<'_>, n: usize, vocab_size: usize) -> bool {
+    let (logits, trained) = (n * vocab_size, head.trained_numbers());
+    logits > CHUNK && trained > 0 && 3 * trained < logits
 }
 
 fn chunked(head: Head<'_>, picked: &Picked, targets: &Tensor<1, Int>, rows_per_chunk: usize) -> Tensor<1> {
@@ -31,6 +46,66 @@ fn chunked(head: Head<'_>, picked: &Picked, targets: &Tensor<1, Int>, rows_per_c
         cross_entropy_of_frozen(hidden, head.logits_of(plain).inner(), weight, targets)
     });
     Tensor::cat(sums.collect(), 0).sum() / n as f64
+}
+
+/// [`chunked`] with a trained output layer, where the gradients of each chunk are computed at once. Otherwise, `backward` would
+/// need a number for each logit of all chunks.
+fn differentiated(
+    head: Head<'_>,
+    picked: &Picked,
+    targets: &Tensor<1, Int>,
+    rows_per_chunk: usize,
+) -> Tensor<1> {
+    let n = picked.hidden.dims()[0];
+    let (mut of_head, mut of_hidden, mut sums) = (HeadGradients::new(head), vec![], vec![]);
+    for start in (0..n).step_by(rows_per_chunk) {
+        let rows = rows_per_chunk.min(n - start);
+        let part = picked.narrow(start, rows);
+        let hidden = part.hidden.detach();
+        let hidden = if picked.hidden.is_tracked() { hidden.require_grad() } else { hidden };
+        let logits = head.logits_of(Picked { hidden: hidden.clone(), rows: part.rows });
+        let sum = cross_entropy(logits, targets.clone().narrow(0, start, rows));
+        sums.push(sum.clone().inner());
+        let mut gradients = sum.backward();
+        of_hidden.extend(hidden.grad_remove(&mut gradients));
+        of_head.add(gradients);
+    }
+    let mut known = of_head.known();
+    if !of_hidden.is_empty() {
+        known = known.and(picked.hidden.clone(), Tensor::cat(of_hidden, 0));
+    }
+    known.of_loss(on_kind_of(Tensor::cat(sums, 0).sum(), &picked.hidden.device())) / n as f64
+}
+
+/// The sums of the gradients of an output layer.
+enum HeadGradients<'a> {
+    Tied(&'a LoraEmbedding, GradientsAccumulator<LoraEmbedding>),
+    Own(&'a LoraLinear, GradientsAccumulator<LoraLinear>),
+}
+
+impl<'a> HeadGradients<'a> {
+    fn new(head: Head<'a>) -> Self {
+        match head {
+            Head::Tied(embedding) => Self::Tied(embedding, GradientsAccumulator::new()),
+            Head::Own(layer) => Self::Own(layer, GradientsAccumulator::new()),
+        }
+    }
+
+    fn add(&mut self, gradients: Gradients) {
+        match self {
+            Self::Tied(embedding, sums) => {
+                sums.accumulate(embedding, GradientsParams::from_grads(gradients, *embedding));
+            }
+            Self::Own(layer, sums) => sums.accumulate(layer, GradientsParams::from_grads(gradients, *layer)),
+        }
+    }
+
+    fn known(self) -> KnownGradients {
+        match self {
+            Self::Tied(embedding, mut sums) => KnownGradients::default().and_of(embedding, sums.grads()),
+            Self::Own(layer, mut sums) => KnownGradients::default().and_of(layer, sums.grads()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -125,6 +200,35 @@ mod tests {
         let found = gradients(&model, model.loss(&batch));
         assert_close(&found, &gradients(&model, naive(&model, &batch)), 1e-6);
         assert!(found.iter().any(|gradient| gradient.abs() > 1e-3));
+    }
+
+    /// An output layer with an adapter, and layers that are trained in full, of its own and the table of the embedding.
+    #[test]
+    fn gradients_that_are_computed_with_the_loss_are_those_of_autodiff() {
+        let device = Device::default().autodiff();
+        for (tied, target) in [(false, Some("lm_head")), (false, None), (true, None)] {
+            for freezes_blocks in [false, true] {
+                let mut model = model(&device, tied);
+                if let Some(target) = target {
+                    let targets = [target, if freezes_blocks { target } else { "q_proj" }];
+                    let random = burn_peft::InitLoraWeights::Random;
+                    let config =
+                        LoraConfig::new(2).with_target_modules(targets).with_init_lora_weights(random);
+                    model.add_adapter("default", &config).unwrap();
+                }
+                let batch = batch(&device);
+                assert!(model.head().trained_numbers() > 0);
+                for rows in [1, 2, 5] {
+                    let found =
+                        differentiated(model.head(), &model.labelled(&batch), &batch.targets, rows) * 3.0;
+                    let expected = chunked(model.head(), &model.labelled(&batch), &batch.targets, rows) * 3.0;
+                    assert_close(&values(found.clone()), &values(expected.clone()), 1e-6);
+                    let (found, expected) = (gradients(&model, found), gradients(&model, expected));
+                    assert_close(&found, &expected, 1e-5);
+                    assert!(expected.iter().any(|gradient| gradient.abs() > 1e-3));
+                }
+            }
+        }
     }
 
     #[test]

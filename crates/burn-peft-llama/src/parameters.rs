@@ -50,6 +50,24 @@ pub(crate) fn is_trained<M: Module>(module: &M) -> bool {
     trained.0
 }
 
+/// How many numbers require a gradient, or would on a device with autodiff. Makes no parameters.
+pub(crate) fn trained_numbers<M: Module>(module: &M) -> usize {
+    #[derive(Default)]
+    struct Trained(usize);
+
+    impl ModuleVisitor for Trained {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.is_require_grad() {
+                self.0 += param.lazy_shape().num_elements();
+            }
+        }
+    }
+
+    let mut trained = Trained::default();
+    module.visit(&mut trained);
+    trained.0
+}
+
 /// Lists the parameters of a model without making those that do not exist yet.
 pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
     #[derive(Default)]

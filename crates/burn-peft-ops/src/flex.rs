@@ -145,6 +145,9 @@ impl<'a> Matrix<'a> {
     ) {
         assert_eq!(self.columns, b.rows, "columns of the left, and rows of the right side of a product");
         let part = if self.columns > LONGEST_SUM { PART_OF_SUM } else { LONGEST_SUM };
+        // With a vector on one side, gemmkit does not promise the same bits for any number of threads.
+        let is_by_vector = self.rows == 1 || b.columns == 1;
+        let parallelism = if is_by_vector { Parallelism::Serial } else { parallelism };
         let product = |start: usize, beta: f32, y: &mut [f32], apart: usize| {
             let count = part.min(self.columns - start);
             let (a, b) = (self.columns(start, count), b.turned().columns(start, count).turned());
@@ -250,11 +253,29 @@ fn in_one(blocks: Vec<Block>, last: &Block, n: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::drawn_numbers;
 
     #[test]
     fn zeros_are_as_many_as_asked_for() {
         for n in [0, 5, 2 * TASK - 1, 2 * TASK, 2 * TASK + 1, 5 * TASK + 3] {
             assert_eq!(zeros(n), vec![0.0; n]);
+        }
+    }
+
+    #[test]
+    fn products_are_the_same_with_any_number_of_threads() {
+        for [rows, sums, columns] in [[1, 8192, 512], [512, 8192, 1], [64, 3000, 3], [300, 2048, 256]] {
+            let (a, b) = (drawn_numbers(rows * sums, 1.0, 1), drawn_numbers(sums * columns, 1.0, 2));
+            let with_threads = |count| {
+                let threads = rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
+                let (a, b) = (Matrix::new(&a, rows, sums), Matrix::new(&b, sums, columns));
+                let turned = Matrix::new(b.numbers, columns, sums).turned();
+                threads.install(|| [b, turned].map(|b| numbers(&a.product(b)).to_vec()))
+            };
+            let alone = with_threads(1);
+            for count in [2, 3, 8] {
+                assert!(with_threads(count) == alone, "{count} threads, {rows} x {sums} x {columns}");
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use crate::batch::Collator;
 use crate::config::LlamaConfig;
 use crate::conversation::Example;
 use crate::gradient_checkpointing::has_dropout;
-use crate::loss::CHUNK;
+use crate::loss::{CHUNK, keeps_no_logits};
 use crate::model::LlamaForCausalLm;
 use crate::packing::{Packing, pays};
 use crate::parameters::{Parameter, parameters};
@@ -107,6 +107,14 @@ impl MemoryEstimate {
         let blocks = Adapted::of_blocks(model, &parameters);
         let (d, f) = (config.hidden_size, config.intermediate_size);
         let logits = batch.labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
+        let head = model.head();
+        // Logits in f32, which kernels turn into their gradient in place; a layer that is trained keeps that for its own.
+        let kept_logits = match head.trained_numbers() {
+            0 => 0,
+            _ if keeps_no_logits(head, batch.labelled, config.vocab_size) => logits,
+            _ => batch.labelled * config.vocab_size,
+        };
+        let of_logits = 4 * (if has_kernels { 1 } else { 2 } * logits + kept_logits);
         // A part of a weight in 16 bits, while a product reads it.
         let widened = if of_weights < element {
             WIDENED_AT_ONCE.min(d * f.max(config.vocab_size)) * element
@@ -125,9 +133,8 @@ impl MemoryEstimate {
             gradients: if model.is_gradient_checkpointing() { 2 * trained } else { trained },
             optimizer: 2 * trained,
             activations,
-            // The gradients of the feed-forward layer, or the logits in f32, which kernels turn into their gradient in place.
-            temporary: widened
-                + (batch.count * element * (2 * f).max(3 * d)).max(if has_kernels { 4 } else { 8 } * logits),
+            // The gradients of the feed-forward layer, or the logits.
+            temporary: widened + (batch.count * element * (2 * f).max(3 * d)).max(of_logits),
         }
     }
 
