@@ -260,10 +260,14 @@ impl ModuleMapper for Converter {
 
 #[cfg(test)]
 mod tests {
-    use burn_peft::{InitLoraWeights, LoraConfig};
+    use burn_peft::{InitLoraWeights, LoraConfig, TargetModules};
+    use burn_peft_ops::in_full_precision;
 
     use super::*;
-    use crate::testing::{assert_close, model, values};
+    use crate::batch::Collator;
+    use crate::config::LlamaConfig;
+    use crate::conversation::Example;
+    use crate::testing::{assert_close, deviation, drawn, in_f64, model, results, values};
 
     #[test]
     fn a_merged_directory_holds_the_adapted_model_in_the_type_that_was_asked_for() {
@@ -297,6 +301,37 @@ mod tests {
         }
         let bare = model(&Device::default(), true).forward(ids(), None);
         assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
+    }
+
+    /// With a real vocabulary, and more rows than the kernel for few rows takes. The types differ in how the numbers of the
+    /// base are stored; the factors are in f32.
+    #[test]
+    fn loss_and_gradients_of_a_base_in_16_bits_are_as_exact_as_those_of_the_same_numbers_in_f32() {
+        let device = Device::flex().autodiff();
+        let input_ids: Vec<u32> = (0..40).map(|i| i * 1_201 % 49_152).collect();
+        let labels = input_ids.iter().map(|id| i64::from(*id)).collect();
+        let batch = Collator::new(0).collate(&[Example { input_ids, labels }], &device).unwrap();
+        let config = LlamaConfig::new(49_152, 64, 2).with_heads(4, 2).with_tie_word_embeddings(true);
+        for dtype in [FloatDType::BF16, FloatDType::F16] {
+            let mut stored = drawn(&config, &device).to_dtype(dtype).unwrap().0;
+            let random = InitLoraWeights::Random;
+            let lora = LoraConfig::new(4)
+                .with_target_modules(TargetModules::AllLinear)
+                .with_init_lora_weights(random);
+            stored.add_adapter("default", &lora).unwrap();
+            let of = |model: &LlamaForCausalLm| {
+                in_full_precision(|| results(LlamaForCausalLm::loss, model, &batch))
+            };
+            let expected = of(&in_f64(&stored));
+            assert!(expected[1].iter().filter(|gradient| gradient.abs() > 1e-3).count() > 1_000);
+            let off = |model: &LlamaForCausalLm| {
+                let found = of(model);
+                [0, 1].map(|i| deviation(&found[i], &expected[i]))
+            };
+            let (found, in_f32) = (off(&stored), off(&stored.to_dtype(FloatDType::F32).unwrap().0));
+            println!("{dtype:?}: loss and gradients are {found:?} off f64; in f32 {in_f32:?}");
+            assert!(found[0] < 1e-6 && found[1] < 2.0 * in_f32[1] + 1e-6, "{dtype:?}: {found:?} {in_f32:?}");
+        }
     }
 
     #[test]

@@ -105,15 +105,13 @@ impl Row {
 
 #[cfg(test)]
 mod tests {
-    use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-    use burn::tensor::{DType, Gradients};
     use burn_peft::{LoraConfig, PeftModel, TargetModules};
 
     use super::*;
     use crate::batch::{Batch, Collator, PaddingSide};
     use crate::conversation::Example;
     use crate::model::LlamaForCausalLm;
-    use crate::testing::{model, values};
+    use crate::testing::{deviation, in_f64, model, results, values};
 
     /// A system text of 70 tokens that all share; further tokens that two share; a label that is the same in two rows, and
     /// one in the middle of what others share; a row that begins otherwise.
@@ -134,48 +132,8 @@ mod tests {
         all
     }
 
-    fn deviation(found: &[f64], expected: &[f64]) -> f64 {
-        assert_eq!(found.len(), expected.len());
-        let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
-        found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / largest
-    }
-
     fn batch(packing: Packing, side: PaddingSide, device: &Device) -> Batch {
         Collator::new(0).with_packing(packing).with_side(side).collate(&examples(), device).unwrap()
-    }
-
-    /// What `value` gives for a batch, and all gradients.
-    fn results(
-        value: impl Fn(&LlamaForCausalLm, &Batch) -> Tensor<1>,
-        model: &LlamaForCausalLm,
-        batch: &Batch,
-    ) -> [Vec<f64>; 2] {
-        struct Read(Gradients, Vec<f64>);
-        impl ModuleVisitor for Read {
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                self.1.extend(param.base().grad(&self.0).into_iter().flat_map(numbers));
-            }
-        }
-        fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-            tensor.into_data().iter::<f64>().collect()
-        }
-        let value = value(model, batch);
-        let mut read = Read(value.clone().backward(), vec![]);
-        model.visit(&mut read);
-        [numbers(value), read.1]
-    }
-
-    /// The same model in f64, which has no kernels.
-    fn in_f64(model: &LlamaForCausalLm) -> LlamaForCausalLm {
-        struct Cast;
-        impl ModuleMapper for Cast {
-            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                let is_trained = param.is_require_grad();
-                let cast = |tensor: Tensor<D>| tensor.cast(DType::F64).detach().set_require_grad(is_trained);
-                param.map(cast)
-            }
-        }
-        model.clone().map(&mut Cast)
     }
 
     #[test]

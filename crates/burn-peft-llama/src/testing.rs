@@ -2,11 +2,12 @@
 
 use std::convert::Infallible;
 
-use burn::module::Param;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::batch::Batch;
 use crate::config::LlamaConfig;
 use crate::model::LlamaForCausalLm;
 use crate::source::{Kind, Source};
@@ -82,8 +83,42 @@ pub(crate) fn wide(numbers: &[f32]) -> Vec<f64> {
 }
 
 /// Largest difference, relative to the largest expected magnitude.
-pub(crate) fn deviation(found: &[f32], expected: &[f64]) -> f64 {
+pub(crate) fn deviation<T: Copy + Into<f64>>(found: &[T], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
-    found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max) / largest
+    found.iter().zip(expected).map(|(a, b)| ((*a).into() - b).abs()).fold(0.0, f64::max) / largest
+}
+
+/// What `value` gives for a batch, and all gradients.
+pub(crate) fn results(
+    value: impl Fn(&LlamaForCausalLm, &Batch) -> Tensor<1>,
+    model: &LlamaForCausalLm,
+    batch: &Batch,
+) -> [Vec<f64>; 2] {
+    struct Read(Gradients, Vec<f64>);
+    impl ModuleVisitor for Read {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.extend(param.base().grad(&self.0).into_iter().flat_map(numbers));
+        }
+    }
+    fn numbers<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+        tensor.into_data().iter::<f64>().collect()
+    }
+    let value = value(model, batch);
+    let mut read = Read(value.clone().backward(), vec![]);
+    model.visit(&mut read);
+    [numbers(value), read.1]
+}
+
+/// The same model in f64, which has no kernels.
+pub(crate) fn in_f64(model: &LlamaForCausalLm) -> LlamaForCausalLm {
+    struct Cast;
+    impl ModuleMapper for Cast {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let is_trained = param.is_require_grad();
+            let cast = |tensor: Tensor<D>| tensor.cast(DType::F64).detach().set_require_grad(is_trained);
+            param.map(cast)
+        }
+    }
+    model.clone().map(&mut Cast)
 }
