@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use burn::module::Module;
 use burn::tensor::{Device, FloatDType};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{
@@ -26,12 +27,30 @@ fn examples(count: usize, [length, labelled, prefix]: [usize; 3]) -> Vec<Example
     (0..count).map(example).collect()
 }
 
-/// Both tests count, so they are one.
+/// All of them count, so they are one test.
 #[test]
 fn memory_is_what_was_estimated_and_does_not_grow() {
+    loading_needs_little_beside_the_weights();
     the_estimate_is_near_what_a_step_allocates();
     steps_leave_nothing_behind(3_000, false);
     steps_leave_nothing_behind(1_500, true);
+}
+
+/// Neither a second copy of a tensor nor, in 16 bits, the numbers of the file in f32.
+fn loading_needs_little_beside_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Device::flex();
+    LlamaConfig::new(49_152, 128, 2).with_heads(4, 2).init(&device).save_pretrained(dir.path()).unwrap();
+    for (dtype, size) in [(FloatDType::F32, 4), (FloatDType::BF16, 2), (FloatDType::F16, 2)] {
+        ALLOCATOR.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        let model = LlamaForCausalLm::from_pretrained_as(dir.path(), &device, dtype).unwrap();
+        let (peak, loaded) = (ALLOCATOR.peak_usage() - before, ALLOCATOR.current_usage() - before);
+        let weights = model.num_params() * size;
+        println!("{dtype:?}: {weights} bytes of weights, {loaded} allocated, {peak} at the peak");
+        // The largest tensors have 25 MB in f32.
+        assert!(loaded < weights + 500_000 && peak < weights + 4_000_000, "{dtype:?}");
+    }
 }
 
 /// So many steps, with evaluations between, on batches of different lengths: what is allocated afterwards, and the peak of a
@@ -94,6 +113,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
             [4, 128],
             128,
         ),
+        ("all parameters, many more logits", [256, 1, 4, 2, 512, 49_152], None, [8, 128], 128),
         ("all parameters, more logits", [64, 2, 4, 2, 128, 49_152], None, [4, 128], 128),
         ("all parameters", small, None, [4, 64], 4),
         ("weights in bf16", [512, 2, 8, 4, 1024, 100], Some(all()), [4, 64], 4),

@@ -57,7 +57,7 @@ impl Head<'_> {
         }
     }
 
-    /// How many numbers of the layer are trained, on a device with autodiff.
+    /// How many numbers of the layer are trained.
     pub(crate) fn trained_numbers(self) -> usize {
         match self {
             Self::Own(layer) => trained_numbers(layer),

@@ -12,7 +12,7 @@ pub(crate) struct KnownGradients {
 }
 
 impl KnownGradients {
-    /// These, and that with respect to `x`, which has no graph.
+    /// These, and `gradient` with respect to `x`. The gradient has no graph.
     pub(crate) fn and<const D: usize>(self, x: Tensor<D>, gradient: Tensor<D>) -> Self {
         let gradient = on_kind_of(gradient, &x.device());
         // Not in 16 bits, because a sum that overflows would turn the zero in `of_loss` into `inf - inf`.

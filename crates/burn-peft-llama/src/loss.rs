@@ -19,7 +19,7 @@ pub(crate) fn mean_cross_entropy(
     targets: &Tensor<1, Int>,
 ) -> Tensor<1> {
     let (n, rows_per_chunk) = (picked.hidden.dims()[0], (CHUNK / vocab_size).max(1));
-    match head.is_trained() && keeps_no_logits(head, n, vocab_size) {
+    match keeps_no_logits(head, n, vocab_size) {
         true => differentiated(head, picked, targets, rows_per_chunk),
         false => chunked(head, picked, targets, rows_per_chunk),
     }
@@ -57,24 +57,27 @@ fn differentiated(
     rows_per_chunk: usize,
 ) -> Tensor<1> {
     let n = picked.hidden.dims()[0];
-    let (mut of_head, mut of_hidden, mut sums) = (HeadGradients::new(head), vec![], vec![]);
+    let (mut of_head, mut of_hidden, mut losses) = (HeadGradients::new(head), vec![], vec![]);
     for start in (0..n).step_by(rows_per_chunk) {
         let rows = rows_per_chunk.min(n - start);
-        let part = picked.narrow(start, rows);
-        let hidden = part.hidden.detach();
-        let hidden = if picked.hidden.is_tracked() { hidden.require_grad() } else { hidden };
-        let logits = head.logits_of(Picked { hidden: hidden.clone(), rows: part.rows });
-        let sum = cross_entropy(logits, targets.clone().narrow(0, start, rows));
-        sums.push(sum.clone().inner());
-        let mut gradients = sum.backward();
-        of_hidden.extend(hidden.grad_remove(&mut gradients));
-        of_head.add(gradients);
+        let Picked { hidden, rows: sequences } = picked.narrow(start, rows);
+        let is_tracked = hidden.is_tracked();
+        let hidden = if is_tracked { hidden.detach().require_grad() } else { hidden };
+        let logits = head.logits_of(Picked { hidden: hidden.clone(), rows: sequences });
+        let loss = cross_entropy(logits, targets.clone().narrow(0, start, rows)) / n as f64;
+        losses.push(loss.clone().inner());
+        // The factors of a merged adapter require gradients, but have no part in the logits.
+        if loss.is_tracked() {
+            let mut gradients = loss.backward();
+            of_hidden.extend(hidden.grad_remove(&mut gradients));
+            of_head.add(gradients);
+        }
     }
     let mut known = of_head.known();
     if !of_hidden.is_empty() {
         known = known.and(picked.hidden.clone(), Tensor::cat(of_hidden, 0));
     }
-    known.of_loss(on_kind_of(Tensor::cat(sums, 0).sum(), &picked.hidden.device())) / n as f64
+    known.of_loss(on_kind_of(Tensor::cat(losses, 0).sum(), &picked.hidden.device()))
 }
 
 /// The sums of the gradients of an output layer.
@@ -113,7 +116,8 @@ mod tests {
     use burn::module::{Module, ModuleVisitor, Param};
     use burn::tensor::activation::log_softmax;
     use burn::tensor::{Device, TensorData};
-    use burn_peft::{LoraConfig, PeftModel};
+    use burn_peft::{LoraConfig, PeftModel, TokenIndices};
+    use burn_peft_ops::with_dropout_seed;
 
     use super::*;
     use crate::batch::{Batch, Collator};
@@ -202,33 +206,88 @@ mod tests {
         assert!(found.iter().any(|gradient| gradient.abs() > 1e-3));
     }
 
-    /// An output layer with an adapter, and layers that are trained in full, of its own and the table of the embedding.
+    /// Both ways, from the same seed of dropout.
+    #[track_caller]
+    fn assert_differentiated_is_chunked(case: &str, model: &LlamaForCausalLm, batch: &Batch) {
+        for rows in [1, 2, 5] {
+            let of = |f: fn(Head<'_>, &Picked, &Tensor<1, Int>, usize) -> Tensor<1>| {
+                let loss = with_dropout_seed(5, || {
+                    f(model.head(), &model.labelled(batch), &batch.targets, rows) * 3.0
+                });
+                (values(loss.clone()), gradients(model, loss))
+            };
+            let (found, expected) = (of(differentiated), of(chunked));
+            let largest = expected.1.iter().fold(0.0, |largest: f32, gradient| largest.max(gradient.abs()));
+            assert!(largest > 1e-2, "{case}");
+            assert_close(&found.0, &expected.0, 1e-5);
+            assert_close(&found.1, &expected.1, 2e-6 * largest);
+        }
+    }
+
     #[test]
     fn gradients_that_are_computed_with_the_loss_are_those_of_autodiff() {
-        let device = Device::default().autodiff();
-        for (tied, target) in [(false, Some("lm_head")), (false, None), (true, None)] {
-            for freezes_blocks in [false, true] {
-                let mut model = model(&device, tied);
-                if let Some(target) = target {
-                    let targets = [target, if freezes_blocks { target } else { "q_proj" }];
-                    let random = burn_peft::InitLoraWeights::Random;
-                    let config =
-                        LoraConfig::new(2).with_target_modules(targets).with_init_lora_weights(random);
-                    model.add_adapter("default", &config).unwrap();
-                }
-                let batch = batch(&device);
-                assert!(model.head().trained_numbers() > 0);
-                for rows in [1, 2, 5] {
-                    let found =
-                        differentiated(model.head(), &model.labelled(&batch), &batch.targets, rows) * 3.0;
-                    let expected = chunked(model.head(), &model.labelled(&batch), &batch.targets, rows) * 3.0;
-                    assert_close(&values(found.clone()), &values(expected.clone()), 1e-6);
-                    let (found, expected) = (gradients(&model, found), gradients(&model, expected));
-                    assert_close(&found, &expected, 1e-5);
-                    assert!(expected.iter().any(|gradient| gradient.abs() > 1e-3));
-                }
+        let random = || LoraConfig::new(2).with_init_lora_weights(burn_peft::InitLoraWeights::Random);
+        let head = || random().with_target_modules(["lm_head"]);
+        let adapted = [
+            ("the head alone", false, head()),
+            ("the head and below", false, random().with_target_modules(["lm_head", "q_proj"])),
+            ("dropout", false, head().with_lora_dropout(0.5)),
+            ("DoRA", false, head().with_use_dora(true)),
+            ("a copy", false, random().with_target_modules(["q_proj"]).with_modules_to_save(["lm_head"])),
+            (
+                "rows of the table",
+                true,
+                random()
+                    .with_target_modules(["q_proj"])
+                    .with_trainable_token_indices(TokenIndices::from([3, 7])),
+            ),
+        ];
+        let plain = Device::default().autodiff();
+        for device in [plain.clone(), plain.gradient_checkpointing()] {
+            let batch = batch(&device);
+            for (case, tied, config) in &adapted {
+                let mut model = model(&device, *tied);
+                model.add_adapter("default", config).unwrap();
+                assert_differentiated_is_chunked(case, &model, &batch);
             }
+            for tied in [false, true] {
+                assert_differentiated_is_chunked("everything", &model(&device, tied), &batch);
+            }
+            let mut head_alone = model(&device, false).no_grad();
+            head_alone.lm_head = model(&device, false).lm_head;
+            assert_differentiated_is_chunked("all of the head alone", &head_alone, &batch);
+            let half = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16).unwrap().0;
+            let mut half = half.no_grad();
+            half.add_adapter("default", &head()).unwrap();
+            assert_differentiated_is_chunked("a base in bf16", &half, &batch);
         }
+    }
+
+    /// More logits of a real vocabulary than exist at a time: with an adapter, and with one that is merged.
+    #[test]
+    fn an_adapted_head_with_a_real_vocabulary_keeps_no_logits() {
+        let device = Device::default().autodiff();
+        let vocab = REAL_VOCABULARIES[0];
+        let mut model = drawn(&LlamaConfig::new(vocab, 8, 1).with_heads(2, 1), &device);
+        let random = burn_peft::InitLoraWeights::Random;
+        let config = LoraConfig::new(2).with_target_modules(["lm_head"]).with_init_lora_weights(random);
+        model.add_adapter("default", &config).unwrap();
+        let input_ids: Vec<u32> = (0..400).map(|i| i * 1_201 % vocab as u32).collect();
+        let labels = input_ids.iter().map(|id| i64::from(*id)).collect();
+        let batch = Collator::new(0).collate(&[Example { input_ids, labels }], &device).unwrap();
+        assert!(keeps_no_logits(model.head(), batch.num_targets, vocab));
+        let loss = model.loss(&batch);
+        let expected = chunked(model.head(), &model.labelled(&batch), &batch.targets, 100);
+        assert_close(&values(loss.clone()), &values(expected.clone()), 1e-5);
+        let (found, expected) = (gradients(&model, loss), gradients(&model, expected));
+        let largest = expected.iter().fold(0.0, |largest: f32, gradient| largest.max(gradient.abs()));
+        assert_close(&found, &expected, 2e-6 * largest);
+
+        let of_adapter = values(model.loss(&batch));
+        model.merge_adapter().unwrap();
+        let merged = model.loss(&batch);
+        assert!(!merged.is_tracked());
+        assert_close(&values(merged), &of_adapter, 1e-4);
     }
 
     #[test]

@@ -303,7 +303,7 @@ mod tests {
         assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
     }
 
-    /// With a real vocabulary, and more rows than the kernel for few rows takes. The types differ in how the numbers of the
+    /// Beside a model in f64, whose loss alone is in f32. With a real vocabulary, and more rows than the kernel for few rows takes. The types differ in how the numbers of the
     /// base are stored; the factors are in f32.
     #[test]
     fn loss_and_gradients_of_a_base_in_16_bits_are_as_exact_as_those_of_the_same_numbers_in_f32() {

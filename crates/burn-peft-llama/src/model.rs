@@ -190,7 +190,7 @@ impl LlamaForCausalLm {
     /// Logits are computed at `batch.positions` only, at most 2²⁴ (64 MiB) at a time. If nothing in the output layer is
     /// trained, which is so with LoRA as a rule, none of them outlives the call. Nor does any if there are more than
     /// 2²⁴ of them and less than a third as many numbers are trained in the output layer: the gradients of the layer
-    /// are computed with the loss then. Otherwise, a trained output layer keeps a number for each logit until `backward`.
+    /// are computed with the loss then, by a `backward` for each part. Otherwise, a trained output layer keeps a number for each logit until `backward`.
     ///
     /// `backward` of the result needs something that is trained: on a model that is frozen, or whose adapters are merged
     /// or inactive, there is no graph and Burn panics. To read losses without training, call

@@ -16,8 +16,7 @@ pub(crate) struct Parameter {
     pub(crate) transposed: bool,
     /// Whether it belongs to an adapter.
     pub(crate) adapter: bool,
-    /// Whether it requires a gradient.
-    pub(crate) trained: bool,
+    trained: Box<dyn Fn() -> bool>,
     /// Reads it, as the model holds it.
     pub(crate) read: Box<dyn Fn() -> Result<TensorData, LlamaError>>,
     /// Reads as many of its elements, evenly spread; all elements of a quantized one.
@@ -25,6 +24,11 @@ pub(crate) struct Parameter {
 }
 
 impl Parameter {
+    /// Whether it requires a gradient. Makes it if it does not exist yet.
+    pub(crate) fn is_trained(&self) -> bool {
+        (self.trained)()
+    }
+
     pub(crate) fn shape_in_memory(&self) -> Vec<usize> {
         let mut shape = self.shape.clone();
         if self.transposed {
@@ -36,29 +40,19 @@ impl Parameter {
 
 /// Whether a parameter requires a gradient. Makes those that do not exist yet.
 pub(crate) fn is_trained<M: Module>(module: &M) -> bool {
-    #[derive(Default)]
-    struct Trained(bool);
-
-    impl ModuleVisitor for Trained {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.0 |= param.base().is_require_grad();
-        }
-    }
-
-    let mut trained = Trained::default();
-    module.visit(&mut trained);
-    trained.0
+    trained_numbers(module) > 0
 }
 
-/// How many numbers require a gradient, or would on a device with autodiff. Makes no parameters.
+/// How many numbers require a gradient. Makes parameters that do not exist yet.
 pub(crate) fn trained_numbers<M: Module>(module: &M) -> usize {
     #[derive(Default)]
     struct Trained(usize);
 
     impl ModuleVisitor for Trained {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.is_require_grad() {
-                self.0 += param.lazy_shape().num_elements();
+            let value = param.base();
+            if value.is_require_grad() {
+                self.0 += value.shape().num_elements();
             }
         }
     }
@@ -97,7 +91,7 @@ pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
             let is_own = |name: &String| name == "weight" || name == "bias";
             let (last, above) =
                 self.path.split_last().map_or((false, &[][..]), |(last, above)| (is_own(last), above));
-            let (read, sample) = (param.clone(), param.clone());
+            let (trained, read, sample) = (param.clone(), param.clone(), param.clone());
             self.parameters.push(Parameter {
                 id: param.id,
                 name: self.path.join("."),
@@ -106,7 +100,7 @@ pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Parameter> {
                 transposed,
                 // The parameters of a module end with `weight` or `bias`; what lies below is an adapter.
                 adapter: !last || above.iter().any(is_own),
-                trained: param.is_require_grad(),
+                trained: Box::new(move || trained.base().is_require_grad()),
                 read: Box::new(move || data(read.base())),
                 sample: Box::new(move |count| data(spread(sample.base(), count))),
             });

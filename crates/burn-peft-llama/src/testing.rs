@@ -110,7 +110,7 @@ pub(crate) fn results(
     [numbers(value), read.1]
 }
 
-/// The same model in f64, which has no kernels.
+/// The same model in f64, without the kernels of its layers; a loss is computed in f32.
 pub(crate) fn in_f64(model: &LlamaForCausalLm) -> LlamaForCausalLm {
     struct Cast;
     impl ModuleMapper for Cast {

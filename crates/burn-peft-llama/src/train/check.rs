@@ -39,7 +39,7 @@ pub(super) fn check_trainable<M: Module>(model: &M, device: &Device) -> Result<(
         let hint = "the model is not on an autodiff device; load it on `device.autodiff()`";
         return Err(LlamaError::NotTrainable { hint });
     }
-    let trained: Vec<_> = parameters(model).into_iter().filter(|parameter| parameter.trained).collect();
+    let trained: Vec<_> = parameters(model).into_iter().filter(|parameter| parameter.is_trained()).collect();
     if let Some(parameter) = trained.iter().find(|parameter| parameter.dtype == DType::F16) {
         return Err(LlamaError::TrainableF16 { parameter: parameter.name.clone() });
     }

@@ -103,18 +103,23 @@ impl MemoryEstimate {
             parameters.iter().filter(|parameter| is(parameter)).map(size).sum()
         };
         let config = model.config();
-        let trained = bytes(|parameter| parameter.trained);
+        let trained = bytes(|parameter| parameter.is_trained());
         let blocks = Adapted::of_blocks(model, &parameters);
         let (d, f) = (config.hidden_size, config.intermediate_size);
-        let logits = batch.labelled.min((CHUNK / config.vocab_size).max(1)) * config.vocab_size;
         let head = model.head();
-        // Logits in f32, which kernels turn into their gradient in place; a layer that is trained keeps that for its own.
-        let kept_logits = match head.trained_numbers() {
-            0 => 0,
-            _ if keeps_no_logits(head, batch.labelled, config.vocab_size) => logits,
-            _ => batch.labelled * config.vocab_size,
+        let in_chunk = (CHUNK / config.vocab_size).max(1).min(batch.labelled);
+        let logits = in_chunk * config.vocab_size;
+        // Logits in f32, which kernels turn into their gradient in place; a layer that is trained keeps that for its own, which
+        // is added up with those of further chunks.
+        let of_head = match head.trained_numbers() {
+            0 => logits,
+            of_layer if keeps_no_logits(head, batch.labelled, config.vocab_size) => {
+                let further = in_chunk.min(batch.labelled - in_chunk) * config.vocab_size;
+                (2 * logits).max(2 * further + of_layer).max(further + 2 * of_layer)
+            }
+            _ => logits + batch.labelled * config.vocab_size,
         };
-        let of_logits = 4 * (if has_kernels { 1 } else { 2 } * logits + kept_logits);
+        let of_logits = 4 * (of_head + if has_kernels { 0 } else { logits });
         // A part of a weight in 16 bits, while a product reads it.
         let widened = if of_weights < element {
             WIDENED_AT_ONCE.min(d * f.max(config.vocab_size)) * element
@@ -128,7 +133,7 @@ impl MemoryEstimate {
             false => each.sum(),
         };
         Self {
-            weights: bytes(|parameter| !parameter.trained),
+            weights: bytes(|parameter| !parameter.is_trained()),
             trained,
             gradients: if model.is_gradient_checkpointing() { 2 * trained } else { trained },
             optimizer: 2 * trained,
@@ -188,7 +193,7 @@ impl Adapted {
         let count = model.config().num_hidden_layers;
         let mut blocks: BTreeMap<usize, Self> = BTreeMap::new();
         let mut first = count;
-        for parameter in parameters.iter().filter(|parameter| parameter.trained) {
+        for parameter in parameters.iter().filter(|parameter| parameter.is_trained()) {
             let Some(rest) = parameter.name.strip_prefix("model.layers.") else {
                 // What stands below the blocks needs a graph through all of them.
                 if parameter.name.starts_with("model.embed_tokens") {

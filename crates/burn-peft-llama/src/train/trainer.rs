@@ -342,7 +342,7 @@ fn without_gradient<M: Module>(model: &M, squares: &Squares) -> Result<Vec<Strin
             return Err(LlamaError::NoGradient { adapter: adapter.name });
         }
     }
-    let trained = parameters(model).into_iter().filter(|parameter| parameter.trained);
+    let trained = parameters(model).into_iter().filter(|parameter| parameter.is_trained());
     let without = trained.filter(|parameter| !squares.parameters.contains(&parameter.id));
     Ok(without.map(|parameter| parameter.name).collect())
 }

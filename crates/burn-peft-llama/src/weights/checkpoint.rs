@@ -92,9 +92,33 @@ impl Checkpoint {
 
     /// The numbers of a tensor that [`check`](Self::check) has seen.
     pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, LlamaError> {
-        let count = self.files.get(name).map_or(0, |info| info.shape.iter().product());
-        let numbers = self.files.read(name, 0..count).map_err(unread_weights(CHANGED))?;
-        numbers.ok_or_else(|| self.misfit(vec![WeightProblem::Missing { name: name.to_string() }]))
+        let mut numbers = Vec::with_capacity(self.count(name));
+        self.read_parts(name, 1, |_, part| numbers.extend(part))?;
+        Ok(numbers)
+    }
+
+    /// As [`read`](Self::read), part after part, for tensors that are not to be in memory twice: each with the index of its
+    /// first number, and a multiple of `row` numbers long.
+    pub(super) fn read_parts(
+        &self,
+        name: &str,
+        row: usize,
+        mut take: impl FnMut(usize, Vec<f32>),
+    ) -> Result<(), LlamaError> {
+        const PART: usize = 1 << 18;
+        let (count, part) = (self.count(name), PART.next_multiple_of(row.max(1)));
+        // Once for a tensor without numbers, or none.
+        for start in (0..count.max(1)).step_by(part) {
+            let range = start..(start + part).min(count);
+            let numbers = self.files.read(name, range).map_err(unread_weights(CHANGED))?;
+            let missing = || self.misfit(vec![WeightProblem::Missing { name: name.to_string() }]);
+            take(start, numbers.ok_or_else(missing)?);
+        }
+        Ok(())
+    }
+
+    fn count(&self, name: &str) -> usize {
+        self.files.get(name).map_or(0, |info| info.shape.iter().product())
     }
 
     fn misfit(&self, problems: Vec<WeightProblem>) -> LlamaError {

@@ -1,19 +1,32 @@
 //! Transposition on the host: files hold a linear weight the other way round than the model.
 
-/// Row-major `[rows, columns]` to row-major `[columns, rows]`, in tiles that stay in the cache.
-pub(super) fn transpose<T: Copy + Default>(values: &[T], [rows, columns]: [usize; 2]) -> Vec<T> {
-    const TILE: usize = 32;
+/// Row-major `[rows, columns]` to row-major `[columns, rows]`.
+fn transpose<T: Copy + Default>(values: &[T], [rows, columns]: [usize; 2]) -> Vec<T> {
     let mut out = vec![T::default(); values.len()];
-    for top in (0..rows).step_by(TILE) {
+    put_rows(values, 0, [rows, columns], &mut out, |value| value);
+    out
+}
+
+/// Puts rows of a row-major matrix `[rows, columns]`, from row `first` on, into its transposed form `out`, in tiles that stay
+/// in the cache.
+pub(super) fn put_rows<T: Copy, U>(
+    values: &[T],
+    first: usize,
+    [rows, columns]: [usize; 2],
+    out: &mut [U],
+    convert: impl Fn(T) -> U,
+) {
+    const TILE: usize = 32;
+    let count = values.len() / columns.max(1);
+    for top in (0..count).step_by(TILE) {
         for left in (0..columns).step_by(TILE) {
             for column in left..(left + TILE).min(columns) {
-                for row in top..(top + TILE).min(rows) {
-                    out[column * rows + row] = values[row * columns + column];
+                for row in top..(top + TILE).min(count) {
+                    out[column * rows + first + row] = convert(values[row * columns + column]);
                 }
             }
         }
     }
-    out
 }
 
 /// [`transpose`] of elements of `size` bytes.
@@ -35,7 +48,15 @@ mod tests {
             let values: Vec<u16> = (0..rows * columns).map(|i| i as u16).collect();
             let transposed = transpose(&values, [rows, columns]);
             let expected = (0..rows * columns).map(|i| values[i % rows * columns + i / rows]);
-            assert_eq!(transposed, expected.collect::<Vec<_>>(), "{rows} {columns}");
+            let expected: Vec<_> = expected.collect();
+            assert_eq!(transposed, expected, "{rows} {columns}");
+            let mut in_parts = vec![0; values.len()];
+            for (i, part) in values.chunks(7 * columns).enumerate() {
+                put_rows(part, 7 * i, [rows, columns], &mut in_parts, u32::from);
+            }
+            assert!(
+                in_parts.iter().eq(expected.iter().map(|value| u32::from(*value)).collect::<Vec<_>>().iter())
+            );
         }
     }
 

@@ -17,7 +17,7 @@ use crate::weights::writer::Entry;
 /// Whether a checkpoint holds the values of a parameter: it is trained, or was perhaps trained before, or is a part of how
 /// an adapter started.
 pub(super) fn is_saved(parameter: &Parameter) -> bool {
-    parameter.trained || parameter.adapter
+    parameter.is_trained() || parameter.adapter
 }
 
 /// The name of a parameter in the file.
