@@ -248,13 +248,13 @@ fn adapt(args: &Args, saved: Option<&Path>, model: &mut LlamaForCausalLm) -> Res
             .with_target_modules(args.targets.clone())
             .with_task_type("CAUSAL_LM")
             .with_base_model_name_or_path(model::name_or_path(&args.model));
-        let report = model.add_adapter(DEFAULT_ADAPTER, &config)?;
+        let report = model::adapting(model, |model| model.add_adapter(DEFAULT_ADAPTER, &config))?;
         for target in &report.unmatched_targets {
             println!("note: nothing in the model is called `{target}`");
         }
         return Ok(());
     };
-    model.load_adapter(DEFAULT_ADAPTER, adapter)?;
+    model::adapting(model, |model| model.load_adapter(DEFAULT_ADAPTER, adapter))?;
     Ok(())
 }
 

@@ -248,6 +248,22 @@ fn a_run_leaves_an_adapter_its_losses_a_plot_and_answers() {
     assert_eq!(code, 0, "{failed}");
 }
 
+/// The base ties its output layer to the embedding.
+#[test]
+fn an_output_layer_can_be_a_target() {
+    let place = Place::new(QUESTIONS);
+    let (code, told, failed) = place.run("out", "--max-steps 2 --batch-size 2 --targets q_proj,lm_head");
+    assert!(code == 0 && told.contains("training loss: "), "{told}{failed}");
+    let adapter = place.out("out").join("adapter");
+    let weights = burn_peft::AdapterDirectory::open(&adapter).unwrap();
+    assert!(format!("{:?}", weights.config()).contains("lm_head"));
+    let (code, _, failed) = place.run("more", &format!("--max-steps 1 --adapter {}", adapter.display()));
+    assert_eq!(code, 0, "{failed}");
+    let (code, _, failed) =
+        place.run("out", "--max-steps 2 --batch-size 2 --targets q_proj,lm_head --resume");
+    assert_eq!(code, 0, "{failed}");
+}
+
 #[test]
 fn a_dry_run_shows_and_writes_nothing() {
     let place = Place::new(QUESTIONS);

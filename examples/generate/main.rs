@@ -98,7 +98,7 @@ fn load_adapters(args: &Args, model: &mut LlamaForCausalLm) -> Result<()> {
     let names: Vec<String> = (1..=args.adapter.len()).map(|number| format!("adapter-{number}")).collect();
     for ((adapter, name), weight) in args.adapter.iter().zip(&names).zip(weights) {
         let path = model::directory_of_adapter(adapter)?;
-        model.load_adapter_with(name, &path, &LoadOptions::new())?;
+        model::adapting(model, |model| model.load_adapter_with(name, &path, &LoadOptions::new()))?;
         model.set_scale(name, weight)?;
     }
     if !names.is_empty() {

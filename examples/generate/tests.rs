@@ -58,6 +58,11 @@ fn adapters_are_summed_with_their_weights_and_logits_are_written() {
         .with_target_modules(["q_proj", "down_proj"]);
     model.add_adapter("one", &config).unwrap();
     model.save_adapter("one", dir.path().join("one")).unwrap();
+    // The base ties its output layer to the embedding.
+    model.delete_adapter("one").unwrap();
+    model.untie_lm_head();
+    model.add_adapter("head", config.with_target_modules(["lm_head"])).unwrap();
+    model.save_adapter("head", dir.path().join("head")).unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
     let logits = |name: &str, adapter: &str, weights: &str| {
         let mut more = vec!["--prompt", "Squirtle", "--raw"];
@@ -77,6 +82,7 @@ fn adapters_are_summed_with_their_weights_and_logits_are_written() {
     let one = path("one");
     let base = logits("base", "", "");
     let whole = logits("whole", &one, "1");
+    assert!(furthest(&base, &logits("of-head", &path("head"), "1")) > 0.1);
     let halves = logits("halves", &format!("{one},{one}"), "0.25,0.75");
     assert!(furthest(&base, &whole) > 0.1);
     assert!(furthest(&whole, &halves) < 1e-3);

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use anyhow::Result;
 use burn_peft::{DEFAULT_ADAPTER, PeftModel};
+use burn_peft_examples::model::adapting;
 use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::cli::ExperimentArgs;
 use crate::evaluation::{Outcome, Score};
 use crate::provenance::Provenance;
-use crate::setting::{Setting, Training, adapting};
+use crate::setting::{Setting, Training};
 
 /// One way to get the answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize)]

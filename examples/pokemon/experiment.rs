@@ -15,9 +15,10 @@ use crate::data::{self, Split};
 use crate::evaluation::{Score, distinct};
 use crate::provenance::Provenance;
 use crate::report;
-use crate::setting::{Setting, Subject, adapting};
+use crate::setting::{Setting, Subject};
 use crate::summary::Findings;
 use burn_peft_examples::command;
+use burn_peft_examples::model::adapting;
 use burn_peft_examples::model::directory_of_adapter;
 use burn_peft_examples::output;
 

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 use burn::module::Module;
 use burn::tensor::Device;
-use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftError, PeftModel};
+use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
+use burn_peft_examples::model::adapting;
 use burn_peft_examples::progress::Progress;
 use burn_peft_llama::{
     Collator, Example, Labels, LlamaConfig, LlamaForCausalLm, PaddingSide, Tokenizer, Trainer,
@@ -49,24 +50,6 @@ pub struct Training {
 pub struct Trained {
     pub model: LlamaForCausalLm,
     pub training: Training,
-}
-
-/// Puts an adapter onto `model`. If it is for an output layer that shares the embedding's table, the output layer gets a
-/// weight of its own first, which changes no answer.
-///
-/// # Errors
-/// Those of `adapt`.
-pub fn adapting<T>(
-    model: &mut LlamaForCausalLm,
-    adapt: impl Fn(&mut LlamaForCausalLm) -> Result<T, PeftError>,
-) -> Result<T, PeftError> {
-    match adapt(model) {
-        Err(PeftError::NoOutputLayer { .. }) => {
-            model.untie_lm_head();
-            adapt(model)
-        }
-        adapted => adapted,
-    }
 }
 
 /// Questions and their answers. The model learns the answers.

@@ -4,6 +4,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use burn_peft::PeftError;
+use burn_peft_llama::LlamaForCausalLm;
 
 /// What a name is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -118,6 +120,24 @@ fn fetch(kind: Kind, name: &str) -> Result<PathBuf> {
     };
     progress.finish();
     found.with_context(|| format!("there is no directory `{name}`, so the Hugging Face Hub was asked"))
+}
+
+/// Puts an adapter onto `model`. If it is for an output layer that shares the embedding's table, the output layer gets a
+/// weight of its own first, which changes no answer.
+///
+/// # Errors
+/// Those of `adapt`.
+pub fn adapting<T>(
+    model: &mut LlamaForCausalLm,
+    adapt: impl Fn(&mut LlamaForCausalLm) -> Result<T, PeftError>,
+) -> Result<T, PeftError> {
+    match adapt(model) {
+        Err(PeftError::NoOutputLayer { .. }) => {
+            model.untie_lm_head();
+            adapt(model)
+        }
+        adapted => adapted,
+    }
 }
 
 #[cfg(test)]
