@@ -258,7 +258,7 @@ mod tests {
             assert_differentiated_is_chunked("all of the head alone", &head_alone, &batch);
             let half = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16).unwrap().0;
             let mut half = half.no_grad();
-            half.add_adapter("default", &head()).unwrap();
+            half.add_adapter("default", head()).unwrap();
             assert_differentiated_is_chunked("a base in bf16", &half, &batch);
         }
     }
