@@ -79,7 +79,6 @@ pub struct Subject<'a> {
     pub probes: Vec<Probe>,
     /// What the base scores in them.
     pub before: Vec<Score>,
-    device: Device,
 }
 
 impl<'a> Subject<'a> {
@@ -102,8 +101,7 @@ impl<'a> Subject<'a> {
         }
         let probes = Probe::of(kind, species);
         let name = base.name();
-        let mut subject =
-            Self { args, name, kind, tokenizer, prompt, model, probes, before: Vec::new(), device };
+        let mut subject = Self { args, name, kind, tokenizer, prompt, model, probes, before: Vec::new() };
         subject.before = subject.probe(&subject.model)?;
         Ok(subject)
     }
@@ -171,11 +169,19 @@ impl Setting<'_> {
         self.train(self.subject.model.clone(), settings, title)
     }
 
-    /// Trains an adapter on a copy of the base.
+    /// Trains an adapter on a copy of the base. With the same seed, it starts with the same numbers on every device.
     pub fn lora(&self, config: &LoraConfig, settings: &TrainingSettings, title: &str) -> Result<Trained> {
+        // Each backend has a generator of its own, so the numbers are those of the CPU.
+        let cpu = Device::flex().autodiff();
+        cpu.seed(self.seed);
+        let mut on_cpu = self.subject.model.clone().to_device(&cpu);
+        adapting(&mut on_cpu, |model| model.add_adapter(DEFAULT_ADAPTER, config))?;
+        let start = tempfile::tempdir().context("a directory for the start of an adapter")?;
+        on_cpu.save_adapter(DEFAULT_ADAPTER, start.path())?;
+        drop(on_cpu);
+
         let mut model = self.subject.model.clone();
-        self.subject.device.seed(self.seed);
-        adapting(&mut model, |model| model.add_adapter(DEFAULT_ADAPTER, config))?;
+        adapting(&mut model, |model| model.load_adapter(DEFAULT_ADAPTER, start.path()))?;
         self.train(model, settings, title)
     }
 
