@@ -4,7 +4,7 @@ use burn::tensor::{Int, Tensor};
 use burn_peft::{LoraEmbedding, LoraLinear, PeftModel};
 use burn_peft_ops::in_full_precision;
 
-use crate::parameters::{is_trained, trained_numbers};
+use crate::parameters::trained_numbers;
 
 /// The output layer of a model.
 #[derive(Clone, Copy)]
@@ -68,10 +68,7 @@ impl Head<'_> {
 
     /// Whether a parameter of the layer requires a gradient.
     pub(crate) fn is_trained(self) -> bool {
-        match self {
-            Self::Own(layer) => is_trained(layer),
-            Self::Tied(embedding) => embedding.trains_tied_output(),
-        }
+        self.trained_numbers() > 0
     }
 
     /// The weight that the layer multiplies with, without a graph, `[hidden_size, vocab_size]`; `None` if something in
