@@ -1,11 +1,12 @@
-//! The estimate of memory beside what is allocated. Alone in its process, because it counts.
+//! The estimate of memory beside what is allocated, and what must not grow. Alone in its process, because it counts and times.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use burn::module::Module;
-use burn::tensor::{Device, FloatDType};
+use burn::tensor::{Device, FloatDType, Tensor};
 use burn_peft::{LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{
     Collator, Example, LlamaConfig, LlamaForCausalLm, MemoryEstimate, Trainer, TrainingConfig,
@@ -34,22 +35,63 @@ fn memory_is_what_was_estimated_and_does_not_grow() {
     the_estimate_is_near_what_a_step_allocates();
     steps_leave_nothing_behind(3_000, false);
     steps_leave_nothing_behind(1_500, true);
+    losses_that_are_only_read_take_no_longer_the_two_hundredth_time();
 }
 
-/// Neither a second copy of a tensor nor, in 16 bits, the numbers of the file in f32.
+/// Losses of a trained model that nobody differentiates. With a `backward` inside of the loss, the last took more than twenty
+/// times as long as the first.
+fn losses_that_are_only_read_take_no_longer_the_two_hundredth_time() {
+    let device = Device::flex().autodiff();
+    let mut model = LlamaConfig::new(50, 16, 2).with_heads(2, 1).init(&device);
+    model.add_adapter("default", LoraConfig::new(2).with_target_modules(TargetModules::AllLinear)).unwrap();
+    let example = Example { input_ids: vec![1, 2, 3, 4], labels: vec![-100, -100, 3, 4] };
+    let batch = Collator::new(0).collate(&[example], &device).unwrap();
+    let time = || {
+        let start = Instant::now();
+        (0..10).for_each(|_| drop(model.loss(&batch).into_data()));
+        start.elapsed().as_secs_f64()
+    };
+    let times: Vec<f64> = (0..20).map(|_| time()).collect();
+    let least = |times: &[f64]| times.iter().copied().fold(f64::INFINITY, f64::min);
+    println!("ten losses: {times:.4?} s");
+    assert!(least(&times[17..]) < 10.0 * least(&times[..3]), "{times:?}");
+    assert!(model.loss(&batch).is_tracked());
+}
+
+/// Neither a second copy of a tensor nor, in 16 bits, the numbers of the file in f32. For a GPU, the host holds one tensor at
+/// a time; this counts what the program allocates, not what a driver does.
 fn loading_needs_little_beside_the_weights() {
     let dir = tempfile::tempdir().unwrap();
-    let device = Device::flex();
-    LlamaConfig::new(49_152, 128, 2).with_heads(4, 2).init(&device).save_pretrained(dir.path()).unwrap();
-    for (dtype, size) in [(FloatDType::F32, 4), (FloatDType::BF16, 2), (FloatDType::F16, 2)] {
-        ALLOCATOR.reset_peak_usage();
-        let before = ALLOCATOR.current_usage();
-        let model = LlamaForCausalLm::from_pretrained_as(dir.path(), &device, dtype).unwrap();
-        let (peak, loaded) = (ALLOCATOR.peak_usage() - before, ALLOCATOR.current_usage() - before);
-        let weights = model.num_params() * size;
-        println!("{dtype:?}: {weights} bytes of weights, {loaded} allocated, {peak} at the peak");
-        // The largest tensors have 25 MB in f32.
-        assert!(loaded < weights + 500_000 && peak < weights + 4_000_000, "{dtype:?}");
+    LlamaConfig::new(49_152, 128, 2)
+        .with_heads(4, 2)
+        .init(&Device::flex())
+        .save_pretrained(dir.path())
+        .unwrap();
+    let largest = 49_152 * 128;
+    let mut devices = vec![Device::flex()];
+    if Device::default() != Device::flex() {
+        devices.push(Device::default());
+    }
+    for device in devices {
+        let is_host = device == Device::flex();
+        // The device is opened, and what that allocates stays.
+        Tensor::<1>::ones([1], &device).into_data();
+        for (dtype, size) in [(FloatDType::F32, 4), (FloatDType::BF16, 2), (FloatDType::F16, 2)] {
+            if !device.supports_dtype(dtype) {
+                println!("{device:?} has no {dtype:?}");
+                continue;
+            }
+            ALLOCATOR.reset_peak_usage();
+            let before = ALLOCATOR.current_usage();
+            let model = LlamaForCausalLm::from_pretrained_as(dir.path(), &device, dtype).unwrap();
+            let (peak, loaded) = (ALLOCATOR.peak_usage() - before, ALLOCATOR.current_usage() - before);
+            let weights = model.num_params() * size;
+            println!(
+                "{device:?}, {dtype:?}: {weights} bytes of weights, {loaded} allocated, {peak} at the peak"
+            );
+            let (resident, most) = if is_host { (weights, weights) } else { (0, largest * size) };
+            assert!(loaded < resident + 500_000 && peak < most + 4_000_000, "{device:?}, {dtype:?}");
+        }
     }
 }
 
@@ -130,6 +172,15 @@ fn the_estimate_is_near_what_a_step_allocates() {
     // The first one also makes threads, and tables that are made once.
     measure((init(small), FloatDType::F32), 0, Some(all()), [4, 64], [4, 0]);
     let mut off = vec![];
+    // In a program that is built for GPUs as well, each of Burn's tensors is a larger value.
+    let is_larger = cfg!(any(
+        feature = "cuda",
+        feature = "metal",
+        feature = "rocm",
+        feature = "vulkan",
+        feature = "wgpu"
+    ));
+    let bound = if is_larger { 0.08 } else { 0.05 };
     for (name, sizes, lora, shape, labelled) in cases {
         let empty = ALLOCATOR.current_usage();
         let prefix = if name.contains("prompt") { 70 } else { 0 };
@@ -138,7 +189,7 @@ fn the_estimate_is_near_what_a_step_allocates() {
         model.set_gradient_checkpointing(name.ends_with("gradient checkpointing"));
         let (deviation, told) = measure((model, dtype), empty, lora, shape, [labelled, prefix]);
         println!("{name}: {told}");
-        if deviation.abs() >= 0.05 {
+        if deviation.abs() >= bound {
             off.push(format!("{name}: {told}"));
         }
     }

@@ -7,6 +7,7 @@ Without binaries it builds them. The comparison needs torch and peft (`../python
 memory. On other devices, the steps of this project are timed alone.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -27,15 +28,15 @@ def build(package, kind, name, device):
 
 
 def test(suite, device, limit, *words):
-    """The output of tests, and whether they came to an end."""
+    """The output of tests, and how they ended: 0 if all passed, `None` if the time was over."""
     environment = {**os.environ, "BURN_DEVICE": device}
     process = subprocess.Popen([suite.resolve(), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
                                cwd=ROOT / "tests")
     try:
-        return process.communicate(timeout=limit)[0], True
+        return process.communicate(timeout=limit)[0], process.returncode
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.communicate()[0], False
+        return process.communicate()[0], None
 
 
 def time_alone(binary, args):
@@ -54,43 +55,60 @@ def time_alone(binary, args):
         print(f"| {case} | {args.dtype} | {seconds:.3f} | {sequences * length / seconds:.0f} | {rounds[-1]['loss']:.4f} |", flush=True)
 
 
+def beside_torch(steps, args):
+    """Prints what steps cost, beside torch and peft."""
+    compare = [sys.executable, ROOT / "benches/python/compare.py", "--device", args.device, "--binary", steps, "--dtypes", args.dtype,
+               "--rounds", str(args.rounds), "--steps", str(args.steps), "--cases", *args.cases]
+    subprocess.run(compare, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", required=True, choices=["cuda", "vulkan", "wgpu", "metal", "rocm"])
     parser.add_argument("--suite", type=pathlib.Path, help="the test suite, if it is built already")
     parser.add_argument("--training-step", type=pathlib.Path, help="the benchmark, if it is built already")
     parser.add_argument("--cases", nargs="+", default=["llama-1b", "llama-1b-all-labelled"])
-    parser.add_argument("--dtype", choices=["f32", "bf16"], default="bf16")
+    parser.add_argument("--dtype", choices=["f32", "f16", "bf16"],
+                        help="type of the frozen weights; without it, bf16 on CUDA and ROCm, f32 elsewhere")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--limit", type=int, default=1800, help="seconds that the suite may take")
     parser.add_argument("--output", type=pathlib.Path, help="file for all that the suite says")
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bf16" if args.device in ("cuda", "rocm") else "f32")
+    if args.device == "cuda":
+        if args.dtype == "f16":
+            parser.error("the comparison with torch is in f32 and bf16")
+        missing = [name for name in ("torch", "transformers", "peft") if not importlib.util.find_spec(name)]
+        if missing:
+            parser.error(f"the comparison needs {', '.join(missing)}: pip install -r benches/python/requirements.txt")
     suite = args.suite or pathlib.Path(build("burn-peft-tests", "--test", "suite", args.device))
 
     print(f"# {args.device}\n\n## What it computes\n```text")
-    checked, is_over = test(suite, args.device, args.limit, "device::", "--nocapture")
+    checked, end = test(suite, args.device, args.limit, "device::", "--nocapture")
     print("\n".join(line for line in checked.splitlines() if line.strip() and not line.startswith(("test result", "running"))))
     print("```")
-    if not is_over or "test result: ok. 1 passed" not in checked:
-        sys.exit("The device did not pass; nothing else was run on it." if is_over else f"Stopped after {args.limit} s.")
+    if end != 0 or "test result: ok. 1 passed" not in checked:
+        sys.exit(f"Stopped after {args.limit} s." if end is None else "The device did not pass; nothing else was run on it.")
     print("\n## The suite", flush=True)
-    said, is_over = test(suite, args.device, args.limit)
+    said, end = test(suite, args.device, args.limit)
     if args.output:
         args.output.write_text(said, encoding="utf-8")
     # Of tests that run at the same time, what one says may stand between the name and the result of another.
     passed, failed = (len(re.findall(rf"\.\.\. {word}$", said, re.MULTILINE)) for word in ("ok", "FAILED"))
-    print(f"{passed} passed, {failed} failed" + ("" if is_over else f"; stopped after {args.limit} s") + ".\n")
+    how = {0: "", 101: "", None: f"; stopped after {args.limit} s"}.get(end, f"; the suite broke off with code {end}")
+    print(f"{passed} passed, {failed} failed{how}.\n")
     for name in sorted(set(re.findall(r"^test (\S+) \.\.\. FAILED$", said, re.MULTILINE))):
         print(f"- `{name}`")
 
     print("\n## Training steps", flush=True)
     steps = args.training_step or build("burn-peft-benches", "--bench", "training_step", args.device)
-    if args.device != "cuda":
-        return time_alone(steps, args)
-    compare = [sys.executable, ROOT / "benches/python/compare.py", "--device", args.device, "--binary", steps, "--dtypes", args.dtype,
-               "--rounds", str(args.rounds), "--steps", str(args.steps), "--cases", *args.cases]
-    subprocess.run(compare, check=True)
+    if args.device == "cuda":
+        beside_torch(steps, args)
+    else:
+        time_alone(steps, args)
+    if end != 0:
+        sys.exit("The suite did not pass.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Error, Result, bail};
+use burn::tensor::Device;
 use burn_peft::{DEFAULT_ADAPTER, LoraConfig, PeftModel};
+use burn_peft_examples::arguments::Precision;
 use burn_peft_examples::canvas::{self, Curve, head, in_the_middle, loss_curves};
+use burn_peft_examples::device::DeviceName;
 use burn_peft_examples::progress::Progress;
 use burn_peft_examples::{command, model, output};
 use burn_peft_llama::{
@@ -90,9 +93,17 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     );
     let examples = data.train.examples();
     let estimate = MemoryEstimate::new(&model, args.dtype.into(), examples, &collator, args.batch_size);
-    let estimated = memory::mb(estimate.total() + data_size);
-    println!("memory that is allocated at the peak, estimated: {estimated:.0} MB");
-    println!("  tokenizer and examples {:.0} MB; {estimate}", memory::mb(data_size));
+    let is_on_cpu = device.clone().without_autodiff() == Device::flex();
+    let estimated = memory::mb(estimate.total() + if is_on_cpu { data_size } else { 0 });
+    if is_on_cpu {
+        println!("memory that is allocated at the peak, estimated: {estimated:.0} MB");
+        println!("  tokenizer and examples {:.0} MB; {estimate}", memory::mb(data_size));
+    } else {
+        println!(
+            "memory of the device at the peak, without what its allocator adds, estimated: {estimated:.0} MB"
+        );
+        println!("  {estimate}");
+    }
     if args.dry_run {
         return Ok(End::Done);
     }
@@ -160,7 +171,11 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
         }
     }
     let most = memory::mb(memory::most_allocated());
-    println!("memory that was allocated at the peak: {most:.0} MB, estimated {estimated:.0} MB");
+    if is_on_cpu {
+        println!("memory that was allocated at the peak: {most:.0} MB, estimated {estimated:.0} MB");
+    } else {
+        println!("memory that was allocated at the peak, beside the device's: {most:.0} MB");
+    }
     if let Some(peak) = memory::peak_of_process() {
         let kept = if std::env::var("MIMALLOC_PURGE_DELAY").is_ok_and(|delay| delay == "-1") {
             "; less with MIMALLOC_PURGE_DELAY=10, and steps take longer"
@@ -276,7 +291,7 @@ fn of_another(error: LlamaError, checkpoint: &Path) -> Error {
 fn device_failed(estimated: f64, has_gradient_checkpointing: bool) -> String {
     let checkpointing = if has_gradient_checkpointing { "" } else { "`--gradient-checkpointing`, " };
     format!(
-        "the device failed; the training was estimated to need {estimated:.0} MB of its memory\nhint: if it has less, {checkpointing}a smaller `--batch-size` (with more `--grad-accumulation`) or a smaller `--max-length` help"
+        "the device failed; the training was estimated to need {estimated:.0} MB of its memory\nhint: if it has less, {checkpointing}a smaller `--batch-size` (with more `--grad-accumulation`), a smaller `--max-length` or a `--dtype` of 16 bits help"
     )
 }
 
@@ -373,17 +388,18 @@ impl Run<'_> {
 
     /// Says where in the file the examples of a step are that went wrong, and what needs less memory if the device failed.
     fn explained(&self, error: LlamaError) -> Error {
-        match &error {
-            LlamaError::NotFinite { examples, .. } => {
+        match error {
+            LlamaError::NotFinite { ref examples, .. } => {
                 let places =
                     examples.iter().take(16).map(|example| self.data.train.place(*example).to_string());
                 let places: Vec<String> = places.collect();
                 let told = format!("the training went wrong on {}", places.join(", "));
                 Error::from(error).context(told)
             }
-            LlamaError::DeviceRead { .. } => {
+            // In the place of the advice that the error has itself, which names no options.
+            LlamaError::DeviceRead { source } => {
                 let told = device_failed(self.estimated, self.args.gradient_checkpointing);
-                Error::from(error).context(told)
+                Error::from_boxed(source).context(told)
             }
             _ => error.into(),
         }
@@ -455,12 +471,20 @@ impl Run<'_> {
             quoted(&self.args.out.join("loss.png")),
             quoted(&self.metrics_file())
         );
+        let adapter_path = quoted(adapter);
         println!("\nask it; see what is in it; merge it into the model:");
         let command = |example: &str, words: &[&str]| {
             command::text(example, words.iter().map(|word| std::ffi::OsString::from(*word)))
         };
         let words = |words: &[&str]| command("adapter", words);
-        let asked = ["--model", &self.args.model, "--adapter", &quoted(adapter)];
+        let mut asked = vec!["--model", &self.args.model, "--adapter", &adapter_path];
+        let (device, dtype) = (self.args.device.name(), self.args.dtype.name());
+        if self.args.device != DeviceName::Cpu {
+            asked.extend(["--device", device]);
+        }
+        if self.args.dtype != Precision::F32 {
+            asked.extend(["--dtype", dtype]);
+        }
         println!("  {}", command("generate", &asked));
         println!("  {}", words(&["inspect", &quoted(adapter)]));
         let merged = quoted(&self.args.out.join("merged"));

@@ -65,7 +65,7 @@ pub fn run(args: &ExperimentArgs) -> Result<()> {
             "note: which species the adapter was trained on is not known; it may be asked for some of them"
         );
     }
-    println!("base model: {}, {} on {:?}", subject.name, args.base.dtype.name(), args.base.device);
+    println!("base model: {}, {}", subject.name, args.base.dtype.name());
 
     let mut findings = Findings {
         command: command::text("pokemon", std::env::args_os().skip(1)),

@@ -12,7 +12,7 @@ use crate::arguments::Precision;
 /// A device by name. All but the CPU need a cargo feature of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceName {
-    /// The first of these that was compiled in and passes the check: CUDA, ROCm, Metal, Vulkan, WGPU, the CPU
+    /// The first GPU that passes the check, through what was compiled in of CUDA, ROCm, Metal, Vulkan and WGPU, or else the CPU
     Auto,
     /// All cores of the CPU
     Cpu,
@@ -33,7 +33,8 @@ const GPUS: [DeviceName; 5] =
     [DeviceName::Cuda, DeviceName::Rocm, DeviceName::Metal, DeviceName::Vulkan, DeviceName::Wgpu];
 
 impl DeviceName {
-    fn name(self) -> &'static str {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
             Self::Cpu => "cpu",
@@ -59,16 +60,21 @@ impl DeviceName {
                     self.name()
                 );
             };
-            return self.checked(device, precision);
+            let check = check_device(&device, &[precision.into()])?;
+            return Ok(self.told(device, &check, precision));
         }
         for candidate in GPUS {
             let Some(device) = candidate.compiled_in() else { continue };
-            match candidate.checked(device, precision) {
-                Ok(device) => return Ok(device),
+            match check_device(&device, &[precision.into()]) {
+                Ok(check) if check.is_gpu() => return Ok(candidate.told(device, &check, precision)),
+                Ok(check) => eprintln!(
+                    "note: not `{candidate}`: {} computes on the CPU, slower than `cpu`; `--device {candidate}` takes it all the same",
+                    check.device_name()
+                ),
                 Err(error) => eprintln!("note: not `{candidate}`: {error:#}"),
             }
         }
-        Self::Cpu.checked(Device::flex(), precision)
+        Self::Cpu.open(example, precision)
     }
 
     /// The device, if the program was built with the feature of its name.
@@ -90,10 +96,9 @@ impl DeviceName {
         }
     }
 
-    fn checked(self, device: Device, precision: Precision) -> Result<Device> {
-        let check = check_device(&device, &[precision.into()])?;
-        eprintln!("device: {}", self.description(&check, precision));
-        Ok(device)
+    fn told(self, device: Device, check: &DeviceCheck, precision: Precision) -> Device {
+        eprintln!("device: {}", self.description(check, precision));
+        device
     }
 
     fn description(self, check: &DeviceCheck, precision: Precision) -> String {
@@ -101,11 +106,14 @@ impl DeviceName {
         let in_f32 = exact(FloatDType::F32);
         let types = match precision {
             Precision::F32 => format!("everything in f32, exact to {in_f32}"),
-            _ => format!(
-                "weights in {}, exact to {}, adapters in f32, exact to {in_f32}",
-                precision.name(),
-                exact(precision.into())
-            ),
+            _ => {
+                let activations = if self == Self::Cpu { "" } else { " and activations" };
+                format!(
+                    "weights{activations} in {}, exact to {}; everything else, adapters and optimizer too, in f32, exact to {in_f32}",
+                    precision.name(),
+                    exact(precision.into())
+                )
+            }
         };
         format!("{self}, {}; {types}", check.device_name())
     }
@@ -132,9 +140,13 @@ mod tests {
     fn the_policy_of_types_is_told() {
         let check = check_device(&Device::flex(), &[FloatDType::BF16]).unwrap();
         let text = DeviceName::Cpu.description(&check, Precision::Bf16);
-        for part in ["cpu, Flex", "weights in bf16, exact to", "adapters in f32, exact to"] {
+        for part in
+            ["cpu, Flex", "; weights in bf16, exact to", "adapters and optimizer too, in f32, exact to"]
+        {
             assert!(text.contains(part), "{text}");
         }
+        let text = DeviceName::Cuda.description(&check, Precision::Bf16);
+        assert!(text.contains("weights and activations in bf16"), "{text}");
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! The operations of burn-peft-ops on the device of the suite, beside the same in f64 on the CPU: values and gradients.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, bf16};
 use burn_peft_ops::{
     CausalMask, TokenTree, attention, cross_entropy, dropped_product, linear, rms_norm, rotate, sum_all,
     swiglu, with_dropout_seed, zero_some,
 };
-use burn_peft_tests::tolerance::{FORWARD, GRADIENT, assert_close};
+use burn_peft_tests::tolerance::{FORWARD, GRADIENT, IN_BF16, IN_F16, assert_close};
 
 /// Makes a mask for a device.
 type MaskOf<'a> = &'a dyn Fn(&Device) -> CausalMask;
@@ -14,9 +14,9 @@ type MaskOf<'a> = &'a dyn Fn(&Device) -> CausalMask;
 /// A device and the type to compute in.
 type Place = (Device, DType);
 
-/// Numbers between -1 and 1 that look like none in particular.
+/// Numbers between -1 and 1 that look like none in particular. All types hold them.
 fn numbers<const D: usize>(shape: [usize; D], seed: usize, (device, dtype): &Place) -> Tensor<D> {
-    let number = |i: usize| ((i * 7 + seed * 131) as f64 * 0.731).sin();
+    let number = |i: usize| bf16::from_f64(((i * 7 + seed * 131) as f64 * 0.731).sin()).to_f64();
     let numbers: Vec<f64> = (0..shape.iter().product()).map(number).collect();
     Tensor::from_data(TensorData::new(numbers, shape), (device, *dtype))
 }
@@ -33,26 +33,36 @@ fn results<const N: usize, const D: usize, const E: usize>(
         numbers(shape, seed, place).require_grad()
     });
     let y = f(inputs.clone(), place);
-    let gradients = (y.clone() * numbers(y.dims(), 9, place)).sum().backward();
+    let dy = numbers(y.dims(), 9, &(place.0.clone(), y.dtype()));
+    let gradients = (y.clone() * dy).sum().backward();
     let of_inputs = inputs.iter().map(|input| input.grad(&gradients).unwrap().into_data());
     [y.into_data()].into_iter().chain(of_inputs).collect()
 }
 
-/// Compares `f` on the device of the suite with `reference` in f64.
+/// Compares `f` on the device of the suite, in every type that it computes in, with `reference` in f64.
 fn compare<const N: usize, const D: usize, const E: usize>(
     name: &str,
     shapes: [[usize; D]; N],
     f: impl Fn([Tensor<D>; N], &Place) -> Tensor<E>,
     reference: impl Fn([Tensor<D>; N], &Place) -> Tensor<E>,
 ) {
-    let found = results(f, shapes, &(Device::default().autodiff(), DType::F32));
     let expected = results(reference, shapes, &(Device::flex().autodiff(), DType::F64));
-    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-        let (what, tolerance) = match i {
-            0 => ("value".to_string(), FORWARD),
-            _ => (format!("gradient of input {i}"), GRADIENT),
-        };
-        assert_close(&format!("{name}, {what}"), found, expected, tolerance);
+    let device = Device::default().autodiff();
+    for (dtype, value, gradient) in
+        [(DType::F32, FORWARD, GRADIENT), (DType::F16, IN_F16, IN_F16), (DType::BF16, IN_BF16, IN_BF16)]
+    {
+        if !device.supports_dtype(dtype) {
+            println!("{name}: {device:?} has no {}", dtype.name());
+            continue;
+        }
+        let found = results(&f, shapes, &(device.clone(), dtype));
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let (what, tolerance) = match i {
+                0 => ("value".to_string(), value),
+                _ => (format!("gradient of input {i}"), gradient),
+            };
+            assert_close(&format!("{name}, {what}, {}", dtype.name()), found, expected, tolerance);
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use burn::tensor::FloatDType;
+use burn::tensor::{DType, FloatDType};
 use burn_peft::PeftError;
 use burn_peft_files::{TensorFileError, WrongFile};
 
@@ -462,11 +462,25 @@ pub enum LlamaError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
-    /// A tensor could not be read back from the device.
-    #[error("cannot read from the device")]
+    /// The device failed, in something that it was to compute or to take, or a tensor could not be read back.
+    #[error(
+        "the device failed\nhint: if its memory ran out, less is needed with weights in 16 bits, smaller batches, shorter texts and, in a training, gradient checkpointing"
+    )]
     DeviceRead {
         /// What the backend said.
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// The device cannot compute in the type that the weights were to have.
+    #[error(
+        "the device {device} cannot compute in {}\nhint: load the model in another type, such as f32",
+        DType::from(*.dtype).name()
+    )]
+    UnsupportedDtype {
+        /// The device.
+        device: String,
+        /// The type.
+        dtype: FloatDType,
     },
 
     /// An option has a value that makes no sense.

@@ -32,7 +32,7 @@ impl LlamaForCausalLm {
     /// Loads a model directory in the Hugging Face layout: `config.json` and either `model.safetensors` or the shards
     /// that `model.safetensors.index.json` lists, in f32, f16 or bf16.
     ///
-    /// Weights are read one tensor at a time and converted to `dtype`. Loading is strict: the files must hold the
+    /// Weights are read one tensor at a time, converted to `dtype` and handed to the device before the next. Loading is strict: the files must hold the
     /// model's tensors, no fewer and no more, save for `rotary_emb.inv_freq` of old files, which is ignored.
     ///
     /// Where `config.json` ties the output layer to the embedding, an `lm_head.weight` in the files decides as in
@@ -44,17 +44,23 @@ impl LlamaForCausalLm {
     /// Waits while another process saves to the directory with this crate: all files are of one model.
     ///
     /// # Errors
+    /// - [`LlamaError::UnsupportedDtype`] if the device cannot compute in `dtype`,
     /// - as [`LlamaConfig::load`],
     /// - [`LlamaError::ReadFile`] if a file cannot be read,
     /// - [`LlamaError::WrongFile`] if a file is something else, such as a git-LFS pointer,
     /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
     ///   directory,
-    /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors.
+    /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors,
+    /// - [`LlamaError::DeviceRead`] if the device fails.
     pub fn from_pretrained_as(
         dir: impl AsRef<Path>,
         device: &Device,
         dtype: FloatDType,
     ) -> Result<Self, LlamaError> {
+        if !device.supports_dtype(dtype) {
+            let device = format!("{:?}", device.clone().without_autodiff());
+            return Err(LlamaError::UnsupportedDtype { device, dtype });
+        }
         let (config, checkpoint) = open_checkpoint(dir.as_ref(), device)?;
         Self::build(&config, &mut Loader { checkpoint, device, dtype: dtype.into() })
     }
@@ -189,6 +195,15 @@ mod tests {
             let name = if dtype == Dtype::F16 { "\"float16\"" } else { "\"bfloat16\"" };
             assert!(text.contains(name), "{text}");
         }
+    }
+
+    #[test]
+    fn a_type_that_the_device_lacks_is_refused_by_name() {
+        let (dir, _) = saved(&config());
+        let device = Device::flex().autodiff();
+        let error =
+            LlamaForCausalLm::from_pretrained_as(dir.path(), &device, FloatDType::Flex32).unwrap_err();
+        assert!(error.to_string().contains("Flex(Cpu)> cannot compute in flex32\nhint: "), "{error}");
     }
 
     #[test]

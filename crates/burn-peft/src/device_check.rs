@@ -51,10 +51,11 @@ fn check(
     operations: &[(&'static str, Compute)],
 ) -> Result<DeviceCheck, DeviceError> {
     let device = device.clone().without_autodiff().autodiff();
-    let name = guarded(&device, "to open it", || {
+    let (name, is_gpu) = guarded(&backend(&device), "to open it", || {
         // Devices are opened when they are first used.
-        read(Tensor::<1>::ones([1], &device)).map(|_| name(&device))
+        read(Tensor::<1>::ones([1], &device)).map(|_| identify(&device))
     })?;
+    let supports = |dtype| guarded(&name, "to tell its types", || Ok(device.supports_dtype(dtype)));
     let mut all = vec![DType::F32];
     for dtype in dtypes.iter().map(|dtype| DType::from(*dtype)) {
         if !all.contains(&dtype) {
@@ -63,13 +64,15 @@ fn check(
     }
     let mut deviations = vec![];
     for dtype in all {
-        if !device.supports_dtype(dtype) {
-            return Err(DeviceError::UnsupportedDtype { device: name, dtype });
+        if !supports(dtype)? {
+            let mut supported = vec![DType::F32, DType::F16, DType::BF16];
+            supported.retain(|dtype| supports(*dtype).unwrap_or(false));
+            return Err(DeviceError::UnsupportedDtype { device: name, dtype, supported });
         }
         let mut wrong = vec![];
         for &(operation, compute) in operations {
             let of = Inputs { device: &device, dtype };
-            let relative = guarded(&device, operation, || compute(of))?;
+            let relative = guarded(&name, operation, || compute(of))?;
             let deviation = Deviation { operation, dtype, relative };
             if !deviation.is_rounding() {
                 wrong.push(deviation);
@@ -80,13 +83,14 @@ fn check(
             return Err(DeviceError::WrongResult { device: name, wrong });
         }
     }
-    Ok(DeviceCheck { name, deviations })
+    Ok(DeviceCheck { name, is_gpu, deviations })
 }
 
 /// What [`check_device`] found: a device that can be trusted with what was checked.
 #[derive(Debug, Clone)]
 pub struct DeviceCheck {
     name: String,
+    is_gpu: bool,
     deviations: Vec<Deviation>,
 }
 
@@ -94,6 +98,11 @@ impl DeviceCheck {
     /// The part that computes, if the backend tells, and the backend.
     pub fn device_name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether it is a GPU: neither the CPU nor a driver that computes on the CPU, as SwiftShader and lavapipe do.
+    pub fn is_gpu(&self) -> bool {
+        self.is_gpu
     }
 
     /// Of every operation in every type.
@@ -145,14 +154,16 @@ impl fmt::Display for Deviation {
 pub enum DeviceError {
     /// The device cannot compute with a type.
     #[error(
-        "the device {device} cannot compute in {}\nhint: choose another type for the weights, such as f32",
-        .dtype.name()
+        "the device {device} cannot compute in {}\nhint: choose another type for the weights: {}",
+        .dtype.name(), names(.supported)
     )]
     UnsupportedDtype {
         /// The device.
         device: String,
         /// The type.
         dtype: DType,
+        /// Of f32, f16 and bf16 those that it can compute in.
+        supported: Vec<DType>,
     },
 
     /// Results are further off than rounding explains.
@@ -181,17 +192,21 @@ pub enum DeviceError {
     },
 }
 
+fn names(dtypes: &[DType]) -> String {
+    dtypes.iter().map(DType::name).collect::<Vec<_>>().join(", ")
+}
+
 fn lines(wrong: &[Deviation]) -> String {
     wrong.iter().map(|deviation| format!("\n  {deviation}")).collect()
 }
 
-/// The part that computes, if the backend tells, and the backend.
-fn name(device: &Device) -> String {
+/// The part that computes, if the backend tells, and the backend; whether the part is a GPU.
+fn identify(device: &Device) -> (String, bool) {
     #[cfg(any(feature = "cuda", feature = "rocm", feature = "wgpu", feature = "vulkan", feature = "metal"))]
     if let Some(identity) = device.identity() {
-        return format!("{}, {}", identity.name, backend(device));
+        return (format!("{}, {}", identity.name, backend(device)), identity.physical.is_some());
     }
-    backend(device)
+    (backend(device), false)
 }
 
 fn backend(device: &Device) -> String {
@@ -202,7 +217,7 @@ fn backend(device: &Device) -> String {
 
 /// What `f` returns; a panic in it is an error, too.
 fn guarded<R>(
-    device: &Device,
+    device: &str,
     operation: &'static str,
     f: impl FnOnce() -> Result<R, String>,
 ) -> Result<R, DeviceError> {
@@ -211,7 +226,7 @@ fn guarded<R>(
         Ok(Err(reason)) => reason,
         Err(panic) => message(&*panic),
     };
-    Err(DeviceError::Failed { device: backend(device), operation, reason })
+    Err(DeviceError::Failed { device: device.into(), operation, reason })
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {
@@ -401,7 +416,7 @@ mod tests {
         let [single, bf16, f16] =
             [FloatDType::F32, FloatDType::BF16, FloatDType::F16].map(|dtype| check.largest(dtype));
         assert!(single < 2e-6 && f16 < 5e-3 && bf16 < 3e-2 && bf16 > 0.0, "{single} {f16} {bf16}");
-        assert!(!check.device_name().is_empty());
+        assert!(!check.device_name().is_empty() && !check.is_gpu());
     }
 
     #[test]
@@ -416,6 +431,7 @@ mod tests {
         assert!(wrong[0].relative > 0.1, "{error}");
         let error = check_device(&Device::flex(), &[FloatDType::Flex32]).unwrap_err();
         assert!(matches!(error, DeviceError::UnsupportedDtype { dtype: DType::Flex32, .. }), "{error}");
+        assert!(error.to_string().ends_with("for the weights: f32, f16, bf16"), "{error}");
     }
 
     #[test]
@@ -444,7 +460,6 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_error_with_its_message() {
-        let device = Device::default();
         type Failure = fn() -> Result<(), String>;
         let failures: [(Failure, &str); 3] = [
             (|| panic!("no adapter"), "no adapter"),
@@ -452,8 +467,9 @@ mod tests {
             (|| Err("lost".into()), "lost"),
         ];
         for (failure, reason) in failures {
-            let error = guarded(&device, "to open it", failure).unwrap_err();
-            assert!(error.to_string().contains(&format!("failed to open it: {reason}\nhint")), "{error}");
+            let error = guarded("Flex(Cpu)", "to open it", failure).unwrap_err();
+            let told = format!("the device Flex(Cpu) failed to open it: {reason}\nhint");
+            assert!(error.to_string().contains(&told), "{error}");
         }
     }
 }

@@ -36,18 +36,16 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
     for step in steps {
         mean.add((step.loss.clone(), step.num_targets));
     }
-    let loss = mean.take()?;
-    let norms: Vec<Tensor<1>> =
-        steps.iter().filter_map(|step| Some(step.squares.as_ref()?.norm.clone())).collect();
-    let norms: Vec<f64> = match norms.is_empty() {
-        true => vec![],
-        false => {
-            let norms = Tensor::cat(norms, 0).try_into_data();
-            norms.map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?.iter().collect()
-        }
-    };
-    if loss.iter().chain(&norms).copied().all(f64::is_finite) {
-        return Ok(Read { loss, grad_norm: norms.last().copied() });
+    let (Some(sum), count) = mean.total() else { return Ok(Read { loss: None, grad_norm: None }) };
+    // All of them at once: a read waits until the device has done what it was asked for.
+    let norms = steps.iter().filter_map(|step| Some(step.squares.as_ref()?.norm.clone()));
+    let numbers = Tensor::cat(std::iter::once(sum).chain(norms).collect(), 0).try_into_data();
+    let numbers = numbers.map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?;
+    let numbers: Vec<f64> = numbers.iter().collect();
+    let loss = Some(numbers[0] / count as f64);
+    let grad_norm = numbers[1..].last().copied();
+    if numbers.iter().copied().all(f64::is_finite) {
+        return Ok(Read { loss, grad_norm });
     }
     for step in steps {
         if let Some((what, value)) = culprit(step, model)? {
@@ -59,7 +57,7 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
             });
         }
     }
-    Ok(Read { loss, grad_norm: norms.last().copied() })
+    Ok(Read { loss, grad_norm })
 }
 
 /// The first number of a step that is not finite, and what it is.

@@ -30,7 +30,10 @@ impl Source for Loader<'_> {
             DType::F16 => TensorData::new(self.numbers::<f16>(path, &shape, kind)?, shape),
             _ => TensorData::new(self.numbers::<f32>(path, &shape, kind)?, shape),
         };
-        Ok(Param::from_tensor(Tensor::from_data(data, (self.device, self.dtype))))
+        let tensor = Tensor::from_data(data, (self.device, self.dtype));
+        // A GPU takes numbers when it gets to it: until then, they are in the host's memory.
+        self.device.sync().map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?;
+        Ok(Param::from_tensor(tensor))
     }
 }
 
