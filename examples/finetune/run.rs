@@ -107,6 +107,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     if args.dry_run {
         return Ok(End::Done);
     }
+    let with_advice = |error| advised(error, args, memory::mb(estimate.total()));
 
     interrupt.await_it();
     output::make_directory(&args.out)?;
@@ -127,7 +128,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
         Some(marks) => marks,
         None => {
             println!("\nanswering before the training");
-            let Some(marks) = exam.take(&untrained, interrupt)? else {
+            let Some(marks) = exam.take(&untrained, interrupt).map_err(with_advice)? else {
                 println!("stopped before the training; this begins it again:\n  {}", resuming());
                 return Ok(End::Interrupted);
             };
@@ -190,7 +191,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> Result<End> {
     let adapter = args.out.join("adapter");
     run.model.save_adapter(DEFAULT_ADAPTER, &adapter)?;
     run.plot()?;
-    if let (Some(before), Some(after)) = (before, exam.take(&run.model, interrupt)?) {
+    if let (Some(before), Some(after)) = (before, exam.take(&run.model, interrupt).map_err(with_advice)?) {
         exam.show(&before, &after);
     }
     run.tell(&adapter)?;
@@ -286,12 +287,34 @@ fn of_another(error: LlamaError, checkpoint: &Path) -> Error {
     ))
 }
 
-/// The message for a device that failed. Each backend reports that memory ran out in its own words, so every failure gets
-/// the advice.
-fn device_failed(estimated: f64, has_gradient_checkpointing: bool) -> String {
-    let checkpointing = if has_gradient_checkpointing { "" } else { "`--gradient-checkpointing`, " };
+/// The error; if a device failed, with what needs less of its memory. Each backend reports that memory ran out in its own
+/// words, so every failure gets the advice.
+fn advised(error: Error, args: &Args, estimated: f64) -> Error {
+    match error.downcast() {
+        // In the place of the advice that the error has itself, which names no options.
+        Ok(LlamaError::DeviceRead { source }) => Error::from_boxed(source).context(device_failed(
+            estimated,
+            args.gradient_checkpointing,
+            args.dtype,
+        )),
+        Ok(error) => error.into(),
+        Err(error) => error,
+    }
+}
+
+/// The message for a device that failed.
+fn device_failed(estimated: f64, has_gradient_checkpointing: bool, dtype: Precision) -> String {
+    let mut less =
+        vec!["a smaller `--batch-size` (with more `--grad-accumulation`)", "a smaller `--max-length`"];
+    if !has_gradient_checkpointing {
+        less.push("`--gradient-checkpointing`");
+    }
+    if dtype == Precision::F32 {
+        less.push("a `--dtype` of 16 bits");
+    }
     format!(
-        "the device failed; the training was estimated to need {estimated:.0} MB of its memory\nhint: if it has less, {checkpointing}a smaller `--batch-size` (with more `--grad-accumulation`), a smaller `--max-length` or a `--dtype` of 16 bits help"
+        "the device failed; the training was estimated to need {estimated:.0} MB of its memory\nhint: if it has less, try {}",
+        less.join(", ")
     )
 }
 
@@ -380,7 +403,8 @@ impl Run<'_> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let path = self.trainer.save(&self.model, &self.args.out)?;
+        let saved = self.trainer.save(&self.model, &self.args.out);
+        let path = saved.map_err(|error| self.explained(error))?;
         let checkpoint = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (step, epoch) = (self.trainer.steps(), self.trainer.epoch());
         self.metrics.push(Metric { step, epoch, event: Event::Saved { checkpoint } })
@@ -396,12 +420,7 @@ impl Run<'_> {
                 let told = format!("the training went wrong on {}", places.join(", "));
                 Error::from(error).context(told)
             }
-            // In the place of the advice that the error has itself, which names no options.
-            LlamaError::DeviceRead { source } => {
-                let told = device_failed(self.estimated, self.args.gradient_checkpointing);
-                Error::from_boxed(source).context(told)
-            }
-            _ => error.into(),
+            _ => advised(error.into(), self.args, self.estimated),
         }
     }
 
@@ -503,14 +522,26 @@ impl Run<'_> {
 
 #[cfg(test)]
 mod tests {
+    use burn_peft_examples::failure;
+
     use super::*;
 
     #[test]
     fn a_device_that_failed_is_told_with_the_estimate_and_what_is_not_done_yet() {
-        let told = device_failed(685.4, false);
-        for part in ["685 MB", "--gradient-checkpointing", "--batch-size", "--max-length"] {
+        let told = device_failed(685.4, false, Precision::F32);
+        for part in ["685 MB", "--gradient-checkpointing", "--batch-size", "--max-length", "--dtype"] {
             assert!(told.contains(part), "{told}");
         }
-        assert!(!device_failed(685.4, true).contains("checkpointing"));
+        let told = device_failed(685.4, true, Precision::Bf16);
+        assert!(!told.contains("checkpointing") && !told.contains("--dtype"), "{told}");
+
+        let args = <Args as clap::Parser>::parse_from(["finetune", "--model", "m", "--data", "d"]);
+        let text = |error: LlamaError| failure::text(&advised(error.into(), &args, 685.4));
+        let told = text(LlamaError::DeviceRead { source: "it is full".into() });
+        assert!(
+            told.contains("because: it is full\nhint: ") && told.matches("hint: ").count() == 1,
+            "{told}"
+        );
+        assert!(!text(LlamaError::EmptyBatch).contains("685 MB"));
     }
 }

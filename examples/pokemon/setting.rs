@@ -174,8 +174,7 @@ impl Setting<'_> {
         // Each backend has a generator of its own, so the numbers are those of the CPU.
         let cpu = Device::flex().autodiff();
         cpu.seed(self.seed);
-        // An adapter needs shapes alone, so the weights of this model are never made.
-        let mut on_cpu = self.subject.model.config().init(&cpu);
+        let mut on_cpu = self.subject.model.clone().to_device(&cpu);
         adapting(&mut on_cpu, |model| model.add_adapter(DEFAULT_ADAPTER, config))?;
         let start = tempfile::tempdir().context("a directory for the start of an adapter")?;
         on_cpu.save_adapter(DEFAULT_ADAPTER, start.path())?;

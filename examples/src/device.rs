@@ -109,7 +109,7 @@ impl DeviceName {
             _ => {
                 let activations = if self == Self::Cpu { "" } else { " and activations" };
                 format!(
-                    "weights{activations} in {}, exact to {}; everything else, adapters and optimizer too, in f32, exact to {in_f32}",
+                    "weights{activations} in {}, exact to {}; adapters and their optimizer in f32, exact to {in_f32}",
                     precision.name(),
                     exact(precision.into())
                 )
@@ -141,7 +141,7 @@ mod tests {
         let check = check_device(&Device::flex(), &[FloatDType::BF16]).unwrap();
         let text = DeviceName::Cpu.description(&check, Precision::Bf16);
         for part in
-            ["cpu, Flex", "; weights in bf16, exact to", "adapters and optimizer too, in f32, exact to"]
+            ["cpu, Flex", "; weights in bf16, exact to", "adapters and their optimizer in f32, exact to"]
         {
             assert!(text.contains(part), "{text}");
         }

@@ -1,7 +1,7 @@
 //! The operations of burn-peft-ops on the device of the suite, beside the same in f64 on the CPU: values and gradients.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData, bf16};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_peft_ops::{
     CausalMask, TokenTree, attention, cross_entropy, dropped_product, linear, rms_norm, rotate, sum_all,
     swiglu, with_dropout_seed, zero_some,
@@ -11,14 +11,15 @@ use burn_peft_tests::tolerance::{FORWARD, GRADIENT, IN_BF16, IN_F16, assert_clos
 /// Makes a mask for a device.
 type MaskOf<'a> = &'a dyn Fn(&Device) -> CausalMask;
 
-/// A device and the type to compute in.
-type Place = (Device, DType);
+/// A device, the type to compute in, and one that holds all numbers.
+type Place = (Device, DType, DType);
 
-/// Numbers between -1 and 1 that look like none in particular. All types hold them.
-fn numbers<const D: usize>(shape: [usize; D], seed: usize, (device, dtype): &Place) -> Tensor<D> {
-    let number = |i: usize| bf16::from_f64(((i * 7 + seed * 131) as f64 * 0.731).sin()).to_f64();
+/// Numbers between -1 and 1 that look like none in particular.
+fn numbers<const D: usize>(shape: [usize; D], seed: usize, (device, dtype, held): &Place) -> Tensor<D> {
+    let number = |i: usize| ((i * 7 + seed * 131) as f64 * 0.731).sin();
     let numbers: Vec<f64> = (0..shape.iter().product()).map(number).collect();
-    Tensor::from_data(TensorData::new(numbers, shape), (device, *dtype))
+    let data = TensorData::new(numbers, shape).convert_dtype(*held).convert_dtype(*dtype);
+    Tensor::from_data(data, (device, *dtype))
 }
 
 /// `f(inputs)`, and the gradients of all inputs for a gradient of the result that is not all ones.
@@ -33,7 +34,7 @@ fn results<const N: usize, const D: usize, const E: usize>(
         numbers(shape, seed, place).require_grad()
     });
     let y = f(inputs.clone(), place);
-    let dy = numbers(y.dims(), 9, &(place.0.clone(), y.dtype()));
+    let dy = numbers(y.dims(), 9, &(place.0.clone(), y.dtype(), place.2));
     let gradients = (y.clone() * dy).sum().backward();
     let of_inputs = inputs.iter().map(|input| input.grad(&gradients).unwrap().into_data());
     [y.into_data()].into_iter().chain(of_inputs).collect()
@@ -46,7 +47,6 @@ fn compare<const N: usize, const D: usize, const E: usize>(
     f: impl Fn([Tensor<D>; N], &Place) -> Tensor<E>,
     reference: impl Fn([Tensor<D>; N], &Place) -> Tensor<E>,
 ) {
-    let expected = results(reference, shapes, &(Device::flex().autodiff(), DType::F64));
     let device = Device::default().autodiff();
     for (dtype, value, gradient) in
         [(DType::F32, FORWARD, GRADIENT), (DType::F16, IN_F16, IN_F16), (DType::BF16, IN_BF16, IN_BF16)]
@@ -55,7 +55,8 @@ fn compare<const N: usize, const D: usize, const E: usize>(
             println!("{name}: {device:?} has no {}", dtype.name());
             continue;
         }
-        let found = results(&f, shapes, &(device.clone(), dtype));
+        let found = results(&f, shapes, &(device.clone(), dtype, dtype));
+        let expected = results(&reference, shapes, &(Device::flex().autodiff(), DType::F64, dtype));
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let (what, tolerance) = match i {
                 0 => ("value".to_string(), value),
@@ -115,7 +116,7 @@ fn attention_with_every_kind_of_mask() {
         ("one row", 1, t, &|_| CausalMask::of_tree(tree.clone())),
     ];
     for (name, b, s, mask) in masks {
-        let attend = |[q, k, v]: [Tensor<4>; 3], (device, _): &Place| {
+        let attend = |[q, k, v]: [Tensor<4>; 3], (device, ..): &Place| {
             let q = q.reshape([b, 2, 3, t, 64]).narrow(3, t - s, s);
             attention(q, k, v, &mask(device)).reshape([b, 6, s, 64])
         };
@@ -136,8 +137,8 @@ fn losses_over_small_and_real_vocabularies() {
             Tensor::<1, Int>::from_data(TensorData::new(targets, [rows]), &device.clone().inner())
         };
         let loss =
-            |[logits]: [Tensor<2>; 1], (device, _): &Place| cross_entropy(logits * 8.0, targets(device));
-        let reference = |[logits]: [Tensor<2>; 1], (device, _): &Place| {
+            |[logits]: [Tensor<2>; 1], (device, ..): &Place| cross_entropy(logits * 8.0, targets(device));
+        let reference = |[logits]: [Tensor<2>; 1], (device, ..): &Place| {
             let targets = Tensor::from_inner(targets(device)).unsqueeze_dim::<2>(1);
             log_softmax(logits * 8.0, 1).gather(1, targets).sum().neg()
         };
@@ -148,7 +149,7 @@ fn losses_over_small_and_real_vocabularies() {
 /// The share that is wanted, the same in backward, and the rest as it was.
 #[test]
 fn dropout_drops_what_it_should() {
-    let place = (Device::default().autodiff(), DType::F32);
+    let place = (Device::default().autodiff(), DType::F32, DType::F32);
     let x = numbers([1000, 64], 1, &place).require_grad();
     let a = numbers([64, 8], 2, &place);
     let y = zero_some(x.clone(), 0.3);

@@ -164,6 +164,21 @@ mod tests {
         assert_eq!(evaluation.num_targets, examples().iter().map(Example::num_targets).sum::<usize>());
     }
 
+    /// Its norms are in f64, its losses are added up in f32, and both are read together.
+    #[test]
+    fn a_model_in_f64_is_trained() {
+        let mut model = Bigram::new(&Device::flex().autodiff());
+        fn wide<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+            Tensor::from_inner(tensor.inner().cast(FloatDType::F64)).require_grad()
+        }
+        model.embedding.weight = model.embedding.weight.map(wide);
+        model.head.weight = model.head.weight.map(wide);
+        model.head.bias = model.head.bias.map(|bias| bias.map(wide));
+        let mut trainer = Trainer::new(&config(), examples(), &Collator::new(7)).unwrap();
+        let report = trainer.step(&mut model).unwrap().unwrap();
+        assert!(report.loss.unwrap() > 1.0 && report.grad_norm.unwrap() > 0.0, "{report:?}");
+    }
+
     #[test]
     fn the_seed_decides_and_the_input_model_does_not_change_the_order() {
         let once = run(&config()).0;

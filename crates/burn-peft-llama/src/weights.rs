@@ -8,6 +8,7 @@ pub(crate) mod writer;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, FloatDType};
+use burn_peft::backend_name;
 use burn_peft_files::WEIGHTS_FILE;
 
 use self::checkpoint::Checkpoint;
@@ -51,15 +52,14 @@ impl LlamaForCausalLm {
     /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
     ///   directory,
     /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors,
-    /// - [`LlamaError::DeviceRead`] if the device fails.
+    /// - [`LlamaError::DeviceRead`] if the device fails and says so; that its memory ran out is noticed when something is read.
     pub fn from_pretrained_as(
         dir: impl AsRef<Path>,
         device: &Device,
         dtype: FloatDType,
     ) -> Result<Self, LlamaError> {
         if !device.supports_dtype(dtype) {
-            let device = format!("{:?}", device.clone().without_autodiff());
-            return Err(LlamaError::UnsupportedDtype { device, dtype });
+            return Err(LlamaError::UnsupportedDtype { device: backend_name(device), dtype });
         }
         let (config, checkpoint) = open_checkpoint(dir.as_ref(), device)?;
         Self::build(&config, &mut Loader { checkpoint, device, dtype: dtype.into() })
@@ -203,7 +203,10 @@ mod tests {
         let device = Device::flex().autodiff();
         let error =
             LlamaForCausalLm::from_pretrained_as(dir.path(), &device, FloatDType::Flex32).unwrap_err();
-        assert!(error.to_string().contains("Flex(Cpu)> cannot compute in flex32\nhint: "), "{error}");
+        assert!(
+            error.to_string().contains("the device Flex(Cpu) cannot compute in flex32\nhint: "),
+            "{error}"
+        );
     }
 
     #[test]

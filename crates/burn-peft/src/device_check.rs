@@ -51,7 +51,7 @@ fn check(
     operations: &[(&'static str, Compute)],
 ) -> Result<DeviceCheck, DeviceError> {
     let device = device.clone().without_autodiff().autodiff();
-    let (name, is_gpu) = guarded(&backend(&device), "to open it", || {
+    let (name, is_gpu) = guarded(&backend_name(&device), "to open it", || {
         // Devices are opened when they are first used.
         read(Tensor::<1>::ones([1], &device)).map(|_| identify(&device))
     })?;
@@ -100,7 +100,8 @@ impl DeviceCheck {
         &self.name
     }
 
-    /// Whether it is a GPU: neither the CPU nor a driver that computes on the CPU, as SwiftShader and lavapipe do.
+    /// Whether it is a GPU: neither the CPU nor a driver that computes on the CPU, as SwiftShader and lavapipe do. Burn tells
+    /// through the backends that this crate's features name; any other device counts as none.
     pub fn is_gpu(&self) -> bool {
         self.is_gpu
     }
@@ -204,12 +205,13 @@ fn lines(wrong: &[Deviation]) -> String {
 fn identify(device: &Device) -> (String, bool) {
     #[cfg(any(feature = "cuda", feature = "rocm", feature = "wgpu", feature = "vulkan", feature = "metal"))]
     if let Some(identity) = device.identity() {
-        return (format!("{}, {}", identity.name, backend(device)), identity.physical.is_some());
+        return (format!("{}, {}", identity.name, backend_name(device)), identity.physical.is_some());
     }
-    (backend(device), false)
+    (backend_name(device), false)
 }
 
-fn backend(device: &Device) -> String {
+/// The backend of a device, and which one of its devices it is, such as `Flex(Cpu)`.
+pub fn backend_name(device: &Device) -> String {
     let text = format!("{:?}", device.clone().without_autodiff());
     let text = text.trim_start_matches("Device<").trim_end_matches('>');
     text.strip_prefix("Cube(").and_then(|text| text.strip_suffix(')')).unwrap_or(text).to_string()

@@ -38,7 +38,8 @@ pub(super) fn read<M: Module>(steps: &[StepNumbers], model: &M) -> Result<Read, 
     }
     let (Some(sum), count) = mean.total() else { return Ok(Read { loss: None, grad_norm: None }) };
     // All of them at once: a read waits until the device has done what it was asked for.
-    let norms = steps.iter().filter_map(|step| Some(step.squares.as_ref()?.norm.clone()));
+    let alike = |norm: &Tensor<1>| norm.clone().to_device(&sum.device()).cast(sum.dtype());
+    let norms: Vec<_> = steps.iter().filter_map(|step| Some(alike(&step.squares.as_ref()?.norm))).collect();
     let numbers = Tensor::cat(std::iter::once(sum).chain(norms).collect(), 0).try_into_data();
     let numbers = numbers.map_err(|error| LlamaError::DeviceRead { source: Box::new(error) })?;
     let numbers: Vec<f64> = numbers.iter().collect();
