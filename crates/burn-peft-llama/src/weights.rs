@@ -33,8 +33,9 @@ impl LlamaForCausalLm {
     /// Loads a model directory in the Hugging Face layout: `config.json` and either `model.safetensors` or the shards
     /// that `model.safetensors.index.json` lists, in f32, f16 or bf16.
     ///
-    /// Weights are read one tensor at a time, converted to `dtype` and handed to the device before the next. Loading is strict: the files must hold the
-    /// model's tensors, no fewer and no more, save for `rotary_emb.inv_freq` of old files, which is ignored.
+    /// Weights are read one tensor at a time, converted to `dtype` and handed to the device before the next. Loading is
+    /// strict: the files must hold the model's tensors, no fewer and no more, save for `rotary_emb.inv_freq` of old files,
+    /// which is ignored.
     ///
     /// Where `config.json` ties the output layer to the embedding, an `lm_head.weight` in the files decides as in
     /// transformers: with the values of the embedding it is ignored, without an embedding it is the embedding, and with
@@ -52,7 +53,8 @@ impl LlamaForCausalLm {
     /// - [`LlamaError::WeightsFile`] if the index or a file of weights is malformed, or the index leads out of the
     ///   directory,
     /// - [`LlamaError::Weights`] with all missing, unexpected and misshapen tensors,
-    /// - [`LlamaError::DeviceRead`] if the device fails and says so; that its memory ran out is noticed when something is read.
+    /// - [`LlamaError::DeviceRead`] if the device fails and says so; that its memory ran out is noticed when something is
+    ///   read.
     pub fn from_pretrained_as(
         dir: impl AsRef<Path>,
         device: &Device,
