@@ -2,7 +2,7 @@
 //! memory, page faults.
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
-//! of JSON, which is what `benches/python/compare.py` puts beside torch and peft. mimalloc is the allocator, with the
+//! of JSON, which is what `benches/python/compare.py` and `benches/gpu/report.py` put beside torch and peft. mimalloc is the allocator, with the
 //! settings of the environment. Built with a feature for GPUs, it runs on the device that `BURN_DEVICE` names, or that
 //! Burn prefers.
 
@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::FloatDType;
+use burn::tensor::{Device, FloatDType};
 use burn_peft_benches::layer::{LAYERS, Layer};
 use burn_peft_benches::process::{Process, median};
 use burn_peft_benches::training::{Kind, SHAPES, Training, dtype};
@@ -49,6 +49,9 @@ struct Options {
     /// Measures the products with frozen weights alone instead of steps
     #[arg(long)]
     floor: bool,
+    /// Measures the parts of a step as well, in steps of their own: the loss, its gradients, the update
+    #[arg(long, conflicts_with = "floor")]
+    parts: bool,
     /// How the frozen weights are stored
     #[arg(long, default_value = "f32", value_parser = dtype)]
     dtype: FloatDType,
@@ -115,7 +118,13 @@ fn measure(case: &str, options: &Options) -> Result<Value> {
         return Ok(json!({ "case": case, "floor_seconds": training.floor() }));
     }
     training.set_gradient_checkpointing(options.gradient_checkpointing);
-    Ok(repeat(case, options.steps, || training.step()))
+    let mut found = repeat(case, options.steps, || training.step());
+    if options.parts {
+        let each: Vec<[f64; 3]> = (0..options.steps).map(|_| training.parts()).collect();
+        let middle = |part: usize| median(&each.iter().map(|parts| parts[part]).collect::<Vec<_>>());
+        found["parts"] = json!({ "forward": middle(0), "backward": middle(1), "update": middle(2) });
+    }
+    Ok(found)
 }
 
 /// Measures steps after a few others.
@@ -127,10 +136,12 @@ fn repeat(case: &str, steps: u32, mut step: impl FnMut() -> f64) -> Value {
     }
     let begin = Process::now();
     let (mut seconds, mut loss) = (vec![], 0.0);
+    let mut of_device = None;
     for _ in 0..steps {
         let start = Instant::now();
         loss = step();
         seconds.push(start.elapsed().as_secs_f64());
+        of_device = of_device.max(Device::default().memory_pool_usage().map(|usage| usage.bytes_reserved));
     }
     let end = Process::now();
     let mib = |kib: u64| kib as f64 / 1024.0;
@@ -140,6 +151,8 @@ fn repeat(case: &str, steps: u32, mut step: impl FnMut() -> f64) -> Value {
         "all_seconds": seconds,
         "peak_mib": mib(end.peak_kib.saturating_sub(weights.resident_kib)),
         "weights_mib": mib(weights.resident_kib),
+        // What a GPU's memory pools hold, the weights with it; they keep what they once had. Not known of the CPU.
+        "device_mib": of_device.map(|bytes| mib(bytes / 1024)),
         "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
         "loss": loss,
     })

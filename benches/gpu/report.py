@@ -3,8 +3,8 @@ Llama-3.2-1B's shape beside torch and peft.
 
 usage: python report.py --device cuda [--suite BINARY] [--training-step BINARY] [--cases llama-1b ..] [--rounds 3]
 
-Without binaries it builds them. The comparison needs torch and peft (`../python/requirements.txt`), and an NVIDIA GPU for the
-memory. On other devices, the steps of this project are timed alone.
+Without binaries it builds them. The comparison needs torch and peft (`../python/requirements.txt`) and an NVIDIA GPU. On other
+devices, the steps of this project are timed alone. `../../benches/src/training.rs` has the shapes of all cases.
 """
 import argparse
 import importlib.util
@@ -15,8 +15,11 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benches/python"))
+import compare  # noqa: E402, which is not a package
 
 
 def build(package, kind, name, device):
@@ -39,27 +42,68 @@ def test(suite, device, limit, *words):
         return process.communicate()[0], None
 
 
-def time_alone(binary, args):
-    """Prints what steps take, without anything beside them."""
-    environment = {**os.environ, "BURN_DEVICE": args.device}
+def nvidia_smi(query):
+    """What it says about the first GPU."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
-    def measured(*words):
-        command = [str(binary), *words]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
-    shapes = {shape["name"]: shape for shape in measured("--shapes")}
-    print("| case | type | seconds | tokens/s | loss |\n|---|---|--:|--:|--:|")
+
+class GpuMemory:
+    """The most memory of the GPU that is used while this runs, in MiB, above what was used before."""
+
+    def __init__(self):
+        self.before = self.peak = self.used()
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+
+    @staticmethod
+    def used():
+        return float(nvidia_smi("memory.used").split()[0])
+
+    def watch(self):
+        while not self.is_over.wait(0.1):
+            self.peak = max(self.peak, self.used())
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.is_over.set()
+        self.thread.join()
+
+
+def steps_of_both(binary, shapes, args):
+    """Prints what training steps cost, in turns with torch's on an NVIDIA GPU."""
+    def with_memory(run):
+        if args.device != "cuda":
+            found = run()
+            return found | {"memory": found["device_mib"]}
+        with GpuMemory() as memory:
+            found = run()
+        return found | {"memory": memory.peak - memory.before}
+    options = ["--steps", args.steps, "--parts"]
+    ours = [binary, "--dtype", args.dtype, *options]
+    torch = [sys.executable, compare.__file__, "--device", "cuda", "--dtypes", args.dtype, *options]
+    print(f"Medians of {args.rounds} rounds of {args.steps} steps, a process for each round. The parts are timed in steps of their own,\n"
+          "each until the device has computed it. "
+          + ("Memory is the most that `nvidia-smi` says is in use, weights included." if args.device == "cuda" else
+             "Memory is what Burn's pools hold, weights included.") + "\n")
+    print("| case | type | by | a step, s | tokens/s | forward, s | backward, s | update, s | memory, MiB | loss |")
+    print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for case in args.cases:
-        rounds = [measured("--case", case, "--dtype", args.dtype, "--steps", str(args.steps)) for _ in range(args.rounds)]
-        seconds = statistics.median(each["seconds"] for each in rounds)
+        found = {"burn-peft": []} | ({"torch": []} if args.device == "cuda" else {})
+        for _ in range(args.rounds):
+            found["burn-peft"].append(with_memory(lambda: compare.run([*ours, "--case", case], BURN_DEVICE=args.device)))
+            if "torch" in found:
+                found["torch"].append(with_memory(lambda: compare.run([*torch, "--torch", json.dumps(shapes[case])])))
         sequences, length = shapes[case]["batch"]
-        print(f"| {case} | {args.dtype} | {seconds:.3f} | {sequences * length / seconds:.0f} | {rounds[-1]['loss']:.4f} |", flush=True)
-
-
-def beside_torch(steps, args):
-    """Prints what steps cost, beside torch and peft."""
-    compare = [sys.executable, ROOT / "benches/python/compare.py", "--device", args.device, "--binary", steps, "--dtypes", args.dtype,
-               "--rounds", str(args.rounds), "--steps", str(args.steps), "--cases", *args.cases]
-    subprocess.run(compare, check=True)
+        for who, rounds in found.items():
+            seconds = statistics.median(each["seconds"] for each in rounds)
+            parts = [statistics.median(each["parts"][part] for each in rounds) for part in ("forward", "backward", "update")]
+            memory = statistics.median(each["memory"] for each in rounds)
+            print(f"| {case} | {args.dtype} | {who} | {seconds:.3f} | {sequences * length / seconds:.0f} "
+                  f"| {' | '.join(f'{part:.3f}' for part in parts)} | {memory:.0f} | {rounds[-1]['loss']:.4f} |", flush=True)
 
 
 def main():
@@ -83,8 +127,14 @@ def main():
         if missing:
             parser.error(f"the comparison needs {', '.join(missing)}: pip install -r benches/python/requirements.txt")
     suite = args.suite or pathlib.Path(build("burn-peft-tests", "--test", "suite", args.device))
+    steps = (args.training_step or pathlib.Path(build("burn-peft-benches", "--bench", "training_step", args.device))).resolve()
+    shapes = {shape["name"]: shape for shape in compare.run([steps, "--shapes"]) if "batch" in shape}
+    if unknown := set(args.cases) - set(shapes):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
 
-    print(f"# {args.device}\n\n## What it computes\n```text")
+    print(f"# {args.device}\n\nCommit {compare.commit()}"
+          + (f"; {nvidia_smi('name,driver_version')}; {compare.versions()}" if args.device == "cuda" else "")
+          + f"\n`python {' '.join(sys.argv)}`\n\n## What it computes\n```text")
     checked, end = test(suite, args.device, args.limit, "device::", "--nocapture")
     print("\n".join(line for line in checked.splitlines() if line.strip() and not line.startswith(("test result", "running"))))
     print("```")
@@ -102,11 +152,7 @@ def main():
         print(f"- `{name}`")
 
     print("\n## Training steps", flush=True)
-    steps = args.training_step or build("burn-peft-benches", "--bench", "training_step", args.device)
-    if args.device == "cuda":
-        beside_torch(steps, args)
-    else:
-        time_alone(steps, args)
+    steps_of_both(steps, shapes, args)
     if end != 0:
         sys.exit("The suite did not pass.")
 

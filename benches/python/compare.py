@@ -2,15 +2,14 @@
 prints a table.
 
 usage: python compare.py [--cases tiny mid ..] [--rounds 5] [--steps 5] [--dtypes f32 bf16] [--history FILE] [--plot FILE]
-       python compare.py --device cuda [--cases llama-1b ..] --dtypes bf16
 
 Each measurement has a process of its own: LLaMAs with random weights, tied embeddings, LoRA of rank 16 with dropout 0.05,
 AdamW; `benches/src/training.rs` has the shapes. Torch is called as its users call it: `model(input_ids=..,
 labels=..)`, `loss.backward()`, `optimizer.step()`. A layer (`benches/src/layer.rs`) is one adapted linear layer, forward and
 backward, 20 times for each step that is asked for. Memory is the peak of resident memory above what was resident before the
-first step; on a GPU, what `nvidia-smi` says is used at most, weights included. "Products alone" are our products with frozen
-weights, timed by themselves in the same round. `--history` appends one line of JSON with commit, machine and medians,
-and names the cases that became slower beside torch.
+first step. "Products alone" are our products with frozen weights, timed by themselves in the same round. `--history` appends
+one line of JSON with commit, machine and medians, and names the cases that became slower beside torch. On GPUs,
+`../gpu/report.py` compares.
 """
 import argparse
 import datetime
@@ -22,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,34 +35,8 @@ def status(name):
     return 0
 
 
-class GpuMemory:
-    """The most memory of the GPU that is used while this runs, in MiB, above what was used before."""
-
-    def __init__(self):
-        self.before = self.peak = self.used()
-        self.is_over = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-
-    @staticmethod
-    def used():
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0])
-
-    def watch(self):
-        while not self.is_over.wait(0.1):
-            self.peak = max(self.peak, self.used())
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.is_over.set()
-        self.thread.join()
-
-
-def measure(name, steps, step):
-    """Prints what steps cost, after a few others."""
+def measure(name, steps, step, parts=None):
+    """Prints what steps cost, after a few others; with `parts`, also what this says that their parts took."""
     weights = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     seconds = []
@@ -73,11 +45,15 @@ def measure(name, steps, step):
         value = step()
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - start)
-    print(json.dumps({"case": name, "seconds": statistics.median(seconds), "loss": value,
-                      "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}))
+    found = {"case": name, "seconds": statistics.median(seconds), "loss": value,
+             "peak_mib": (status("VmHWM") - weights) / 1024, "weights_mib": weights / 1024}
+    if parts:
+        each = [parts() for _ in range(steps)]
+        found["parts"] = {part: statistics.median(times[part] for times in each) for part in each[0]}
+    print(json.dumps(found))
 
 
-def torch_layer(sizes, dtype, steps, threads, device):
+def torch_layer(sizes, dtype, steps, threads):
     """Measures a layer of torch with peft's adapter in this process."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -85,11 +61,11 @@ def torch_layer(sizes, dtype, steps, threads, device):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(sizes["width"], sizes["width"], bias=False)}).to(device, dtype)
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(sizes["width"], sizes["width"], bias=False)}).to(dtype)
     model = get_peft_model(model, LoraConfig(r=sizes["r"], lora_alpha=2 * sizes["r"], lora_dropout=0.05, target_modules=["layer"]))
     model.train()
     layer = model.base_model.model["layer"]
-    x = torch.rand(sizes["n"], sizes["width"], dtype=dtype, device=device, requires_grad=True)
+    x = torch.rand(sizes["n"], sizes["width"], dtype=dtype, requires_grad=True)
 
     def step():
         total = layer(x).sum()
@@ -100,8 +76,8 @@ def torch_layer(sizes, dtype, steps, threads, device):
     measure(sizes["name"], steps, step)
 
 
-def torch_step(shape, dtype, steps, threads, device):
-    """Measures steps of torch and peft in this process."""
+def torch_step(shape, dtype, steps, threads, device, with_parts):
+    """Measures steps of torch and peft in this process, and what their parts take, each until the device has computed it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,30 +106,37 @@ def torch_step(shape, dtype, steps, threads, device):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
-    measure(shape["name"], steps, step)
+
+    def parts():
+        times, found = {}, {}
+
+        def update():
+            optimizer.step()
+            optimizer.zero_grad()
+        for part, compute in (("forward", lambda: found.update(loss=model(input_ids=ids, labels=labels).loss)),
+                              ("backward", lambda: found["loss"].backward()), ("update", update)):
+            start = time.perf_counter()
+            compute()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[part] = time.perf_counter() - start
+        return times
+    measure(shape["name"], steps, step, parts if with_parts else None)
 
 
-def build(device):
+def build():
     """Builds the benchmark and returns its path."""
-    command = ["cargo", "bench", "-p", "burn-peft-benches", "--bench", "training_step", "--no-run",
-               "--message-format=json", *([] if device == "cpu" else ["--features", device])]
+    command = ["cargo", "bench", "-p", "burn-peft-benches", "--bench", "training_step", "--no-run", "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "training_step")
 
 
-def run(command, device="cpu", **environment):
+def run(command, **environment):
     """The JSON of the last line that a command prints; mimalloc keeps what is freed, unless the environment says otherwise."""
     environment = {"MIMALLOC_PURGE_DELAY": "-1", **os.environ, **environment}
-
-    def last_line():
-        output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        return json.loads(output.stdout.splitlines()[-1])
-    if device == "cpu":
-        return last_line()
-    with GpuMemory() as memory:
-        found = last_line()
-    return found | {"peak_mib": memory.peak - memory.before}
+    output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 def commit():
@@ -162,14 +145,15 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def machine(device):
-    if device != "cpu":
-        return subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=True, stdout=subprocess.PIPE,
-                              text=True).stdout.strip()
+def machine():
     info = pathlib.Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.machine())
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in info]
     return f"{model}, {' '.join(flags)}"
+
+
+def versions():
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
 
 
 def plot(results, path):
@@ -198,7 +182,7 @@ def plot(results, path):
 def warn_if_slower(args, results):
     """Names the cases in which the ratio to torch is a tenth worse than the last time on such a machine."""
     lines = args.history.read_text(encoding="utf-8").splitlines() if args.history.exists() else []
-    of_machine = [line for line in map(json.loads, lines) if (line["machine"], line["threads"]) == (machine(args.device), args.threads)]
+    of_machine = [line for line in map(json.loads, lines) if (line["machine"], line["threads"]) == (machine(), args.threads)]
     for case, of_types in results.items():
         for dtype, now in of_types.items():
             before = next((line for line in reversed(of_machine) if dtype in line["cases"].get(case, {})), None)
@@ -214,27 +198,28 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"],
                         help="types of the frozen weights, on both sides")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--binary", type=pathlib.Path,
                         help="the benchmark, if it is built already: `training_step-..` in `target/release/deps`")
     parser.add_argument("--history", type=pathlib.Path, help="file to append the medians to")
     parser.add_argument("--plot", type=pathlib.Path, help="PNG to draw the ratios to")
     parser.add_argument("--torch", metavar="SHAPE", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.torch and "batch" not in args.torch:
+        return torch_layer(args.torch, args.dtypes[0], args.steps, args.threads)
     if args.torch:
-        run_torch = torch_layer if "batch" not in args.torch else torch_step
-        return run_torch(args.torch, args.dtypes[0], args.steps, args.threads, args.device)
+        return torch_step(args.torch, args.dtypes[0], args.steps, args.threads, args.device, args.parts)
 
-    ours, of_commit = args.binary or build(args.device), commit()
+    ours, of_commit = args.binary or build(), commit()
     shapes = {shape["name"]: shape for shape in run([ours, "--shapes"])}
-    cases = args.cases or [name for name in shapes if shapes[name].get("is_for_gpus", False) == (args.device != "cpu")]
+    cases = args.cases or [name for name in shapes if not shapes[name].get("is_for_gpus", False)]
     if unknown := set(cases) - set(shapes):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(shapes)}")
-    torchs = [sys.executable, __file__, "--threads", args.threads, "--device", args.device]
-    settings = {"RAYON_NUM_THREADS": str(args.threads), "BURN_DEVICE": "flex" if args.device == "cpu" else args.device}
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
-    print(f"{machine(args.device)}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}; "
-          f"{versions}\n`python {' '.join(sys.argv)}`\n")
+    torchs = [sys.executable, __file__, "--threads", args.threads]
+    settings = {"RAYON_NUM_THREADS": str(args.threads), "BURN_DEVICE": "flex"}
+    print(f"{machine()}; {args.threads} threads; {args.rounds} rounds of {args.steps} steps; commit {of_commit}; "
+          f"{versions()}\n`python {' '.join(sys.argv)}`\n")
     print("| case | type | ours s | torch s | ratio | ours MiB | torch MiB | ratio | ours / products alone | page faults a step |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     results = {}
@@ -243,10 +228,10 @@ def main():
         found = {(who, dtype): [] for dtype in args.dtypes for who in ("ours", "torch")}
         for _ in range(args.rounds):
             for dtype in args.dtypes:
-                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], args.device, **settings))
-                alone = run([ours, "--case", case, "--dtype", dtype, "--floor"], args.device, **settings)
+                found["ours", dtype].append(run([ours, "--case", case, "--dtype", dtype, *steps], **settings))
+                alone = run([ours, "--case", case, "--dtype", dtype, "--floor"], **settings)
                 found["ours", dtype][-1]["floor_seconds"] = alone["floor_seconds"]
-                found["torch", dtype].append(run([*torchs, *steps, "--torch", json.dumps(shapes[case]), "--dtypes", dtype], args.device))
+                found["torch", dtype].append(run([*torchs, *steps, "--torch", json.dumps(shapes[case]), "--dtypes", dtype]))
 
         results[case] = {}
         for dtype in args.dtypes:
@@ -266,8 +251,8 @@ def main():
                   f"| {middle('ours', 'faults_per_step'):.0f} |", flush=True)
     if args.history:
         warn_if_slower(args, results)
-        line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(args.device),
-                "threads": args.threads, "versions": versions, "command": sys.argv[1:], "cases": results}
+        line = {"date": datetime.date.today().isoformat(), "commit": of_commit, "machine": machine(),
+                "threads": args.threads, "versions": versions(), "command": sys.argv[1:], "cases": results}
         with args.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     if args.plot:

@@ -232,6 +232,21 @@ impl Training {
         loss.into_scalar()
     }
 
+    /// Seconds of the parts of a step: the loss, its gradients, the update. Each part lasts until the device has computed it, so
+    /// together they take longer than [`step`](Self::step) on a device that computes while the program goes on.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn parts(&mut self) -> [f64; 3] {
+        let device = self.model.devices()[0].clone();
+        let (loss, forward) = timed(&device, || self.model.loss(&self.batch));
+        let (gradients, backward) =
+            timed(&device, || GradientsParams::from_grads(loss.backward(), &self.model));
+        let (model, update) = timed(&device, || self.optimizer.step(1e-4, self.model.clone(), gradients));
+        self.model = model;
+        [forward, backward, update]
+    }
+
     /// Seconds that the products with frozen weights of a step take on their own, forward and backward, at the rate at which
     /// this library multiplies: those of the blocks with the rows that a step computes, and that of the output layer with
     /// the labelled ones, at most 64 MiB of logits at a time.
@@ -255,6 +270,15 @@ impl Training {
         let head = in_full_precision(|| alone([at_once, hidden, vocabulary], true));
         layers.iter().sum::<f64>() + head * labelled as f64 / at_once as f64
     }
+}
+
+/// What `f` returns, and the seconds until the device has computed it.
+#[expect(clippy::expect_used, reason = "a benchmark on a device that fails measures nothing")]
+fn timed<R>(device: &Device, f: impl FnOnce() -> R) -> (R, f64) {
+    let start = Instant::now();
+    let found = f();
+    device.sync().expect("the device computes");
+    (found, start.elapsed().as_secs_f64())
 }
 
 /// Seconds of `x W` and `dy Wᵀ`, the median of five; `W` may be the transpose of a table.

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use burn::tensor::{Device, FloatDType};
-use burn_peft::{DeviceCheck, check_device};
+use burn_peft::{DeviceCheck, DeviceInfo, check_device, device_info};
 use clap::ValueEnum;
 
 use crate::arguments::Precision;
@@ -53,28 +53,41 @@ impl DeviceName {
     /// # Errors
     /// The program was built without the feature that this device needs; the device fails, lacks the type, or computes wrongly.
     pub fn open(self, example: &str, precision: Precision) -> Result<Device> {
-        if self != Self::Auto {
-            let Some(device) = self.compiled_in() else {
-                anyhow::bail!(
-                    "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example {example} -- --device {0}",
-                    self.name()
-                );
+        if self == Self::Auto {
+            let candidates = GPUS.into_iter().filter_map(|name| Some((name, name.compiled_in()?)));
+            return match first_of(candidates, |name, device| name.check_gpu(device, precision)) {
+                Some((name, device, check)) => Ok(name.told(device, &check, precision)),
+                None => Self::Cpu.open(example, precision),
             };
-            let check = check_device(&device, &[precision.into()])?;
-            return Ok(self.told(device, &check, precision));
         }
-        for candidate in GPUS {
-            let Some(device) = candidate.compiled_in() else { continue };
-            match check_device(&device, &[precision.into()]) {
-                Ok(check) if check.is_gpu() => return Ok(candidate.told(device, &check, precision)),
-                Ok(check) => eprintln!(
-                    "note: not `{candidate}`: {} computes on the CPU, slower than `cpu`; `--device {candidate}` takes it all the same",
-                    check.device_name()
-                ),
-                Err(error) => eprintln!("note: not `{candidate}`: {error:#}"),
-            }
+        let Some(device) = self.compiled_in() else {
+            anyhow::bail!(
+                "the device `{0}` was not compiled in\nhint: cargo run --release --features {0} --example {example} -- --device {0}",
+                self.name()
+            );
+        };
+        let check = self.check(&device, &device_info(&device)?, precision)?;
+        Ok(self.told(device, &check, precision))
+    }
+
+    /// [`check_device`], announced where kernels are compiled for it: some drivers take long, and some break down and take the
+    /// program with them.
+    fn check(self, device: &Device, info: &DeviceInfo, precision: Precision) -> Result<DeviceCheck> {
+        if self != Self::Cpu {
+            eprintln!("checking {}", info.name);
         }
-        Self::Cpu.open(example, precision)
+        Ok(check_device(device, &[precision.into()])?)
+    }
+
+    /// [`check`](Self::check), but what is no GPU is refused before.
+    fn check_gpu(self, device: &Device, precision: Precision) -> Result<DeviceCheck> {
+        let info = device_info(device)?;
+        ensure!(
+            info.is_gpu,
+            "{} computes on the CPU, slower than `cpu`\nhint: `--device {self}` takes it all the same",
+            info.name
+        );
+        self.check(device, &info, precision)
     }
 
     /// The device, if the program was built with the feature of its name.
@@ -115,8 +128,22 @@ impl DeviceName {
                 )
             }
         };
-        format!("{self}, {}; {types}", check.device_name())
+        format!("{self}, {}; {types}", check.device().name)
     }
+}
+
+/// The first that passes the check. Standard error says why the others do not.
+fn first_of(
+    candidates: impl IntoIterator<Item = (DeviceName, Device)>,
+    check: impl Fn(DeviceName, &Device) -> Result<DeviceCheck>,
+) -> Option<(DeviceName, Device, DeviceCheck)> {
+    candidates.into_iter().find_map(|(name, device)| match check(name, &device) {
+        Ok(check) => Some((name, device, check)),
+        Err(error) => {
+            eprintln!("note: not `{name}`: {error:#}");
+            None
+        }
+    })
 }
 
 impl fmt::Display for DeviceName {
@@ -127,6 +154,8 @@ impl fmt::Display for DeviceName {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     #[test]
@@ -160,6 +189,23 @@ mod tests {
     fn without_a_gpu_in_the_program_auto_is_the_cpu() {
         let device = DeviceName::Auto.open("pokemon", Precision::F32).unwrap();
         assert_eq!(device, Device::flex());
+    }
+
+    /// Everything here is one CPU, so the names tell the candidates apart.
+    #[test]
+    fn auto_takes_the_first_that_passes() {
+        let candidates = GPUS.map(|name| (name, Device::flex()));
+        let tried = Cell::new(0);
+        let third = |_, device: &Device| {
+            tried.set(tried.get() + 1);
+            ensure!(tried.get() == 3, "it computes wrongly");
+            Ok(check_device(device, &[])?)
+        };
+        let (name, ..) = first_of(candidates.clone(), third).unwrap();
+        assert_eq!((name, tried.get()), (GPUS[2], 3));
+        assert!(first_of(candidates, |name, device| name.check_gpu(device, Precision::F32)).is_none());
+        let error = DeviceName::Wgpu.check_gpu(&Device::flex(), Precision::F32).unwrap_err().to_string();
+        assert!(error.contains("Flex") && error.contains("computes on the CPU"), "{error}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ fn it_computes_what_it_should() {
     let device = Device::default();
     let types = [FloatDType::BF16, FloatDType::F16].into_iter().filter(|dtype| device.supports_dtype(*dtype));
     let check = check_device(&device, &types.collect::<Vec<_>>()).unwrap();
-    println!("{}", check.device_name());
+    println!("{}", check.device().name);
     for deviation in check.deviations() {
         println!("{deviation}");
     }

@@ -26,7 +26,7 @@ fn examples(tokenizer: &Tokenizer) -> Vec<Example> {
     answers.map(example).into()
 }
 
-/// The loss, and the gradients of all adapters.
+/// The loss, and the gradients of all parameters that have one.
 fn results(model: &LlamaForCausalLm, examples: &[Example], packing: Packing) -> (f32, Vec<f32>) {
     struct Read(Gradients, Vec<f32>);
     impl ModuleVisitor for Read {
@@ -51,6 +51,7 @@ fn results(model: &LlamaForCausalLm, examples: &[Example], packing: Packing) -> 
     (loss.into_scalar(), read.1)
 }
 
+/// With gradient checkpointing as well.
 #[test]
 fn a_packed_batch_has_the_loss_and_gradients_of_padded_rows() {
     let mut bases = vec![PathBuf::from("../examples/pokemon/base")];
@@ -70,11 +71,16 @@ fn a_packed_batch_has_the_loss_and_gradients_of_padded_rows() {
         let (expected_loss, expected) = results(&model, &examples, Packing::Padded);
         let largest = expected.iter().fold(0.0f32, |largest, gradient| largest.max(gradient.abs()));
         assert!(largest > 1e-3);
-        for packing in [Packing::Packed, Packing::SharedPrefix] {
+        let packings = [Packing::Padded, Packing::Packed, Packing::SharedPrefix];
+        for (packing, is_checkpointing) in
+            packings.into_iter().flat_map(|packing| [(packing, false), (packing, true)])
+        {
+            model.set_gradient_checkpointing(is_checkpointing);
             let (loss, found) = results(&model, &examples, packing);
+            assert_eq!(found.len(), expected.len());
             let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
             println!(
-                "{}, {packing:?}: loss {:e} off, gradients {off:e}",
+                "{}, {packing:?}, checkpointing {is_checkpointing}: loss {:e} off, gradients {off:e}",
                 base.display(),
                 loss - expected_loss
             );

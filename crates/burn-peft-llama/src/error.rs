@@ -473,7 +473,7 @@ pub enum LlamaError {
 
     /// The device cannot compute in the type that the weights were to have.
     #[error(
-        "the device {device} cannot compute in {}\nhint: load the model in another type, such as f32",
+        "the device {device} cannot compute in {}\nhint: choose another type, such as f32",
         DType::from(*.dtype).name()
     )]
     UnsupportedDtype {

@@ -104,7 +104,7 @@ mod tests {
 
     use burn::data::dataloader::DataLoaderBuilder;
     use burn::data::dataset::InMemDataset;
-    use burn::optim::AdamWConfig;
+    use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
     use burn::tensor::{Device, TensorData, Tolerance};
     use burn_peft::{InitLoraWeights, LoraConfig, PeftModel};
     use burn_train::logger::InMemoryMetricLogger;
@@ -185,6 +185,17 @@ mod tests {
         model
     }
 
+    /// They are what devices exchange.
+    #[test]
+    fn a_training_step_with_adapters_has_their_gradients_alone() {
+        let device = Device::default().autodiff();
+        let model = adapted(&device);
+        let output = TrainStep::step(&model, batch(&device));
+        let tensors = model.adapter_tensors("default").unwrap();
+        assert!(tensors.iter().all(|tensor| output.grads.get::<2>(tensor.id).is_some()));
+        assert_eq!((output.grads.len(), tensors.len()), (4, 4));
+    }
+
     #[test]
     fn a_mixed_batch_is_validated_with_the_adapter_of_each_row() {
         let device = Device::default();
@@ -234,7 +245,12 @@ mod tests {
     }
 
     /// Trains adapters for two epochs and gives the logits of a batch.
-    fn trained(strategy: ExecutionStrategy, examples: Vec<Example>, batch_size: usize) -> TensorData {
+    fn trained(
+        strategy: ExecutionStrategy,
+        examples: Vec<Example>,
+        batch_size: usize,
+        (optimizer, learning_rate): (ModuleOptimizer, f64),
+    ) -> TensorData {
         let device = Device::flex();
         let loader = |examples, device| {
             let builder = DataLoaderBuilder::new(Collator::new(10)).batch_size(batch_size).set_device(device);
@@ -242,11 +258,7 @@ mod tests {
         };
         let (training, validation) =
             (loader(examples.clone(), device.clone().autodiff()), loader(examples, device.clone()));
-        let learner = Learner::new(
-            adapted(&device.clone().autodiff()),
-            AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init(),
-            0.02,
-        );
+        let learner = Learner::new(adapted(&device.clone().autodiff()), optimizer, learning_rate);
         let dir = tempfile::tempdir().unwrap();
         let result = SupervisedTraining::new(dir.path(), training, validation)
             .with_training_strategy(strategy.into())
@@ -259,8 +271,8 @@ mod tests {
         result.model.forward(batch.input_ids, Some(batch.attention_mask)).into_data()
     }
 
-    /// Each device takes its part of the examples in order. Burn adds up the gradients of the devices, and AdamW's steps do
-    /// not depend on how large gradients are.
+    /// Each device takes its part of the examples in order. Burn adds up the gradients of the devices: AdamW's steps do not
+    /// depend on how large gradients are, those of plain SGD do.
     #[test]
     fn two_devices_train_as_one_with_the_batches_of_both() {
         let device = Device::flex().autodiff();
@@ -273,16 +285,18 @@ mod tests {
         let (first, second) = examples.split_at(12);
         let in_turns: Vec<Example> =
             first.chunks(4).zip(second.chunks(4)).flat_map(|(a, b)| [a, b].concat()).collect();
-        let devices = vec![device.clone(), device.clone()];
-        let two = trained(
-            ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice),
-            examples.clone(),
-            4,
-        );
-        let one = trained(ExecutionStrategy::single(device.clone()), in_turns, 8);
-        two.assert_approx_eq::<f32>(&one, Tolerance::absolute(1e-5));
-        let otherwise = trained(ExecutionStrategy::single(device), first.to_vec(), 4);
-        let difference = two.iter::<f32>().zip(otherwise.iter::<f32>()).map(|(a, b)| (a - b).abs());
-        assert!(difference.fold(0.0, f32::max) > 1e-2);
+        let adam_w = || AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init();
+        let sgd = || SgdConfig::new().init();
+        let runs = [((adam_w(), 0.02), (adam_w(), 0.02)), ((sgd(), 0.1), (sgd(), 0.2))];
+        for (of_two, of_one) in runs {
+            let devices = vec![device.clone(), device.clone()];
+            let on_two = ExecutionStrategy::multi(devices, MultiDeviceOptim::OptimMainDevice);
+            let two = trained(on_two, examples.clone(), 4, of_two);
+            let one = trained(ExecutionStrategy::single(device.clone()), in_turns.clone(), 8, of_one.clone());
+            two.assert_approx_eq::<f32>(&one, Tolerance::absolute(1e-5));
+            let otherwise = trained(ExecutionStrategy::single(device.clone()), first.to_vec(), 4, of_one);
+            let difference = two.iter::<f32>().zip(otherwise.iter::<f32>()).map(|(a, b)| (a - b).abs());
+            assert!(difference.fold(0.0, f32::max) > 1e-2);
+        }
     }
 }

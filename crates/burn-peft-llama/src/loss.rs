@@ -256,10 +256,12 @@ mod tests {
             let mut head_alone = model(&device, false).no_grad();
             head_alone.lm_head = model(&device, false).lm_head;
             assert_differentiated_is_chunked("all of the head alone", &head_alone, &batch);
-            let half = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16).unwrap().0;
-            let mut half = half.no_grad();
-            half.add_adapter("default", head()).unwrap();
-            assert_differentiated_is_chunked("a base in bf16", &half, &batch);
+            // A GPU may lack the type.
+            if let Ok((half, _)) = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16) {
+                let mut half = half.no_grad();
+                half.add_adapter("default", head()).unwrap();
+                assert_differentiated_is_chunked("a base in bf16", &half, &batch);
+            }
         }
     }
 
@@ -332,6 +334,8 @@ mod tests {
     fn loss_and_gradients_of_a_real_vocabulary_are_those_in_f64() {
         let device = Device::default().autodiff();
         let (n, d) = (5, 16);
+        // Elsewhere, a product adds up a whole vocabulary in one piece: measured on WGPU (SwiftShader), 1.2e-4.
+        let tolerance = if device == Device::flex().autodiff() { 2e-6 } else { 3e-4 };
         for vocab in REAL_VOCABULARIES {
             let config = LlamaConfig::new(vocab, d, 0).with_heads(2, 1).with_tie_word_embeddings(false);
             let model = drawn(&config, &device);
@@ -353,7 +357,7 @@ mod tests {
                 assert!(deviation(&values(found.clone()), &[loss]) < 1e-6, "{vocab} {frozen}");
                 let gradients = found.backward();
                 let gradient = deviation(&values(hidden.grad(&gradients).unwrap()), &to_hidden);
-                assert!(gradient < 2e-6, "{vocab} {frozen}: {gradient:e}");
+                assert!(gradient < tolerance, "{vocab} {frozen}: {gradient:e}");
                 let of_weight = model.lm_head.as_ref().unwrap().weight.base().grad(&gradients);
                 assert_eq!(of_weight.is_none(), frozen);
                 if let Some(of_weight) = of_weight {
@@ -368,7 +372,8 @@ mod tests {
     #[test]
     fn a_quantized_output_layer_has_the_gradient_of_the_numbers_it_stands_for() {
         use burn::tensor::quantization::QuantScheme;
-        let device = Device::default().autodiff();
+        // A GPU may lack this way to quantize.
+        let device = Device::flex().autodiff();
         let mut model = model(&device, false);
         model
             .add_adapter("default", LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]))

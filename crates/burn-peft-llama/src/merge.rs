@@ -17,7 +17,7 @@ use crate::error::LlamaError;
 use crate::file::{self, unwritten};
 use crate::model::LlamaForCausalLm;
 use crate::parameters::parameters;
-use crate::weights::dtype_name;
+use crate::weights::{assert_dtype, dtype_name};
 
 /// Files beside the weights that a merged model shares with its base: the tokenizer's, and what generation needs.
 const SHARED_FILES: &[&str] = &[
@@ -98,6 +98,7 @@ pub fn merge_directory<P: AsRef<Path>>(
     let dtype = dtype.unwrap_or(from);
     // Where the type changes, too, the sum is rounded to the new type, not to the old one before.
     let wide = if dtype == from { dtype } else { FloatDType::F32 };
+    assert_dtype(device, dtype)?;
     let Merged { mut model, mut report, is_tied: is_base_tied } = merged(base, adapters, wide, device)?;
     let has_other_head = is_tied && !is_base_tied;
     if wide != dtype {
@@ -221,8 +222,12 @@ impl LlamaForCausalLm {
     /// The model with every parameter in `dtype`, and what rounding cost: the report names no parameter as merged.
     ///
     /// # Errors
-    /// [`LlamaError::TooLarge`] if a value is too large for the type, or not a number.
+    /// - [`LlamaError::UnsupportedDtype`] if the device cannot compute in `dtype`,
+    /// - [`LlamaError::TooLarge`] if a value is too large for the type, or not a number.
     pub fn to_dtype(self, dtype: FloatDType) -> Result<(Self, MergeReport), LlamaError> {
+        for device in self.devices() {
+            assert_dtype(&device, dtype)?;
+        }
         let names = parameters(&self).into_iter().map(|parameter| (parameter.id, parameter.name)).collect();
         let mut converter = Converter { dtype: dtype.into(), names, worst: None, largest: 0.0 };
         let model = self.map(&mut converter);
@@ -273,7 +278,9 @@ mod tests {
     fn a_merged_directory_holds_the_adapted_model_in_the_type_that_was_asked_for() {
         let parent = tempfile::tempdir().unwrap();
         let place = |name: &str| parent.path().join(name);
-        let mut adapted = model(&Device::default(), true);
+        // A GPU may lack f16.
+        let device = Device::flex();
+        let mut adapted = model(&device, true);
         adapted.save_pretrained(place("base")).unwrap();
         fs::write(place("base").join("tokenizer.json"), "{}").unwrap();
         let config = LoraConfig::new(2)
@@ -282,24 +289,24 @@ mod tests {
             .with_target_modules(["embed_tokens", "q_proj"]);
         adapted.add_adapter("default", &config).unwrap();
         adapted.save_adapter("default", place("adapter")).unwrap();
-        let ids = || Tensor::from_data([[1, 5, 9, 2]], &Device::default());
+        let ids = || Tensor::from_data([[1, 5, 9, 2]], &device);
         let expected = values(adapted.forward(ids(), None));
 
         for (dtype, name, tolerance) in [(None, "float32", 1e-4), (Some(FloatDType::F16), "float16", 0.3)] {
             let out = place(name);
             let adapters = [(place("adapter"), 1.0)];
-            let merged = merge_directory(place("base"), &adapters, dtype, &out, &Device::default()).unwrap();
+            let merged = merge_directory(place("base"), &adapters, dtype, &out, &device).unwrap();
             assert_eq!(merged.report.largest_error > 0.0, dtype.is_some());
             assert_eq!(stored_dtype(&out).unwrap(), dtype.unwrap_or(FloatDType::F32));
             let text = fs::read_to_string(out.join(CONFIG_FILE)).unwrap();
             assert!(text.contains(name) && text.contains("\"tie_word_embeddings\": false"), "{text}");
             assert!(out.join("tokenizer.json").exists());
-            let found = LlamaForCausalLm::from_pretrained(&out, &Device::default()).unwrap();
+            let found = LlamaForCausalLm::from_pretrained(&out, &device).unwrap();
             assert_close(&values(found.forward(ids(), None)), &expected, tolerance);
-            let again = merge_directory(place("base"), &adapters, dtype, &out, &Device::default());
+            let again = merge_directory(place("base"), &adapters, dtype, &out, &device);
             assert!(matches!(again, Err(LlamaError::WriteFile { .. })), "{again:?}");
         }
-        let bare = model(&Device::default(), true).forward(ids(), None);
+        let bare = model(&device, true).forward(ids(), None);
         assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
     }
 
@@ -335,8 +342,10 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_too_large_for_a_type_is_named() {
-        let mut model = model(&Device::default(), true);
+    fn a_type_that_the_device_lacks_or_that_a_value_is_too_large_for_is_named() {
+        let mut model = model(&Device::flex(), true);
+        let error = model.clone().to_dtype(FloatDType::Flex32).unwrap_err();
+        assert!(matches!(error, LlamaError::UnsupportedDtype { dtype: FloatDType::Flex32, .. }), "{error}");
         let norm = model.model.norm.weight.clone();
         model.model.norm.weight = norm.map(|weight| weight * 1e6);
         let wide = model.clone().to_dtype(FloatDType::BF16).unwrap();

@@ -50,12 +50,9 @@ fn check(
     dtypes: &[FloatDType],
     operations: &[(&'static str, Compute)],
 ) -> Result<DeviceCheck, DeviceError> {
-    let device = device.clone().without_autodiff().autodiff();
-    let (name, is_gpu) = guarded(&backend_name(&device), "to open it", || {
-        // Devices are opened when they are first used.
-        read(Tensor::<1>::ones([1], &device)).map(|_| identify(&device))
-    })?;
-    let supports = |dtype| guarded(&name, "to tell its types", || Ok(device.supports_dtype(dtype)));
+    let info = device_info(device)?;
+    let (device, name) = (device.clone().without_autodiff().autodiff(), info.name.as_str());
+    let supports = |dtype| guarded(name, "to tell its types", || Ok(device.supports_dtype(dtype)));
     let mut all = vec![DType::F32];
     for dtype in dtypes.iter().map(|dtype| DType::from(*dtype)) {
         if !all.contains(&dtype) {
@@ -67,12 +64,12 @@ fn check(
         if !supports(dtype)? {
             let mut supported = vec![DType::F32, DType::F16, DType::BF16];
             supported.retain(|dtype| supports(*dtype).unwrap_or(false));
-            return Err(DeviceError::UnsupportedDtype { device: name, dtype, supported });
+            return Err(DeviceError::UnsupportedDtype { device: info.name, dtype, supported });
         }
         let mut wrong = vec![];
         for &(operation, compute) in operations {
             let of = Inputs { device: &device, dtype };
-            let relative = guarded(&name, operation, || compute(of))?;
+            let relative = guarded(name, operation, || compute(of))?;
             let deviation = Deviation { operation, dtype, relative };
             if !deviation.is_rounding() {
                 wrong.push(deviation);
@@ -80,30 +77,45 @@ fn check(
             deviations.push(deviation);
         }
         if !wrong.is_empty() {
-            return Err(DeviceError::WrongResult { device: name, wrong });
+            return Err(DeviceError::WrongResult { device: info.name, wrong });
         }
     }
-    Ok(DeviceCheck { name, is_gpu, deviations })
+    Ok(DeviceCheck { info, deviations })
+}
+
+/// Opens a device, and says what it is. Nothing is computed for it.
+///
+/// # Errors
+/// [`DeviceError::Failed`] if the device cannot be opened.
+pub fn device_info(device: &Device) -> Result<DeviceInfo, DeviceError> {
+    guarded(&backend_name(device), "to open it", || {
+        // Devices are opened when they are first used. Numbers go there and back without a kernel.
+        read(Tensor::<1>::from_data([0.0], device)).map(|_| identify(device))
+    })
+}
+
+/// What a device is.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// The part that computes, if the backend tells, and the backend. Burn does not tell the version of a driver.
+    pub name: String,
+    /// Whether it is a GPU: neither the CPU nor a driver that computes on the CPU, as SwiftShader and lavapipe do. Burn tells
+    /// through the backends that this crate's features name; any other device counts as none.
+    pub is_gpu: bool,
 }
 
 /// What [`check_device`] found: a device that can be trusted with what was checked.
 #[derive(Debug, Clone)]
 pub struct DeviceCheck {
-    name: String,
-    is_gpu: bool,
+    info: DeviceInfo,
     deviations: Vec<Deviation>,
 }
 
 impl DeviceCheck {
-    /// The part that computes, if the backend tells, and the backend.
-    pub fn device_name(&self) -> &str {
-        &self.name
-    }
-
-    /// Whether it is a GPU: neither the CPU nor a driver that computes on the CPU, as SwiftShader and lavapipe do. Burn tells
-    /// through the backends that this crate's features name; any other device counts as none.
-    pub fn is_gpu(&self) -> bool {
-        self.is_gpu
+    /// What the device is.
+    pub fn device(&self) -> &DeviceInfo {
+        &self.info
     }
 
     /// Of every operation in every type.
@@ -201,13 +213,16 @@ fn lines(wrong: &[Deviation]) -> String {
     wrong.iter().map(|deviation| format!("\n  {deviation}")).collect()
 }
 
-/// The part that computes, if the backend tells, and the backend; whether the part is a GPU.
-fn identify(device: &Device) -> (String, bool) {
+fn identify(device: &Device) -> DeviceInfo {
+    let name = backend_name(device);
     #[cfg(any(feature = "cuda", feature = "rocm", feature = "wgpu", feature = "vulkan", feature = "metal"))]
     if let Some(identity) = device.identity() {
-        return (format!("{}, {}", identity.name, backend_name(device)), identity.physical.is_some());
+        return DeviceInfo {
+            name: format!("{}, {name}", identity.name),
+            is_gpu: identity.physical.is_some(),
+        };
     }
-    (backend_name(device), false)
+    DeviceInfo { name, is_gpu: false }
 }
 
 /// The backend of a device, and which one of its devices it is, such as `Flex(Cpu)`.
@@ -418,7 +433,8 @@ mod tests {
         let [single, bf16, f16] =
             [FloatDType::F32, FloatDType::BF16, FloatDType::F16].map(|dtype| check.largest(dtype));
         assert!(single < 2e-6 && f16 < 5e-3 && bf16 < 3e-2 && bf16 > 0.0, "{single} {f16} {bf16}");
-        assert!(!check.device_name().is_empty() && !check.is_gpu());
+        assert_eq!(*check.device(), device_info(&Device::flex().autodiff()).unwrap());
+        assert!(check.device().name.starts_with("Flex") && !check.device().is_gpu);
     }
 
     #[test]

@@ -94,7 +94,9 @@ pub use burn_peft_ops::linear;
 pub use combination_type::{CombinationType, MajoritySign};
 pub use config::{Bias, FileFields, LoraConfig, PeftConfig, Targeting, TokenIndices};
 pub use convert::LoraRank;
-pub use device_check::{Deviation, DeviceCheck, DeviceError, backend_name, check_device};
+pub use device_check::{
+    Deviation, DeviceCheck, DeviceError, DeviceInfo, backend_name, check_device, device_info,
+};
 pub use error::{ConfigProblem, PeftError, TensorProblem};
 pub use init::InitLoraWeights;
 pub use key_mapping::KeyMapping;
