@@ -2,9 +2,9 @@
 //! memory, page faults.
 //!
 //! `cargo bench --bench training_step` prints a table. With a case, such as `-- --case mid --steps 10`, it prints one line
-//! of JSON, which is what `benches/python/compare.py` and `benches/gpu/report.py` put beside torch and peft. mimalloc is the allocator, with the
-//! settings of the environment. Built with a feature for GPUs, it runs on the device that `BURN_DEVICE` names, or that
-//! Burn prefers.
+//! of JSON, which is what `benches/python/compare.py` and `benches/gpu/report.py` put beside torch and peft. mimalloc is the
+//! allocator, with the settings of the environment. Built with a feature for GPUs, it runs on the device that `BURN_DEVICE`
+//! names, or that Burn prefers.
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;
@@ -151,7 +151,7 @@ fn repeat(case: &str, steps: u32, mut step: impl FnMut() -> f64) -> Value {
         "all_seconds": seconds,
         "peak_mib": mib(end.peak_kib.saturating_sub(weights.resident_kib)),
         "weights_mib": mib(weights.resident_kib),
-        // What a GPU's memory pools hold, the weights with it; they keep what they once had. Not known of the CPU.
+        // The most that a GPU's memory pools held after a step, the weights with it. Not known of the CPU.
         "device_mib": of_device.map(|bytes| mib(bytes / 1024)),
         "faults_per_step": (end.minor_faults - begin.minor_faults) / u64::from(steps),
         "loss": loss,

@@ -9,6 +9,7 @@ devices, the steps of this project are timed alone. `../../benches/src/training.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -43,13 +44,14 @@ def test(suite, device, limit, *words):
 
 
 def nvidia_smi(query):
-    """What it says about the first GPU."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
+    """What it says about the GPU that programs take here."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={card}", f"--query-gpu={query}", "--format=csv,noheader"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 class GpuMemory:
-    """The most memory of the GPU that is used while this runs, in MiB, above what was used before."""
+    """The most memory of the GPU that is used while this runs, in MiB, above what was used before; NaN if that is not known."""
 
     def __init__(self):
         self.before = self.peak = self.used()
@@ -58,11 +60,17 @@ class GpuMemory:
 
     @staticmethod
     def used():
-        return float(nvidia_smi("memory.used").split()[0])
+        try:
+            return float(nvidia_smi("memory.used").split()[0])
+        except (ValueError, IndexError, subprocess.CalledProcessError):
+            return math.nan
 
     def watch(self):
         while not self.is_over.wait(0.1):
-            self.peak = max(self.peak, self.used())
+            used = self.used()
+            self.peak = used if math.isnan(used) else max(used, self.peak)
+            if math.isnan(used):
+                return
 
     def __enter__(self):
         self.thread.start()
@@ -74,7 +82,7 @@ class GpuMemory:
 
 
 def steps_of_both(binary, shapes, args):
-    """Prints what training steps cost, in turns with torch's on an NVIDIA GPU."""
+    """Prints what training steps cost, in turns with torch's on an NVIDIA GPU; returns whether all of them ran."""
     def with_memory(run):
         if args.device != "cuda":
             found = run()
@@ -86,24 +94,36 @@ def steps_of_both(binary, shapes, args):
     ours = [binary, "--dtype", args.dtype, *options]
     torch = [sys.executable, compare.__file__, "--device", "cuda", "--dtypes", args.dtype, *options]
     print(f"Medians of {args.rounds} rounds of {args.steps} steps, a process for each round. The parts are timed in steps of their own,\n"
-          "each until the device has computed it. "
-          + ("Memory is the most that `nvidia-smi` says is in use, weights included." if args.device == "cuda" else
+          "each until the device has computed it. Our forward part has the gradient of the logits in it, and with a frozen output layer\n"
+          "also the product that leads it back to the hidden states, which torch has in its backward part. "
+          + ("Memory is the most that `nvidia-smi` says is in use, above what was in use before, weights included." if args.device == "cuda" else
              "Memory is what Burn's pools hold, weights included.") + "\n")
+    failed = {}
     print("| case | type | by | a step, s | tokens/s | forward, s | backward, s | update, s | memory, MiB | loss |")
     print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for case in args.cases:
         found = {"burn-peft": []} | ({"torch": []} if args.device == "cuda" else {})
+        run = {"burn-peft": lambda: compare.run([*ours, "--case", case], BURN_DEVICE=args.device),
+               "torch": lambda: compare.run([*torch, "--torch", json.dumps(shapes[case])])}
         for _ in range(args.rounds):
-            found["burn-peft"].append(with_memory(lambda: compare.run([*ours, "--case", case], BURN_DEVICE=args.device)))
-            if "torch" in found:
-                found["torch"].append(with_memory(lambda: compare.run([*torch, "--torch", json.dumps(shapes[case])])))
+            for who, rounds in found.items():
+                try:
+                    rounds.append(with_memory(run[who]))
+                except subprocess.CalledProcessError as error:
+                    # Of this library's benchmark, the cause is what it printed last; that of torch is on standard error.
+                    failed[case, who] = error.stdout.strip()[-500:] or f"it ended with code {error.returncode}"
         sequences, length = shapes[case]["batch"]
         for who, rounds in found.items():
+            if not rounds:
+                continue
             seconds = statistics.median(each["seconds"] for each in rounds)
             parts = [statistics.median(each["parts"][part] for each in rounds) for part in ("forward", "backward", "update")]
             memory = statistics.median(each["memory"] for each in rounds)
             print(f"| {case} | {args.dtype} | {who} | {seconds:.3f} | {sequences * length / seconds:.0f} "
                   f"| {' | '.join(f'{part:.3f}' for part in parts)} | {memory:.0f} | {rounds[-1]['loss']:.4f} |", flush=True)
+    for (case, who), cause in failed.items():
+        print(f"\n`{case}` failed with {who}:\n```text\n{cause}\n```")
+    return not failed
 
 
 def main():
@@ -148,13 +168,13 @@ def main():
     passed, failed = (len(re.findall(rf"\.\.\. {word}$", said, re.MULTILINE)) for word in ("ok", "FAILED"))
     how = {0: "", 101: "", None: f"; stopped after {args.limit} s"}.get(end, f"; the suite broke off with code {end}")
     print(f"{passed} passed, {failed} failed{how}.\n")
-    for name in sorted(set(re.findall(r"^test (\S+) \.\.\. FAILED$", said, re.MULTILINE))):
+    for name in sorted(set(re.findall(r"^test (\S+)(?: - should panic)? \.\.\. FAILED$", said, re.MULTILINE))):
         print(f"- `{name}`")
 
     print("\n## Training steps", flush=True)
-    steps_of_both(steps, shapes, args)
-    if end != 0:
-        sys.exit("The suite did not pass.")
+    has_steps = steps_of_both(steps, shapes, args)
+    if end != 0 or not has_steps:
+        sys.exit("The suite did not pass." if end != 0 else "A case failed.")
 
 
 if __name__ == "__main__":

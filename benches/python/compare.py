@@ -141,8 +141,11 @@ def run(command, **environment):
 
 def commit():
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def machine():
@@ -206,6 +209,8 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device != "cpu" and not args.torch:
+        parser.error("on a GPU, ../gpu/report.py compares")
     if args.torch and "batch" not in args.torch:
         return torch_layer(args.torch, args.dtypes[0], args.steps, args.threads)
     if args.torch:

@@ -122,7 +122,7 @@ impl DeviceName {
             _ => {
                 let activations = if self == Self::Cpu { "" } else { " and activations" };
                 format!(
-                    "weights{activations} in {}, exact to {}; adapters and their optimizer in f32, exact to {in_f32}",
+                    "weights{activations} in {}, exact to {}; adapters, their optimizer, softmax, means and losses in f32, exact to {in_f32}",
                     precision.name(),
                     exact(precision.into())
                 )
@@ -169,8 +169,7 @@ mod tests {
     fn the_policy_of_types_is_told() {
         let check = check_device(&Device::flex(), &[FloatDType::BF16]).unwrap();
         let text = DeviceName::Cpu.description(&check, Precision::Bf16);
-        for part in
-            ["cpu, Flex", "; weights in bf16, exact to", "adapters and their optimizer in f32, exact to"]
+        for part in ["cpu, Flex", "; weights in bf16, exact to", "softmax, means and losses in f32, exact to"]
         {
             assert!(text.contains(part), "{text}");
         }

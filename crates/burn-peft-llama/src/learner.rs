@@ -185,7 +185,7 @@ mod tests {
         model
     }
 
-    /// They are what devices exchange.
+    /// The gradients of a step are what devices exchange.
     #[test]
     fn a_training_step_with_adapters_has_their_gradients_alone() {
         let device = Device::default().autodiff();
@@ -251,7 +251,7 @@ mod tests {
         batch_size: usize,
         (optimizer, learning_rate): (ModuleOptimizer, f64),
     ) -> TensorData {
-        let device = Device::flex();
+        let device = Device::default();
         let loader = |examples, device| {
             let builder = DataLoaderBuilder::new(Collator::new(10)).batch_size(batch_size).set_device(device);
             builder.build(InMemDataset::new(examples))
@@ -275,7 +275,7 @@ mod tests {
     /// depend on how large gradients are, those of plain SGD do.
     #[test]
     fn two_devices_train_as_one_with_the_batches_of_both() {
-        let device = Device::flex().autodiff();
+        let device = Device::default().autodiff();
         let examples: Vec<Example> = (0..24)
             .map(|i: u32| {
                 let input_ids: Vec<u32> = (0..4).map(|j| (i * i + 3 * j) % 10).collect();

@@ -256,13 +256,12 @@ mod tests {
             let mut head_alone = model(&device, false).no_grad();
             head_alone.lm_head = model(&device, false).lm_head;
             assert_differentiated_is_chunked("all of the head alone", &head_alone, &batch);
-            // A GPU may lack the type.
-            if let Ok((half, _)) = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16) {
-                let mut half = half.no_grad();
-                half.add_adapter("default", head()).unwrap();
-                assert_differentiated_is_chunked("a base in bf16", &half, &batch);
-            }
         }
+        // A GPU may lack the type.
+        let device = Device::flex().autodiff();
+        let mut half = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16).unwrap().0.no_grad();
+        half.add_adapter("default", head()).unwrap();
+        assert_differentiated_is_chunked("a base in bf16", &half, &batch(&device));
     }
 
     /// More logits of a real vocabulary than exist at a time: with an adapter, and with one that is merged.
@@ -334,8 +333,8 @@ mod tests {
     fn loss_and_gradients_of_a_real_vocabulary_are_those_in_f64() {
         let device = Device::default().autodiff();
         let (n, d) = (5, 16);
-        // Elsewhere, a product adds up a whole vocabulary in one piece: measured on WGPU (SwiftShader), 1.2e-4.
-        let tolerance = if device == Device::flex().autodiff() { 2e-6 } else { 3e-4 };
+        // Elsewhere, most likely a product adds up a whole vocabulary in one piece: measured on WGPU (SwiftShader), 1.2e-4.
+        let tolerance = if device == Device::flex().autodiff() { 2e-6 } else { 2e-4 };
         for vocab in REAL_VOCABULARIES {
             let config = LlamaConfig::new(vocab, d, 0).with_heads(2, 1).with_tie_word_embeddings(false);
             let model = drawn(&config, &device);

@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn loss_and_gradients_are_those_of_padded_rows() {
-        // Which has f64.
+        // The test needs f64, which a GPU may lack.
         let plain = Device::flex().autodiff();
         for device in [plain.clone(), plain.gradient_checkpointing()] {
             for (tied, is_adapted) in [(true, true), (false, true), (false, false)] {

@@ -21,7 +21,7 @@ use crate::model::LlamaForCausalLm;
 use crate::parameters::parameters;
 
 /// An error unless the device can compute in the type.
-pub(crate) fn assert_dtype(device: &Device, dtype: FloatDType) -> Result<(), LlamaError> {
+pub(crate) fn check_dtype(device: &Device, dtype: FloatDType) -> Result<(), LlamaError> {
     match device.supports_dtype(dtype) {
         true => Ok(()),
         false => Err(LlamaError::UnsupportedDtype { device: backend_name(device), dtype }),
@@ -68,7 +68,7 @@ impl LlamaForCausalLm {
         device: &Device,
         dtype: FloatDType,
     ) -> Result<Self, LlamaError> {
-        assert_dtype(device, dtype)?;
+        check_dtype(device, dtype)?;
         let (config, checkpoint) = open_checkpoint(dir.as_ref(), device)?;
         Self::build(&config, &mut Loader { checkpoint, device, dtype: dtype.into() })
     }

@@ -35,19 +35,26 @@ pub fn with_dropout_seed<R>(seed: u64, f: impl FnOnce() -> R) -> R {
             NEXT_SEED.set(self.0);
         }
     }
-    let _before = Before(NEXT_SEED.replace(Some(seed)));
+    // Mixed, so that seeds which lie as far apart as two draws do not lead to the same ones.
+    let _before = Before(NEXT_SEED.replace(Some(mixed(seed))));
     f()
 }
 
+/// Between two states of the generator of G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
+const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// The seed of the next dropout, if it is not the device that decides.
 fn next_seed() -> Option<u64> {
-    let seed = NEXT_SEED.get()?;
-    // The generator of G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
-    let next = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let next = NEXT_SEED.get()?.wrapping_add(STRIDE);
     NEXT_SEED.set(Some(next));
-    let mixed = (next ^ (next >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    Some(mixed(next))
+}
+
+/// What that generator gives for a state.
+fn mixed(state: u64) -> u64 {
+    let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    Some(mixed ^ (mixed >> 31))
+    mixed ^ (mixed >> 31)
 }
 
 /// The seed that the next dropout has: of [`with_dropout_seed`], or else from the generator of the device.
@@ -125,6 +132,15 @@ mod tests {
             }
             assert!((0.55..0.65).contains(&(kept as f64 / 72_100.0)), "{kept}");
         }
+    }
+
+    #[test]
+    fn no_seed_leads_to_the_draws_of_another_one() {
+        let draws = |seed| with_dropout_seed(seed, || [(); 8].map(|()| next_seed().unwrap()));
+        let mut seen: Vec<u64> = (0..8).flat_map(|i: u64| draws(i.wrapping_mul(STRIDE))).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 64);
     }
 
     #[test]

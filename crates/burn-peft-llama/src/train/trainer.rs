@@ -7,6 +7,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{Device, Tensor};
 use burn_peft::{LoraPlusGroups, PeftModel};
+use burn_peft_ops::with_dropout_seed;
 
 use super::accumulation::window_grads;
 use super::check::{check_examples, check_trainable, device};
@@ -151,8 +152,12 @@ impl Trainer {
         let batches = batches.collect::<Result<Vec<_>, _>>()?;
 
         // Dropout is a function of the seed and the step.
-        device.seed(spread_seed(self.config.seed, step as u64 + 1));
-        let (mut grads, (loss, num_targets)) = window_grads(model, &batches)?;
+        let seed = spread_seed(self.config.seed, step as u64 + 1);
+        device.seed(seed);
+        let grads = || window_grads(model, &batches);
+        // With gradient checkpointing, the seed of dropout would otherwise be read from the device, which has to be waited for.
+        let (mut grads, (loss, num_targets)) =
+            if self.config.gradient_checkpointing { with_dropout_seed(seed, grads)? } else { grads()? };
         let squares = Squares::of(model, &grads);
         let without_gradient = match &squares {
             Some(squares) if !*is_checked => without_gradient(model, squares)?,
