@@ -9,12 +9,12 @@ use burn_peft::{InitLoraWeights, LoraConfig, PeftModel, TargetModules};
 use burn_peft_llama::{Collator, Example, Labels, LlamaForCausalLm, Message, Packing, Tokenizer};
 use burn_peft_tests::tolerance::{PACKED_GRADIENT, PACKED_LOSS, assert_close, assert_close_number};
 
-/// Questions that begin alike, with answers of different lengths.
+/// Questions that begin alike, with answers of so different lengths that it pays to leave padding out.
 fn examples(tokenizer: &Tokenizer) -> Vec<Example> {
     let answers = [
         ("Pikachu", "Electric"),
         ("Bulbasaur", "Grass, Poison"),
-        ("Ho-Oh", "Fire, Flying"),
+        ("Ho-Oh", "Fire, Flying, and that is all there is to say about the types of this legendary bird"),
         ("Mew", "Psychic"),
     ];
     let example = |(name, answer): (&str, &str)| {
@@ -39,6 +39,7 @@ fn results(model: &LlamaForCausalLm, examples: &[Example], packing: Packing) -> 
         }
     }
     let batch = Collator::new(0).with_packing(packing).collate(examples, &model.devices()[0]).unwrap();
+    assert_eq!(batch.packed.is_some(), packing != Packing::Padded, "{packing:?}");
     if let Some(packed) = &batch.packed {
         println!(
             "{packing:?}: {} of {} positions",
