@@ -125,7 +125,8 @@ mod tests {
     use crate::conversation::Example;
     use crate::model::LlamaForCausalLm;
     use crate::testing::{
-        REAL_VOCABULARIES, assert_close, deviation, drawn, drawn_numbers, model, values, wide,
+        REAL_VOCABULARIES, add_drawn_adapter, assert_close, deviation, drawn, drawn_numbers, model, values,
+        wide,
     };
 
     fn batch(device: &Device) -> Batch {
@@ -180,7 +181,7 @@ mod tests {
                 let mut model = model(&device, tied);
                 if adapted {
                     let config = LoraConfig::new(2).with_target_modules(["q_proj", "down_proj"]);
-                    model.add_adapter("default", &config).unwrap();
+                    add_drawn_adapter(&mut model, "default", &config);
                 }
                 assert_eq!(model.head().is_trained(), !adapted);
                 let batch = batch(&device);
@@ -198,7 +199,7 @@ mod tests {
         let mut model = model(&device, true);
         model.untie_lm_head();
         let config = LoraConfig::new(2).with_target_modules(["lm_head"]);
-        model.add_adapter("default", &config).unwrap();
+        add_drawn_adapter(&mut model, "default", &config);
         assert!(model.head().is_trained());
         let batch = batch(&device);
         let found = gradients(&model, model.loss(&batch));
@@ -226,20 +227,20 @@ mod tests {
 
     #[test]
     fn gradients_that_are_computed_with_the_loss_are_those_of_autodiff() {
-        let random = || LoraConfig::new(2).with_init_lora_weights(burn_peft::InitLoraWeights::Random);
-        let head = || random().with_target_modules(["lm_head"]);
+        fn on<const N: usize>(modules: [&str; N]) -> LoraConfig {
+            LoraConfig::new(2).with_target_modules(modules)
+        }
+        let head = || on(["lm_head"]);
         let adapted = [
             ("the head alone", false, head()),
-            ("the head and below", false, random().with_target_modules(["lm_head", "q_proj"])),
+            ("the head and below", false, on(["lm_head", "q_proj"])),
             ("dropout", false, head().with_lora_dropout(0.5)),
             ("DoRA", false, head().with_use_dora(true)),
-            ("a copy", false, random().with_target_modules(["q_proj"]).with_modules_to_save(["lm_head"])),
+            ("a copy", false, on(["q_proj"]).with_modules_to_save(["lm_head"])),
             (
                 "rows of the table",
                 true,
-                random()
-                    .with_target_modules(["q_proj"])
-                    .with_trainable_token_indices(TokenIndices::from([3, 7])),
+                on(["q_proj"]).with_trainable_token_indices(TokenIndices::from([3, 7])),
             ),
         ];
         let plain = Device::default().autodiff();
@@ -247,7 +248,7 @@ mod tests {
             let batch = batch(&device);
             for (case, tied, config) in &adapted {
                 let mut model = model(&device, *tied);
-                model.add_adapter("default", config).unwrap();
+                add_drawn_adapter(&mut model, "default", config);
                 assert_differentiated_is_chunked(case, &model, &batch);
             }
             for tied in [false, true] {
@@ -260,7 +261,7 @@ mod tests {
         // A GPU may lack the type.
         let device = Device::flex().autodiff();
         let mut half = model(&device, false).to_dtype(burn::tensor::FloatDType::BF16).unwrap().0.no_grad();
-        half.add_adapter("default", head()).unwrap();
+        add_drawn_adapter(&mut half, "default", &head());
         assert_differentiated_is_chunked("a base in bf16", &half, &batch(&device));
     }
 
@@ -270,9 +271,7 @@ mod tests {
         let device = Device::default().autodiff();
         let vocab = REAL_VOCABULARIES[0];
         let mut model = drawn(&LlamaConfig::new(vocab, 8, 1).with_heads(2, 1), &device);
-        let random = burn_peft::InitLoraWeights::Random;
-        let config = LoraConfig::new(2).with_target_modules(["lm_head"]).with_init_lora_weights(random);
-        model.add_adapter("default", &config).unwrap();
+        add_drawn_adapter(&mut model, "default", &LoraConfig::new(2).with_target_modules(["lm_head"]));
         let input_ids: Vec<u32> = (0..400).map(|i| i * 1_201 % vocab as u32).collect();
         let labels = input_ids.iter().map(|id| i64::from(*id)).collect();
         let batch = Collator::new(0).collate(&[Example { input_ids, labels }], &device).unwrap();
@@ -397,11 +396,8 @@ mod tests {
     fn a_frozen_output_layer_counts_with_whatever_adapter_works_in_it() {
         let device = Device::default().autodiff();
         let mut model = model(&device, false);
-        let config = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
-            .with_init_lora_weights(burn_peft::InitLoraWeights::Random)
-            .with_target_modules(["lm_head", "q_proj"]);
-        model.add_adapter("default", &config).unwrap();
+        let config = LoraConfig::new(2).with_lora_alpha(6.0).with_target_modules(["lm_head", "q_proj"]);
+        add_drawn_adapter(&mut model, "default", &config);
         let batch = batch(&device);
         let bare = values(model.without_adapters().unwrap().loss(&batch));
         let of_hidden = |model: &LlamaForCausalLm, hand: bool| {

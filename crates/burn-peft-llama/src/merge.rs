@@ -265,14 +265,14 @@ impl ModuleMapper for Converter {
 
 #[cfg(test)]
 mod tests {
-    use burn_peft::{InitLoraWeights, LoraConfig, TargetModules};
+    use burn_peft::{LoraConfig, TargetModules};
     use burn_peft_ops::in_full_precision;
 
     use super::*;
     use crate::batch::Collator;
     use crate::config::LlamaConfig;
     use crate::conversation::Example;
-    use crate::testing::{assert_close, deviation, drawn, in_f64, model, results, values};
+    use crate::testing::{add_drawn_adapter, assert_close, deviation, drawn, in_f64, model, results, values};
 
     #[test]
     fn a_merged_directory_holds_the_adapted_model_in_the_type_that_was_asked_for() {
@@ -283,11 +283,8 @@ mod tests {
         let mut adapted = model(&device, true);
         adapted.save_pretrained(place("base")).unwrap();
         fs::write(place("base").join("tokenizer.json"), "{}").unwrap();
-        let config = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
-            .with_init_lora_weights(InitLoraWeights::Random)
-            .with_target_modules(["embed_tokens", "q_proj"]);
-        adapted.add_adapter("default", &config).unwrap();
+        let config = LoraConfig::new(2).with_lora_alpha(6.0).with_target_modules(["embed_tokens", "q_proj"]);
+        add_drawn_adapter(&mut adapted, "default", &config);
         adapted.save_adapter("default", place("adapter")).unwrap();
         let ids = || Tensor::from_data([[1, 5, 9, 2]], &device);
         let expected = values(adapted.forward(ids(), None));
@@ -310,8 +307,8 @@ mod tests {
         assert!(expected.iter().zip(values(bare)).any(|(a, b)| (a - b).abs() > 0.5));
     }
 
-    /// Beside a model in f64, whose loss alone is in f32. With a real vocabulary, and more rows than the kernel for few rows takes. The types differ in how the numbers of the
-    /// base are stored; the factors are in f32.
+    /// Beside a model in f64, whose loss alone is in f32. With a real vocabulary, and more rows than the kernel for few rows
+    /// takes. The types differ in how the numbers of the base are stored; the factors are in f32.
     #[test]
     fn loss_and_gradients_of_a_base_in_16_bits_are_as_exact_as_those_of_the_same_numbers_in_f32() {
         let device = Device::flex().autodiff();
@@ -321,11 +318,8 @@ mod tests {
         let config = LlamaConfig::new(49_152, 64, 2).with_heads(4, 2).with_tie_word_embeddings(true);
         for dtype in [FloatDType::BF16, FloatDType::F16] {
             let mut stored = drawn(&config, &device).to_dtype(dtype).unwrap().0;
-            let random = InitLoraWeights::Random;
-            let lora = LoraConfig::new(4)
-                .with_target_modules(TargetModules::AllLinear)
-                .with_init_lora_weights(random);
-            stored.add_adapter("default", &lora).unwrap();
+            let lora = LoraConfig::new(4).with_target_modules(TargetModules::AllLinear);
+            add_drawn_adapter(&mut stored, "default", &lora);
             let of = |model: &LlamaForCausalLm| {
                 in_full_precision(|| results(LlamaForCausalLm::loss, model, &batch))
             };

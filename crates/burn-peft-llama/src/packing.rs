@@ -111,7 +111,7 @@ mod tests {
     use crate::batch::{Batch, Collator, PaddingSide};
     use crate::conversation::Example;
     use crate::model::LlamaForCausalLm;
-    use crate::testing::{deviation, in_f64, model, results, values};
+    use crate::testing::{add_drawn_adapter, deviation, in_f64, model, results, values};
 
     /// A system text of 70 tokens that all share; further tokens that two share; a label that is the same in two rows, and
     /// one in the middle of what others share; a row that begins otherwise.
@@ -144,10 +144,8 @@ mod tests {
             for (tied, is_adapted) in [(true, true), (false, true), (false, false)] {
                 let mut model = model(&device, tied);
                 if is_adapted {
-                    let config = LoraConfig::new(2)
-                        .with_target_modules(TargetModules::AllLinear)
-                        .with_init_lora_weights(burn_peft::InitLoraWeights::Random);
-                    model.add_adapter("default", &config).unwrap();
+                    let config = LoraConfig::new(2).with_target_modules(TargetModules::AllLinear);
+                    add_drawn_adapter(&mut model, "default", &config);
                 }
                 let wide = in_f64(&model);
                 // A loss would be computed in f32.
@@ -181,10 +179,8 @@ mod tests {
     fn rows_that_name_their_adapters_stay_rows() {
         let device = Device::default();
         let mut model = model(&device, false);
-        let config = LoraConfig::new(2)
-            .with_target_modules(["q_proj", "lm_head"])
-            .with_init_lora_weights(burn_peft::InitLoraWeights::Random);
-        model.add_adapter("one", &config).unwrap();
+        let config = LoraConfig::new(2).with_target_modules(["q_proj", "lm_head"]);
+        add_drawn_adapter(&mut model, "one", &config);
         let rows = [Some("one"), None, Some("one"), None, None, Some("one")];
         let model = model.for_rows(&rows).unwrap();
         let loss = |packing| values(model.loss(&batch(packing, PaddingSide::Right, &device)));

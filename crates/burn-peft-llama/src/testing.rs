@@ -1,9 +1,11 @@
 //! What the tests of several files need: models that are always the same, numbers that can be compared.
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use burn_peft::{LoraConfig, PeftModel};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -67,6 +69,32 @@ pub(crate) fn model(device: &Device, tied: bool) -> LlamaForCausalLm {
 pub(crate) fn drawn(config: &LlamaConfig, device: &Device) -> LlamaForCausalLm {
     let Ok(model) = LlamaForCausalLm::build(config, &mut Drawn { device, rng: StdRng::seed_from_u64(17) });
     model
+}
+
+/// Adds an adapter whose factors are as large as `InitLoraWeights::Random` draws them, and always the same.
+pub(crate) fn add_drawn_adapter(model: &mut LlamaForCausalLm, name: &str, config: &LoraConfig) {
+    struct Redraw(HashSet<ParamId>, StdRng);
+
+    impl ModuleMapper for Redraw {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !self.0.contains(&param.id) {
+                return param;
+            }
+            param.map(|tensor| {
+                let (shape, is_trained) = (tensor.shape(), tensor.is_require_grad());
+                let width = 2.0 / (shape[0] as f32).sqrt();
+                let values = (0..shape.num_elements()).map(|_| width * (self.1.random::<f32>() - 0.5));
+                let values = TensorData::new(values.collect::<Vec<_>>(), shape);
+                Tensor::from_data(values, &tensor.device()).set_require_grad(is_trained)
+            })
+        }
+    }
+
+    model.add_adapter(name, config).unwrap();
+    let mut factors = model.adapter_tensors(name).unwrap();
+    factors.retain(|tensor| ["a", "b"].contains(&tensor.name));
+    let ids = factors.iter().map(|tensor| tensor.id).collect();
+    *model = model.clone().map(&mut Redraw(ids, StdRng::seed_from_u64(19)));
 }
 
 /// The vocabularies of SmolLM2 and Llama 3.

@@ -126,11 +126,11 @@ mod tests {
         Some((y.inner(), x.grad_remove(&mut gradients)?))
     }
 
-    /// Random shapes and layouts, against f64; a vocabulary and a single row as well.
+    /// Several shapes and layouts, against f64; a vocabulary and a single row as well. The numbers are always the same: drawn
+    /// anew, the three sums of the last case sometimes cancel so far that what remains is as small as their rounding.
     #[test]
     fn outputs_and_gradients_are_exact() {
         let burns = |x, w| burn::tensor::module::linear(x, w, None);
-        let device = Device::flex();
         for (batch, n, d_in, d_out) in [
             (1, 1, 1, 1),
             (1, 1, 70, 33),
@@ -141,13 +141,12 @@ mod tests {
             (1, 4, 1_100, 300),
             (1, 1, 3, 70_000),
         ] {
-            let random =
-                |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 0.5), &device);
-            let x = random([batch * n, d_in]).reshape([batch, n, d_in]);
-            let dy = random([batch * n, d_out]).reshape([batch, n, d_out]);
-            let dense = random([d_in, d_out]);
-            let part = random([d_in + 3, d_out + 2]).narrow(0, 2, d_in).narrow(1, 1, d_out);
-            for w in [dense, random([d_out, d_in]).transpose(), part] {
+            let x = normal([batch, n, d_in], 0.5, 1);
+            let dy = normal([batch, n, d_out], 0.5, 2);
+            let dense = normal([d_in, d_out], 0.5, 3);
+            let turned = normal([d_out, d_in], 0.5, 4).transpose();
+            let part = normal([d_in + 3, d_out + 2], 0.5, 5).narrow(0, 2, d_in).narrow(1, 1, d_out);
+            for w in [dense, turned, part] {
                 let [x64, dy64] = [&x, &dy].map(|tensor| tensor.clone().cast(DType::F64));
                 let expected = both(burns, &x64, &w.clone().cast(DType::F64), &dy64).unwrap();
                 let found = both(|x, w| linear(x, w, None), &x, &w, &dy).unwrap();

@@ -1,5 +1,7 @@
 //! Adapters folded into the weights, for good or for now.
 
+use std::collections::BTreeMap;
+
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{GradientsParams, SgdConfig};
@@ -105,19 +107,17 @@ fn a_merged_weight_of_16_bits_is_the_sum_in_f32_rounded_once() {
         let report = net.merge_and_unload().unwrap();
         let merged = parameters(&net);
 
-        let (mut largest, mut worst) = (0.0_f32, String::new());
+        let mut errors = BTreeMap::new();
         for (path, sum) in &sums {
             assert_eq!(merged[path].dtype(), dtype, "{path}");
             let rounded = TensorData::new(sum.clone(), [sum.len()]).convert_dtype(dtype);
             assert_eq!(values(&merged[path]), values(&rounded), "{path}");
-            for (exact, rounded) in sum.iter().zip(values(&rounded)) {
-                if (rounded - exact).abs() > largest {
-                    (largest, worst) = ((rounded - exact).abs(), path.clone());
-                }
-            }
+            let pairs = sum.iter().zip(values(&rounded));
+            errors.insert(path, pairs.map(|(exact, rounded)| (rounded - exact).abs()).fold(0.0, f32::max));
         }
-        assert_eq!(report.largest_error, largest);
-        assert_eq!(report.worst_parameter.as_ref(), Some(&worst));
+        assert_eq!(report.largest_error, errors.values().copied().fold(0.0, f32::max));
+        // Several may have it.
+        assert_eq!(errors[&report.worst_parameter.unwrap()], report.largest_error);
         let copied = ["norm.beta", "norm.gamma"].map(str::to_string);
         assert_eq!(report.parameters.len(), sums.len() + copied.len());
         assert!(copied.iter().all(|path| report.parameters.contains(path)));
@@ -126,7 +126,7 @@ fn a_merged_weight_of_16_bits_is_the_sum_in_f32_rounded_once() {
 
 /// What the adapters of [`adapted`] make of the weights, `W + Σ scaling * A B`, as the crate sums it: in f32, adapters by
 /// name.
-fn sums(parameters: &std::collections::BTreeMap<String, TensorData>) -> Vec<(String, Vec<f32>)> {
+fn sums(parameters: &BTreeMap<String, TensorData>) -> Vec<(String, Vec<f32>)> {
     let device = Device::default();
     let weights = ["token", "position", "up", "down", "conv"].map(|module| format!("{module}.weight"));
     weights

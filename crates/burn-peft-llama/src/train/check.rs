@@ -103,15 +103,12 @@ mod tests {
     #[test]
     fn adapters_that_are_not_trained_are_an_error_that_names_the_cause() {
         use crate::model::LlamaForCausalLm;
-        use crate::testing::model;
+        use crate::testing::{add_drawn_adapter, model};
         use crate::train::evaluate;
-        use burn_peft::{InitLoraWeights, LoraConfig};
+        use burn_peft::LoraConfig;
         let mut model = model(&autodiff(), false);
-        let lora = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
-            .with_init_lora_weights(InitLoraWeights::Random)
-            .with_target_modules(["q_proj", "lm_head"]);
-        model.add_adapter("one", &lora).unwrap();
+        let lora = LoraConfig::new(2).with_lora_alpha(6.0).with_target_modules(["q_proj", "lm_head"]);
+        add_drawn_adapter(&mut model, "one", &lora);
         let train = |model: &LlamaForCausalLm| {
             fit(&mut model.clone(), &examples(), &config().with_max_steps(Some(1)))
         };
