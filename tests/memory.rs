@@ -31,6 +31,8 @@ fn examples(count: usize, [length, labelled, prefix]: [usize; 3]) -> Vec<Example
 /// All of them count, so they are one test.
 #[test]
 fn memory_is_what_was_estimated_and_does_not_grow() {
+    // Each thread has buffers of its own, which the estimate does not know.
+    rayon::ThreadPoolBuilder::new().num_threads(2).build_global().unwrap();
     loading_needs_little_beside_the_weights();
     the_estimate_is_near_what_a_step_allocates();
     steps_leave_nothing_behind(3_000, false);

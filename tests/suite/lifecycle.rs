@@ -122,6 +122,28 @@ fn stir<M: Module>(model: M) -> M {
     model.map(&mut Stirrer(vec![]))
 }
 
+/// Puts a number into every parameter whose path ends so.
+fn poisoned(net: Net, end: &str, number: f32) -> Net {
+    struct Poison<'a>(&'a str, f32, Vec<String>);
+
+    impl ModuleMapper for Poison<'_> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.2.push(name.to_string());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.2.pop();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let is_meant = self.2.join(".").ends_with(self.0);
+            if is_meant { param.map(|tensor| tensor.ones_like() * self.1) } else { param }
+        }
+    }
+
+    net.map(&mut Poison(end, number, vec![]))
+}
+
 /// The identity and the value of every parameter of the base.
 fn base<M: Module>(model: &M) -> BTreeMap<String, (ParamId, TensorData)> {
     #[derive(Default)]

@@ -117,7 +117,7 @@ fn losses_of_real_vocabularies_are_those_of_float64() {
 
         // A merged head is frozen as well, with another weight than its base.
         let config = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
+            .with_lora_alpha(60.0)
             .with_init_lora_weights(burn_peft::InitLoraWeights::Random)
             .with_target_modules(["lm_head", "embed_tokens"]);
         model.add_adapter(DEFAULT_ADAPTER, &config).unwrap();

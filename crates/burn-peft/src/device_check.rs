@@ -17,9 +17,9 @@ use reference::{Matrix, deviation, masked_attention, normal, table_gradient};
 /// several shapes, transposed and batched, attention with a causal mask and padding, an embedding and a layer with an adapter,
 /// these two with their gradients.
 ///
-/// Call it when you open a device, with the types that weights will have, before you load a model: you
-/// notice a driver that computes wrongly by nothing but nonsense in the output. f32 is always checked, because adapters are in
-/// f32. The check takes milliseconds on a CPU. A GPU compiles kernels for it, and with Burn's feature `autotune` tries many for each product, which
+/// Call it when you open a device, with the types that weights will have, before you load a model: you notice a driver that
+/// computes wrongly by nothing but nonsense in the output. f32 is always checked, because adapters are in f32. The check takes
+/// milliseconds on a CPU. A GPU compiles kernels for it, and with Burn's feature `autotune` tries many for each product, which
 /// can take minutes when a program runs for the first time. It takes no random numbers from the device.
 ///
 /// # Returns

@@ -851,7 +851,7 @@ mod tests {
         }
         let mut model = Half { up: burn::nn::Linear { weight: half(layer.weight), bias: None }.into() };
         model.add_adapter("default", config().with_target_modules(["up"])).unwrap();
-        let x = Tensor::<2>::ones([3, 6], &device).cast(FloatDType::BF16);
+        let x = Tensor::<2>::eye(6, &device).cast(FloatDType::BF16);
         let adapted = model.up.forward(x.clone());
         assert_eq!(adapted.dtype(), DType::BF16);
         let bare = x.clone().matmul(model.up.weight.base());

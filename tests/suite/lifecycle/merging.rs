@@ -10,7 +10,7 @@ use burn_peft::{Bias, LoraConfig, LoraLinear, PeftError, PeftModel};
 use burn_peft_tests::parameters::{is_adapter, parameters};
 use burn_peft_tests::tolerance::{REORDERED, assert_close, assert_different};
 
-use super::{Net, base, ids, random, stir};
+use super::{Net, base, ids, poisoned, random, stir};
 
 /// Everything that an adapter can have.
 fn config() -> LoraConfig {
@@ -164,28 +164,6 @@ fn merged_adapters_cannot_be_deleted_and_others_can() {
     net.unmerge_adapter().unwrap();
     net.delete_adapter("one").unwrap();
     assert_eq!(net.output(), Net::new(&Device::default()).output());
-}
-
-/// Puts a number into every parameter whose path ends so.
-fn poisoned(net: Net, end: &str, number: f32) -> Net {
-    struct Poison<'a>(&'a str, f32, Vec<String>);
-
-    impl ModuleMapper for Poison<'_> {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.2.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.2.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let is_meant = self.2.join(".").ends_with(self.0);
-            if is_meant { param.map(|tensor| tensor.ones_like() * self.1) } else { param }
-        }
-    }
-
-    net.map(&mut Poison(end, number, vec![]))
 }
 
 #[test]

@@ -8,7 +8,7 @@ use burn_peft_tests::fixture::{Fixture, PAD_TOKEN_ID, directory};
 use burn_peft_tests::parameters::parameters;
 use burn_peft_tests::tolerance::{LOSS, REORDERED, assert_close, assert_close_number, assert_different};
 
-use super::{Net, base, ids, random, stir};
+use super::{Net, base, ids, poisoned, random, stir};
 use crate::common::{load_base, masked_logits};
 
 /// Row `i` of `[batch, ..]`.
@@ -136,7 +136,8 @@ fn prompts_are_answered_together_as_apart() {
 #[test]
 fn what_a_broken_adapter_gives_stays_in_its_rows() {
     let mut net = net(&Device::default());
-    net.add_adapter("broken", random(2, ["up"]).with_lora_alpha(1e300)).unwrap();
+    net.add_adapter("broken", random(2, ["up"])).unwrap();
+    let net = poisoned(net, "up.weight.peft.broken.a", f32::NAN);
     let bare = net.without_adapters().unwrap().output();
     let mixed = net.for_rows(&[Some("broken"), None, None]).unwrap().output();
     assert!(row(&mixed, 0).iter().any(|value| !value.is_finite()));
@@ -229,6 +230,7 @@ fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
     for device in [Device::default(), Device::default().autodiff()] {
         let (fixture, model) = with_adapted_head(&device);
         let examples = fixture.examples();
+        let mut moved: f64 = 0.0;
         for rows in MIXED {
             let of_row = |i: usize, name: Option<&str>| {
                 let batch = Collator::new(PAD_TOKEN_ID).collate(&examples[i..=i], &device).unwrap();
@@ -242,9 +244,10 @@ fn the_loss_of_a_mixed_batch_is_the_mean_of_its_rows() {
                 let expected = sum / batch.num_targets as f64;
                 assert_close_number("loss", f64::from(found), expected, LOSS);
                 let bare = alone(&model, None).loss(&batch).into_scalar::<f32>();
-                assert!((f64::from(bare) - expected).abs() > 1e-4, "{rows:?}");
+                moved = moved.max((f64::from(bare) - expected).abs());
             }
         }
+        assert!(moved > 1e-4, "adapters move losses");
     }
 }
 

@@ -174,7 +174,7 @@ fn an_adapter_that_was_not_converted_is_the_one_that_was() {
 fn orthogonal_factors_have_no_product_and_are_not_zero() {
     let device = Device::default();
     device.seed(11);
-    let mut model = One::new(TensorData::new(vec![0.5f32; 40 * 24], [40, 24]), &device);
+    let mut model = One::new(TensorData::new(vec![0.5f32; 240 * 160], [240, 160]), &device);
     let config = LoraConfig::new(6)
         .with_lora_alpha(9.0)
         .with_init_lora_weights(InitLoraWeights::Orthogonal)
@@ -185,8 +185,9 @@ fn orthogonal_factors_have_no_product_and_are_not_zero() {
     for (_, factor) in tensors(&model) {
         let values: Vec<f64> = factor.to_data().iter().collect();
         let variance = values.iter().map(|x| x * x).sum::<f64>() / values.len() as f64;
-        // N(0, 1) through half of the rows of an orthogonal matrix, over 10: 1/200, in six standard deviations of it.
-        assert!((variance - 0.005).abs() < 0.003, "{variance}");
+        // N(0, 1) through half of the rows of an orthogonal matrix, over 10: 1/200. There are 480 such numbers or more, so that
+        // six standard deviations of the mean of their squares are 39 %.
+        assert!((variance / 0.005 - 1.0).abs() < 0.4, "{variance}");
     }
 
     let mut odd = config.clone();

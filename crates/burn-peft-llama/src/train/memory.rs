@@ -26,6 +26,8 @@ const GRAPH: usize = 116_000;
 /// LLaMA. For LoRA, they are within 5 % of the bytes that are allocated; with gradient accumulation, the gradients come on
 /// top. DoRA keeps more, and so does, without the kernels of `burn_peft_ops`, a base in 16 bits, whose activations are cast
 /// for adapters in f32.
+/// Each thread of the CPU has buffers of its own, which are not part of it either: they matter if the model is small and the
+/// threads are many.
 /// Allocators, kernels of GPUs and their memory pools need more.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
