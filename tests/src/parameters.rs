@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
 
@@ -26,6 +26,50 @@ pub fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> BTreeMap<
 /// Whether a parameter belongs to an adapter.
 pub fn is_adapter(path: &str) -> bool {
     path.contains(".peft.")
+}
+
+/// The model with other values in those parameters for which `change` gives some, from their path and what they were. They may
+/// have another type; what is trained stays so.
+pub fn with_changed<M: Module>(model: M, change: impl FnMut(&str, TensorData) -> Option<TensorData>) -> M {
+    struct Changer<F>(F, Vec<String>);
+
+    impl<F: FnMut(&str, TensorData) -> Option<TensorData>> ModuleMapper for Changer<F> {
+        fn enter_module(&mut self, name: &str, _container: &str) {
+            self.1.push(name.to_string());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.1.pop();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let Some(data) = (self.0)(&self.1.join("."), param.base().to_data()) else { return param };
+            param.map(|tensor| {
+                let dtype = data.dtype();
+                let changed = Tensor::from_data(data, (&tensor.device(), dtype));
+                changed.set_require_grad(tensor.is_require_grad())
+            })
+        }
+    }
+
+    model.map(&mut Changer(change, vec![]))
+}
+
+/// The model with other factors of an adapter: as large as `InitLoraWeights::Random` draws them, but always the same. The
+/// generator of a device is shared with tests that run at the same time.
+pub fn with_fixed_factors<M: Module>(model: M, adapter: &str) -> M {
+    let ends = ["a", "b"].map(|factor| format!(".peft.{adapter}.{factor}"));
+    with_changed(model, |path, data| {
+        if !ends.iter().any(|end| path.ends_with(end)) {
+            return None;
+        }
+        let (start, shape) = (path.bytes().map(f64::from).sum::<f64>(), data.shape());
+        let bound = 1.0 / (shape[0] as f64).sqrt();
+        // Squares, so that no row is a sum of others.
+        let number = |i: usize| (bound * (start + (i * i) as f64).sin()) as f32;
+        let numbers: Vec<f32> = (0..shape.num_elements()).map(number).collect();
+        Some(TensorData::new(numbers, shape))
+    })
 }
 
 /// A tensor of a checkpoint or a gradient of it as Burn has it: linear weights are `[d_in, d_out]` there, `[d_out, d_in]`

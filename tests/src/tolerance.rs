@@ -60,10 +60,9 @@ pub fn gradient_f64() -> Tolerance {
 /// Measured: no difference.
 pub const PACKED_LOSS: Tolerance = Tolerance(5e-6);
 
-/// The gradients of the same. Measured on the experiment's base: up to 2.5e-5, of 60 random adapters on the CPU; 3.2e-7 of one
-/// on SwiftShader through WGPU. The rest is for adapters that are drawn another time. In f64, they agree within 1e-12, as a
-/// unit test of `packing.rs` shows.
-pub const PACKED_GRADIENT: Tolerance = Tolerance(2e-4);
+/// The gradients of the same. Measured on the experiment's base: up to 2.5e-5, of 13 random adapters on the CPU; 3.2e-7 of one
+/// on SwiftShader through WGPU. In f64, they agree within 1e-12, as a unit test of `packing.rs` shows.
+pub const PACKED_GRADIENT: Tolerance = Tolerance(6e-5);
 
 /// The gradients of the adapter of a real model of 30 blocks in f32 against f64. Measured: 1.5e-5, and 5.4e-5 for torch;
 /// with exponentials added up one by one 1.1e-3.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::{
     AdapterDirectory, DEFAULT_ADAPTER, InitLoraWeights, LoraConfig, PeftError, PeftModel, TargetModules,
@@ -12,7 +12,7 @@ use burn_peft::{
 };
 use burn_peft_llama::{LlamaConfig, LlamaForCausalLm};
 use burn_peft_tests::fixture::directory;
-use burn_peft_tests::parameters::{is_adapter, parameters};
+use burn_peft_tests::parameters::{is_adapter, parameters, with_changed};
 use burn_peft_tests::tolerance::{FORWARD, REORDERED, assert_close, assert_different};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -94,30 +94,14 @@ fn same(key: &str) -> String {
     key.to_string()
 }
 
-/// Random numbers in the factors, so that an adapter does something.
+/// Numbers in the factors, so that an adapter does something.
 fn fill<M: Module>(model: M) -> M {
-    struct Fill {
-        path: Vec<String>,
-    }
-    impl ModuleMapper for Fill {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.path.push(name.to_string());
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.path.pop();
-        }
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            if !is_adapter(&self.path.join(".")) {
-                return param;
-            }
-            let (shape, path) = (param.shape(), self.path.join("."));
-            let seed: usize = path.bytes().map(usize::from).sum();
-            let value = |i: usize| (((i * 37 + seed * 11) % 101) as f32 / 101.0 - 0.5) * 0.6;
-            let values: Vec<f32> = (0..shape.num_elements()).map(value).collect();
-            param.map(|old| Tensor::from_data(TensorData::new(values, shape), &old.device()))
-        }
-    }
-    model.map(&mut Fill { path: vec![] })
+    with_changed(model, |path, data| {
+        let seed: usize = path.bytes().map(usize::from).sum();
+        let value = |i: usize| (((i * 37 + seed * 11) % 101) as f32 / 101.0 - 0.5) * 0.6;
+        let values = || (0..data.shape().num_elements()).map(value).collect::<Vec<f32>>();
+        is_adapter(path).then(|| TensorData::new(values(), data.shape()))
+    })
 }
 
 mod values {

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft::{
     Bias, InitLoraWeights, KeyMapping, LoadOptions, LoraConfig, PeftError, PeftModel, TargetModules,
 };
 use burn_peft_tests::fixture::read_tensors;
-use burn_peft_tests::parameters::{is_adapter, parameters, transposed};
+use burn_peft_tests::parameters::{is_adapter, parameters, transposed, with_changed};
 use burn_peft_tests::tolerance::assert_different;
 use serde_json::{Value, json};
 
@@ -46,24 +45,10 @@ fn output(model: &TransformerEncoder) -> TensorData {
 
 /// Copies start at the base's values; these are others.
 fn move_copies(model: TransformerEncoder) -> TransformerEncoder {
-    struct Mover(Vec<String>);
-
-    impl ModuleMapper for Mover {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.0.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let is_copy = is_adapter(&self.0.join(".")) && self.0.last().is_some_and(|name| name == "copy");
-            if is_copy { param.map(|tensor| tensor * 1.5 + 0.25) } else { param }
-        }
-    }
-
-    model.map(&mut Mover(vec![]))
+    with_changed(model, |path, data| {
+        let moved = || data.iter::<f32>().map(|number| number * 1.5 + 0.25).collect::<Vec<_>>();
+        (is_adapter(path) && path.ends_with(".copy")).then(|| TensorData::new(moved(), data.shape()))
+    })
 }
 
 fn tensors(directory: &Path) -> BTreeMap<String, TensorData> {

@@ -17,7 +17,7 @@ use burn::nn::{
 };
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_peft::{InitLoraWeights, LoraConfig, LoraEmbedding, LoraLinear};
-use burn_peft_tests::parameters::is_adapter;
+use burn_peft_tests::parameters::{is_adapter, with_changed};
 
 /// A layer of every kind that can be adapted, and one that can only be copied.
 #[derive(Module, Debug)]
@@ -92,56 +92,21 @@ impl ModuleMapper for Waves {
 
 /// Moves what an adapter has away from zero: biases and copies start where they change nothing.
 fn stir<M: Module>(model: M) -> M {
-    struct Stirrer(Vec<String>);
-
-    impl ModuleMapper for Stirrer {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.0.push(name.to_string());
+    with_changed(model, |path, data| {
+        if !is_adapter(path) || !(path.ends_with(".bias") || path.ends_with(".copy")) {
+            return None;
         }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let path = self.0.join(".");
-            if !is_adapter(&path) || !(path.ends_with(".bias") || path.ends_with(".copy")) {
-                return param;
-            }
-            param.map(|tensor| {
-                let is_trained = tensor.is_require_grad();
-                let n = tensor.shape().num_elements();
-                let wave = |i: usize| (0.3 * (path.len() as f64 + 2.3 * i as f64).cos()) as f32;
-                let values = TensorData::new((0..n).map(wave).collect::<Vec<f32>>(), tensor.shape());
-                let wave = Tensor::<D>::from_data(values, (&tensor.device(), tensor.dtype()));
-                (tensor.detach().set_require_grad(false) + wave).set_require_grad(is_trained)
-            })
-        }
-    }
-
-    model.map(&mut Stirrer(vec![]))
+        let wave = |i: usize| (0.3 * (path.len() as f64 + 2.3 * i as f64).cos()) as f32;
+        let moved: Vec<f32> = data.iter::<f32>().enumerate().map(|(i, number)| number + wave(i)).collect();
+        Some(TensorData::new(moved, data.shape()).convert_dtype(data.dtype()))
+    })
 }
 
 /// Puts a number into every parameter whose path ends so.
-fn poisoned(net: Net, end: &str, number: f32) -> Net {
-    struct Poison<'a>(&'a str, f32, Vec<String>);
-
-    impl ModuleMapper for Poison<'_> {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.2.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.2.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let is_meant = self.2.join(".").ends_with(self.0);
-            if is_meant { param.map(|tensor| tensor.ones_like() * self.1) } else { param }
-        }
-    }
-
-    net.map(&mut Poison(end, number, vec![]))
+fn poisoned<M: Module>(model: M, end: &str, number: f32) -> M {
+    with_changed(model, |path, data| {
+        path.ends_with(end).then(|| TensorData::full_dtype(data.shape(), number, data.dtype()))
+    })
 }
 
 /// The identity and the value of every parameter of the base.

@@ -9,10 +9,11 @@ mod tokens;
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, Param};
 use burn::nn::LinearConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_peft::{LoraLinear, PeftModel};
+use burn_peft_tests::parameters::{is_adapter, with_changed};
 
 /// One layer.
 #[derive(Module, Debug)]
@@ -44,31 +45,9 @@ fn update<M: PeftModel>(model: &M, module: &str, scaling: f64) -> TensorData {
 }
 
 /// Gives the tensors of adapters with these names other values.
-struct Set<'a>(&'a [(&'a str, TensorData)], Vec<String>);
-
-impl ModuleMapper for Set<'_> {
-    fn enter_module(&mut self, name: &str, _container: &str) {
-        self.1.push(name.to_string());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.1.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let is_adapter = self.1.iter().any(|name| name == "peft");
-        let value =
-            self.0.iter().find(|(name, _)| is_adapter && self.1.last().is_some_and(|last| last == name));
-        match value {
-            Some((_, value)) => param.map(|tensor| {
-                let value = Tensor::from_data(value.clone(), &tensor.device());
-                value.set_require_grad(tensor.is_require_grad())
-            }),
-            None => param,
-        }
-    }
-}
-
 fn with_values<M: Module>(model: M, values: &[(&str, TensorData)]) -> M {
-    model.map(&mut Set(values, vec![]))
+    with_changed(model, |path, _| {
+        let (_, last) = path.rsplit_once('.').filter(|_| is_adapter(path))?;
+        values.iter().find(|(name, _)| *name == last).map(|(_, value)| value.clone())
+    })
 }

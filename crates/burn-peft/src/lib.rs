@@ -86,6 +86,8 @@ mod store;
 mod summary;
 mod target;
 mod tensor;
+#[cfg(test)]
+mod testing;
 mod weighted;
 
 pub use burn_peft_files::WrongFile;

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_peft::{Bias, LoraConfig, LoraLinear, PeftError, PeftModel};
-use burn_peft_tests::parameters::{is_adapter, parameters};
+use burn_peft_tests::parameters::{is_adapter, parameters, with_changed};
 use burn_peft_tests::tolerance::{REORDERED, assert_close, assert_different};
 
 use super::{Net, base, ids, poisoned, random, stir};
@@ -27,24 +27,10 @@ fn adapted(device: &Device) -> Net {
 
 /// The model with its base in another type.
 fn in_type(net: Net, dtype: FloatDType) -> Net {
-    struct Caster(FloatDType, Vec<String>);
-
-    impl ModuleMapper for Caster {
-        fn enter_module(&mut self, name: &str, _container: &str) {
-            self.1.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.1.pop();
-        }
-
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let is_factor = is_adapter(&self.1.join(".")) && self.1.last().is_some_and(|name| name != "copy");
-            if is_factor { param } else { param.map(|tensor| tensor.cast(self.0)) }
-        }
-    }
-
-    net.map(&mut Caster(dtype, vec![]))
+    with_changed(net, |path, data| {
+        let is_factor = is_adapter(path) && !path.ends_with(".copy");
+        (!is_factor).then(|| data.convert_dtype(dtype.into()))
+    })
 }
 
 fn values(data: &TensorData) -> Vec<f32> {

@@ -110,7 +110,8 @@ mod tests {
     use burn::tensor::{Device, Tolerance};
 
     use super::*;
-    use crate::{InitLoraWeights, LoraConfig, PeftModel};
+    use crate::testing::with_fixed_numbers;
+    use crate::{LoraConfig, PeftModel};
 
     #[derive(Module, Debug)]
     struct Model {
@@ -119,12 +120,9 @@ mod tests {
 
     fn model(device: &Device) -> Model {
         let mut model = Model { embed: EmbeddingConfig::new(9, 4).init(device).into() };
-        let config = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
-            .with_init_lora_weights(InitLoraWeights::Random)
-            .with_target_modules(["embed"]);
+        let config = LoraConfig::new(2).with_lora_alpha(6.0).with_target_modules(["embed"]);
         model.add_adapter("default", &config).unwrap();
-        model
+        with_fixed_numbers(model)
     }
 
     #[test]
@@ -138,7 +136,7 @@ mod tests {
         looked_up.clone().into_data().assert_approx_eq::<f32>(&dense.into_data(), Tolerance::absolute(1e-6));
         let bare = embedding(plain.weight.base(), ids);
         let moved: f32 = (bare - looked_up).abs().max().into_scalar();
-        assert!(moved > 1e-2, "the adapter moved the output by {moved} only");
+        assert!(moved > 0.1, "the adapter moved the output by {moved} only");
     }
 
     #[test]

@@ -106,7 +106,8 @@ mod tests {
 
     use super::*;
     use crate::adapter::Adapter;
-    use crate::{InitLoraWeights, LoraConfig, PeftModel};
+    use crate::testing::with_fixed_numbers;
+    use crate::{LoraConfig, PeftModel};
     use burn_peft_ops::on_kind_of;
 
     #[derive(Module, Debug)]
@@ -115,15 +116,11 @@ mod tests {
     }
 
     fn model(device: &Device, dropout: f64) -> Model {
-        device.seed(7);
         let mut model = Model { proj: LinearConfig::new(3, 2).init(device).into() };
-        let config = LoraConfig::new(2)
-            .with_lora_alpha(6.0)
-            .with_lora_dropout(dropout)
-            .with_init_lora_weights(InitLoraWeights::Random)
-            .with_target_modules(["proj"]);
+        let config =
+            LoraConfig::new(2).with_lora_alpha(6.0).with_lora_dropout(dropout).with_target_modules(["proj"]);
         model.add_adapter("default", &config).unwrap();
-        model
+        with_fixed_numbers(model)
     }
 
     fn values(tensor: Tensor<2>) -> Vec<f32> {
@@ -171,7 +168,7 @@ mod tests {
             .assert_approx_eq::<f32>(&y.clone().into_data(), Tolerance::absolute(1e-6));
         let bare = linear(x, plain.weight.base(), plain.bias.map(|bias| bias.val()));
         let moved: f32 = (bare - y).abs().max().into_scalar();
-        assert!(moved > 1e-2, "the adapter moved the output by {moved} only");
+        assert!(moved > 0.1, "the adapter moved the output by {moved} only");
     }
 
     #[test]
